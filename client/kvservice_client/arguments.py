@@ -57,9 +57,17 @@ def sequence(value: Any, field: str) -> Sequence[Any]:
 
 def request_id(value: object) -> str:
     """The value, if it is a valid request id."""
-    if not isinstance(value, str) or len(value.encode(errors="surrogatepass")) > _REQUEST_ID_BYTES_MAX:
-        raise InvalidRequest(f"request_id must be text of at most {_REQUEST_ID_BYTES_MAX} bytes", field="request_id")
-    return value
+    return text(value, "request_id", _REQUEST_ID_BYTES_MAX)
+
+
+def text(value: object, field: str, bytes_max: int) -> str:
+    """The value, if it is text that a message can have, of at most so many bytes in UTF-8."""
+    try:
+        if isinstance(value, str) and len(value.encode()) <= bytes_max:
+            return value
+    except UnicodeEncodeError:
+        pass  # Half of a surrogate pair, as JSON may have.
+    raise InvalidRequest(f"{field} must be text of at most {bytes_max} bytes", field=field)
 
 
 def optional_session_id(value: object) -> str:

@@ -46,6 +46,7 @@ _MESSAGE_CHANGES, _MESSAGE_BYTES = 256, 1 << 20
 _START_OFF_S = 0.2  # An expected start that moved by less, or by less than a quarter, is not sent again.
 _MS_MAX = 2**32 - 1
 _PRIORITY_MAX = 2**31 - 1
+_TEXT_BYTES_MAX = 200
 
 Reads = Session | BlockChain | Iterable[bytes]
 
@@ -208,7 +209,7 @@ class EngineHints:
             pb.TurnFinished,
             prompt_tokens=arguments.whole(prompt_tokens, "prompt_tokens"),
             answer_tokens=arguments.whole(answer_tokens, "answer_tokens"),
-            stop_reason=_text(stop_reason, "stop_reason"),
+            stop_reason=arguments.text(stop_reason, "stop_reason", _TEXT_BYTES_MAX),
         )
         self._report(pb.Hint(subject=_subject(reads), turn_finished=turn))
 
@@ -220,7 +221,7 @@ class EngineHints:
         """A tool was called, which usually takes `expected_s` seconds: the daemon promotes the blocks in time for its
         answer; at once if None.
         """
-        call = pb.ToolCall(name=_text(name, "name"))
+        call = pb.ToolCall(name=arguments.text(name, "name", _TEXT_BYTES_MAX))
         if expected_s is not None:
             call.expected_ms = min(_MS_MAX, round(arguments.seconds(expected_s, "expected_s") * 1e3))
         self._report(pb.Hint(subject=_subject(reads), tool_call=call))
@@ -421,9 +422,3 @@ def _subject(reads: Reads) -> pb.HintSubject:
     if not packed:
         raise InvalidRequest("reads has no keys", field="reads")
     return pb.HintSubject(keys=packed)
-
-
-def _text(value: str, field: str) -> str:
-    if not isinstance(value, str) or len(value.encode(errors="surrogatepass")) > 200:
-        raise InvalidRequest(f"{field} must be text of at most 200 bytes", field=field)
-    return value

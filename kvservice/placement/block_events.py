@@ -47,7 +47,8 @@ class BlockEvents:
         for start in range(0, len(rows), _FILL_ROWS):
             yield
             part = rows[start : start + _FILL_ROWS]
-            parents[part] = self._blocks.rows_of_keys(self._blocks.parent_key[part].tolist())
+            found = self._blocks.rows_of_keys(self._blocks.parent_key[part].tolist())
+            parents[part] = np.where(found < len(parents), found, NO_ROW)  # Later rows were stored meanwhile.
         for part in np.array_split(_by_depth(rows, parents), len(rows) // _FILL_ROWS + 1):
             yield
             for row in part[self._blocks.live[part]].tolist():

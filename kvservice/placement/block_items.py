@@ -28,6 +28,7 @@ NO_ITEM = -1
 IN_DRAM, ON_SSD = 1, 2  # Bits of `BlockChanges.tiers`.
 _ITEMS_AT_FIRST = 1024
 _SETTLED = 2048
+_RATE_WEIGHT = 0.05  # Of the last request, in the mean time between two that leave a queue.
 _TIERS = ((TierName.DRAM, IN_DRAM), (TierName.SSD, ON_SSD))
 
 
@@ -79,6 +80,7 @@ class BlockItems:
         self._stored: dict[int, None] = {}  # Items that have got blocks since `settle`.
         self._unscored: dict[int, None] = {}  # Items that were forgotten, and are back since `settle`.
         self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
+        self._served_at_s = math.nan  # When a request was last served while others waited.
         self._now_s = -math.inf  # The time of the event that is being handled.
 
     # What is known
@@ -193,6 +195,15 @@ class BlockItems:
             items.answer_tokens[item] = 0
             self._stored[item] = None  # It may get no lease.
         conditions.served += 1
+        self._measure_rate(now_s)
+
+    def _measure_rate(self, now_s: float) -> None:
+        """A request was served: how many a second leave a queue that is not empty."""
+        conditions, since_s = self.items.conditions, self._served_at_s
+        self._served_at_s = now_s if conditions.queued else math.nan
+        if now_s > since_s:  # Requests waited since the last one was served.
+            mean_s = 1 / conditions.turns_per_s or now_s - since_s
+            conditions.turns_per_s = 1 / (mean_s + _RATE_WEIGHT * (now_s - since_s - mean_s))
 
     def leases_are(self, leases: NDArray[np.int32]) -> None:
         """The number of leases of each row at the beginning. Before all other events."""
@@ -200,12 +211,12 @@ class BlockItems:
         self._leases[: len(leases)] = leases
 
     def leased(self, rows: Rows) -> None:
-        """A lease holds these blocks."""
-        self._leases[rows] += 1
+        """A lease holds these blocks, once for each time that a row is named."""
+        np.add.at(self._leases, rows, 1)
 
     def released(self, rows: Rows) -> None:
-        """A lease of these blocks has ended."""
-        self._leases[rows] -= 1
+        """A lease of these blocks has ended, once for each time that a row is named."""
+        np.subtract.at(self._leases, rows, 1)
         for item in np.unique(self._item_of[rows]).tolist():
             if item != NO_ITEM:
                 self._stored[item] = None

@@ -165,6 +165,13 @@ def test_ids_and_keys_are_cut_to_what_a_daemon_takes(hints: QueueHints, record: 
     assert {len(each.reads) for each in record.queue if isinstance(each.reads, BlockChain)} == {1024}
 
 
+def test_priorities_are_cut_to_what_a_daemon_takes(hints: QueueHints, record: Record) -> None:
+    for number, priority in enumerate((2**40, -(2**40), 0)):
+        hints.arrived(str(number), CHAIN, priority)
+    hints.send()
+    assert [each.priority for each in record.queue] == [2**30, 0, -(2**30)]
+
+
 def test_an_error_ends_the_hints_and_is_reported_once(record: Record) -> None:
     errors: list[Exception] = []
     hints = QueueHints(record, errors.append)  # type: ignore[arg-type]

@@ -110,6 +110,7 @@ def hinted(**hints: Any) -> dict[str, Any]:
         (hinted(do_not_keep=True), RequestHints(do_not_keep=True)),
         (hinted(tool_call={"name": "search"}), RequestHints(tool_call=ToolCall("search", None))),
         (hinted(tool_call={"name": "run", "expected_s": 2.5}), RequestHints(tool_call=ToolCall("run", 2.5))),
+        (hinted(tool_call={"name": "a\ud800"}), RequestHints(tool_call=ToolCall("a?", None))),
         (hinted(tool_call=None), RequestHints()),
     ],
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.placement.block_events import BlockEvents
+from kvservice.policy.base import Hint
 from kvservice.policy.items import Conditions
 from kvservice.policy.placement import Placement
 from kvservice.store.hints.placement import ExpectedRead, HintPlacement
@@ -23,7 +24,10 @@ from kvservice.store.tasks import Tasks
 log = logging.getLogger(__name__)
 
 _KEEP_EVERY_S = 300.0  # What policies have learned is written that often, and at the end.
-_RATE_WEIGHT = 0.1  # Of the newest report.
+_KEEP_WITHIN_S = 10.0  # A switch and a stop wait for it.
+_RATE_WEIGHT = 0.1  # Of the newest report,
+_RATE_FACTOR = 2.0  # which counts as at most so many times the mean before it, and at least this part of it.
+_RATE_MAX = 1e13  # Bytes of KV per second: more is an error.
 
 
 class ActivePolicy:
@@ -143,7 +147,7 @@ class ActivePolicy:
         if items is None:
             return
         try:
-            async with self._keeping:
+            async with self._clock.timeout(_KEEP_WITHIN_S), self._keeping:
                 state = await items.on_thread(lambda known, now_s: known.policy.state())
                 if (data := self._learned.keep(items.name, state)) is not None:
                     await asyncio.to_thread(self._learned.write, data)
@@ -207,8 +211,9 @@ class ActivePolicy:
 
     def computed(self, bytes_per_s: float) -> None:
         """An engine has reported how much KV it computes per second; 0 if it does not know."""
-        if bytes_per_s:
-            before = self._computed_bytes_per_s or bytes_per_s
+        if bytes_per_s > 0:  # Not NaN.
+            before = self._computed_bytes_per_s or min(bytes_per_s, _RATE_MAX)
+            bytes_per_s = min(max(bytes_per_s, before / _RATE_FACTOR), before * _RATE_FACTOR, _RATE_MAX)
             self._computed_bytes_per_s = before + _RATE_WEIGHT * (bytes_per_s - before)
             for each in (self._items, self.shadow):
                 if each is not None:
@@ -241,6 +246,9 @@ class ActivePolicy:
 
     def not_needed(self, rows: Rows, *, write: bool) -> None:
         self._window.not_needed(rows, write=write)
+        if len(rows):
+            for events in self._listening:
+                events.hinted(rows, Hint.ENDED, 0)
 
     def pause_over(self) -> bool:
         return self._has_new or self._window.pause_over()

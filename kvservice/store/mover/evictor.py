@@ -77,6 +77,7 @@ class Evictor:
         self._wait_s = wait_s
         self._cleaner: Cleaner | None = None
         self._victims: dict[TierName, deque[_Victim]] = {tier: deque() for tier in lifecycle.tiers}
+        self._not_needed: dict[TierName, dict[int, int]] = {tier: {} for tier in lifecycle.tiers}  # Row -> generation.
         self._ranked_at_s = dict.fromkeys(lifecycle.tiers, -math.inf)
         self._locks = {tier: asyncio.Lock() for tier in lifecycle.tiers}
         self._waiting = dict.fromkeys(lifecycle.tiers, 0)
@@ -135,10 +136,8 @@ class Evictor:
         blocks = self._blocks
         rows = rows[blocks.access_seq[rows] > 0]
         blocks.rank_oldest(rows)
-        generations = blocks.generation[rows].tolist()
-        marks = [_Victim(*each, 0, -math.inf) for each in zip(rows.tolist(), generations, strict=True)]
-        for queue in self._victims.values():
-            queue.extendleft(marks)
+        for marked in self._not_needed.values():
+            marked.update(zip(rows.tolist(), blocks.generation[rows].tolist(), strict=True))
 
     def rank_again(self) -> None:
         """The present order of victims is out of date."""
@@ -207,21 +206,25 @@ class Evictor:
         """Rows to evict with their scores, of `size_bytes` in total, or fewer: at most as many as fit into one
         iteration of the event loop, and only such with a score below `worth`.
         """
-        blocks, queue = self._blocks, self._victims[tier]
+        blocks, queue, marked = self._blocks, self._victims[tier], self._not_needed[tier]
         if self._clock.monotonic_s() - self._ranked_at_s[tier] > self._ranking.lasts_s:
             queue.clear()
         chosen: dict[int, float] = {}
         chosen_bytes = 0
         ranked = False
         while chosen_bytes < size_bytes and len(chosen) < _VICTIMS_AT_A_TIME:
-            if not queue:
+            if marked:
+                row, generation = marked.popitem()  # Of a chain, the end first.
+                access_seq, score = 0, -math.inf
+            elif not queue:
                 if ranked or not await self._rank(tier):
                     break
                 ranked = True
                 continue
-            if queue[0].score >= worth:
+            elif queue[0].score >= worth:
                 break
-            row, generation, access_seq, score = queue.popleft()
+            else:
+                row, generation, access_seq, score = queue.popleft()
             if blocks.generation[row] == generation and blocks.access_seq[row] == access_seq:
                 extent = blocks.extent(row, tier)
                 if extent is not None and row not in chosen and self._may_leave(row, tier):

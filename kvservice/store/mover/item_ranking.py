@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,9 @@ T = TypeVar("T")
 _RANKING_SHARE, _RANKING_LASTS_S = 20, 0.25
 _RESERVED_WEIGHT = 0.05  # Of the newest measurement of what loads and saves reserve.
 _DECIDED_TIERS = 2  # Policies know the first two tiers.
-_LATE_S = 0.1  # After this time the evictor takes blocks by recency.
+_LATE_S = 0.1  # After this time the evictor takes blocks by recency,
+_STUCK_S = 5.0  # and after this time blocks are written to SSD without a decision.
+_LOG_EVERY_S = 60.0  # Each eviction and each write may find that the policy is late or fails.
 
 
 class WantedRead(NamedTuple):
@@ -77,6 +80,7 @@ class ItemRanking:
         self._reserved_bytes = 0.0  # Of DRAM, for loads and saves that run: recent mean.
         self._took_s = 0.0  # How long the last ranking took,
         self._look_s = 0.0  # and the last look.
+        self._logs_again_s = -math.inf
         self._asks_ssd = type(policy).wants_on_ssd is not Placement.wants_on_ssd
         self.events = BlockEvents(blocks, block_tokens_of, clock.monotonic_s)
 
@@ -127,10 +131,8 @@ class ItemRanking:
                 self._took_s = self._clock.monotonic_s() - began_s
                 if len(ranked[0]):
                     return Ranked(*ranked)
-            except TimeoutError:
-                log.warning("the policy %s is late: blocks leave %s by recency", self.name, tier)
-            except Exception:
-                log.exception("the policy %s failed: blocks leave %s by recency", self.name, tier)
+            except Exception as error:
+                self._log_failure(f"blocks leave {tier} by recency", error)
         by_recency = await self._by_recency.lowest(tier, rows, count_max)
         return by_recency._replace(scores=np.full(len(by_recency.rows), np.finfo(np.float64).max))
 
@@ -154,10 +156,21 @@ class ItemRanking:
         if not self._asks_ssd:
             return True
         try:
-            return await self.on_thread(lambda items, now_s: items.wants_on_ssd(row, now_s))
-        except Exception:
-            log.exception("the policy %s failed: blocks are written to SSD", self.name)
+            async with self._clock.timeout(_STUCK_S):
+                return await self.on_thread(lambda items, now_s: items.wants_on_ssd(row, now_s))
+        except Exception as error:
+            self._log_failure("blocks are written to SSD", error)
             return True
+
+    def _log_failure(self, instead: str, error: Exception) -> None:
+        now_s = self._clock.monotonic_s()
+        if now_s < self._logs_again_s:
+            return
+        self._logs_again_s = now_s + _LOG_EVERY_S
+        if isinstance(error, TimeoutError):
+            log.warning("the policy %s is late: %s", self.name, instead)
+        else:
+            log.error("the policy %s failed: %s", self.name, instead, exc_info=error)
 
     async def explain(self, row: int) -> list[Valuation]:
         tiers = self._blocks.tiers[:_DECIDED_TIERS]

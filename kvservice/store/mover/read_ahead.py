@@ -113,7 +113,7 @@ class ReadAhead:
             pass
 
     def _follow(self, reads: list[WantedRead]) -> None:
-        self._plan = sorted(reads, key=lambda read: -read.deadline_s)
+        self._plan = sorted(reads, key=lambda read: read.deadline_s)[::-1]  # As in `reads` where they are equal.
         if self._plan and self._promoter is not None and self._reading is None:
             self._reading = self._tasks.start(self._read(self._promoter), "read ahead")
 

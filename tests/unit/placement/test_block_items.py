@@ -116,6 +116,36 @@ def test_blocks_of_an_earlier_daemon_are_grouped() -> None:
     assert {tuple(items.rows_of(item).tolist()) for item in items.live_items()} == listed
 
 
+def test_a_block_whose_parent_is_saved_again_meanwhile_is_grouped() -> None:
+    known = Store()
+    known.discard(known.save(range(12))[0])
+    known.blocks._free.clear()
+    events = BlockEvents(known.blocks, lambda layout_id: 4, lambda: 0.0)
+    filling = events.fill()
+    next(filling)
+    rows = known.save(range(12))
+    assert rows[0] == known.blocks.row_end - 1, "it is behind all others"
+    for _ in filling:
+        pass
+    items = BlockItems(PLACEMENTS["lru"](), Conditions(GIB, GIB, 1e9))
+    for note in events.take():
+        note(items)
+    assert items.known()[1] == 3
+
+
+def test_a_lease_that_names_a_block_several_times_ends_in_parts() -> None:
+    store = Store()
+    rows = np.array(store.save(range(4)) * 5)
+    store.events.looked_up(rows)
+    store.events.leased(rows)
+    store.events.released(rows[:3])
+    store.items.settle(store.now_s)
+    assert store.items.items.in_use[store.items.item_of(0)] == 1
+    store.events.released(rows[3:])
+    store.items.settle(store.now_s)
+    assert store.items.items.in_use[store.items.item_of(0)] == 0
+
+
 @pytest.mark.parametrize("name", ["lru", "fifo", "s3fifo", "lookahead", "foresight"])
 def test_the_end_of_an_item_leaves_before_its_front(name: str) -> None:
     store = Store(name)
@@ -140,6 +170,21 @@ def test_what_was_used_longest_ago_leaves_first_by_lru() -> None:
         store.use(rows[number])
     ranked, _ = store.items.lowest(store.blocks.live_rows(), TierName.DRAM, 5, store.now_s)
     assert ranked.tolist() == [*reversed(rows[2]), *reversed(rows[0]), rows[3][-1]]
+
+
+def test_the_rate_of_a_queue_is_measured_while_requests_wait() -> None:
+    store = Store("foresight")
+    rows = [store.save(range(100 * number, 100 * number + 8)) for number in range(40)]
+    for number, each in enumerate(rows):
+        store.events.queued([np.array(later) for later in rows[number : number + 8]], len(rows) - number)
+        store.now_s += 0.5
+        store.use(each)
+    assert store.items.items.conditions.turns_per_s == pytest.approx(2.0)
+    store.events.queued([], 0)
+    store.use(rows[0])
+    store.now_s += 1000
+    store.use(rows[1])
+    assert store.items.items.conditions.turns_per_s == pytest.approx(2.0, rel=0.2), "no queue, no rate"
 
 
 class Anything(RuleBasedStateMachine):

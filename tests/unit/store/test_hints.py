@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import TierName
+from kvservice.policy import daemon_policy
 from kvservice.policy.base import Hint
 from kvservice.store.caller import Tenant
 from kvservice.store.hints.exchange import HintExchange, HintLimits
@@ -20,6 +21,7 @@ from kvservice.store.operations.explain import Arrival
 from kvservice.store.types import HintStream, Nearness, SessionAppend
 from kvservice_api.errors import UnknownClient
 from kvservice_api.keys import BlockChain
+from tests.clock import HandClock
 from tests.file_faults import FaultyCalls
 from tests.stores import CALLER, KIB, LAYOUT, PATIENT, OpenStore, caller_of, some_chain, some_images, until
 
@@ -332,6 +334,53 @@ async def test_blocks_of_an_ended_session_are_evicted_first(
 
     assert in_dram(opened, chains) == []
     assert all(TierName.DRAM in opened.residency(key) for key in old.keys)
+
+
+@pytest.mark.parametrize("name", ["lookahead", "foresight"])
+async def test_blocks_of_an_ended_session_are_evicted_first_by_every_policy(
+    open_store: Callable[..., Any], name: str
+) -> None:
+    opened: OpenStore = await open_store(
+        policy=daemon_policy(name), clock=HandClock(), dram_bytes=24 * BLOCK + 4 * KIB, limits=PATIENT
+    )
+    client, chains = opened.store.attach(CALLER, "test"), [some_chain(BLOCKS, seed=number) for number in range(6)]
+    for number, chain in enumerate(chains):
+        await opened.save(client, chain, some_images(chain), on_ssd=True)
+        append = SessionAppend(chain.parent, chain.keys)
+        await opened.store.append_turn(CALLER, LAYOUT.fingerprint, f"chat-{number}", 0, append)
+    with opened.store.hints(caller_of(client)) as stream:
+        stream.not_needed(session("chat-4"), write=True)
+        await until(lambda: not exchange_of(opened)._not_needed)
+        await opened.decided()  # An order of victims from before is out of date.
+        await fill(opened, client, BLOCKS, seed=100)
+
+    assert in_dram(opened, chains) == [0, 1, 2, 3, 5]
+    items = opened.store._policy.items
+    assert items is not None
+    row = int(opened.blocks.rows_of_keys(chains[4].keys[:1])[0])
+    assert await items.on_thread(lambda known, now_s: bool(known.items.ended[known.item_of(row)]))
+
+
+async def test_queued_requests_are_read_in_the_order_of_the_queue(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: OpenStore = await open_store(
+        policy=daemon_policy("lookahead"), dram_bytes=40 * BLOCK + 4 * KIB,
+        limits=replace(PATIENT, hints=HintLimits(QueueLimits(16, 256), 0.9, 1 << 40)),
+    )  # fmt: skip
+    assert opened.promoter is not None
+    client, order, promote = opened.store.attach(CALLER, "test"), list[int](), opened.promoter.promote
+    chains = await stored_sessions(opened, client, 5)
+
+    async def noted(rows: Sequence[int], **options: Any) -> None:
+        order.extend(number for number, chain in enumerate(chains) if opened.blocks.key_of(rows[0]) in chain.keys)
+        await promote(rows, **options)
+
+    monkeypatch.setattr(opened.promoter, "promote", noted)
+    with opened.store.hints(caller_of(client)) as stream:
+        queue_sessions(stream, range(5))
+        await until(lambda: in_dram(opened, chains) == [0, 1, 2, 3, 4])
+    assert order == [0, 1, 2, 3, 4]
 
 
 async def test_blocks_that_another_session_names_or_another_client_has_used_are_not_evicted_first(

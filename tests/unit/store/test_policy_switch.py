@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvservice.policy import DAEMON_POLICIES
+from kvservice.policy import DAEMON_POLICIES, daemon_policy
 from kvservice.store.hints.queue_mirror import HintSubject
 from kvservice.store.leases import Client
 from kvservice.store.mover.evictor import Watermarks
 from kvservice_api.errors import InvalidRequest
+from tests.clock import HandClock
 from tests.stores import CALLER, KIB, LAYOUT, MIB, OpenStore, caller_of, some_chain, some_images, until
 
 _SESSIONS, _BLOCKS = 24, 4
@@ -159,3 +162,52 @@ async def test_a_new_policy_gets_the_queue_that_there_is(small: OpenStore) -> No
                 while name != "lru" and facts.queued < 2:
                     await asyncio.sleep(0.01)
                     facts = await operators.policy(CALLER)
+
+
+async def test_a_policy_that_fails_is_logged_once_and_the_store_goes_on(
+    small: OpenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = daemon_policy("foresight")
+    assert policy is not None
+
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    for method in ("retention", "wants_on_ssd"):
+        monkeypatch.setattr(type(policy), method, fail)
+    await small.store._policy.switch(policy)
+    client = small.store.attach(CALLER, "engine")
+    with caplog.at_level(logging.ERROR):
+        for chain in _CHAINS:
+            assert not (await small.save(client, chain, _IMAGES)).refused
+        await small.settle()
+    assert small.counters.evicted_dram_blocks > _BLOCKS
+    assert sum(small.hits(chain.keys) == _BLOCKS for chain in _CHAINS) == _SESSIONS, "all are on SSD"
+    assert len([each for each in caplog.records if "failed: blocks" in each.getMessage()]) == 1
+
+
+async def test_no_report_of_an_engine_lasts(small: OpenStore) -> None:
+    policy = small.store._policy
+    for bytes_per_s in (math.inf, math.nan, 1e300, 1e-300):
+        policy.computed(bytes_per_s)
+    for _ in range(400):
+        policy.computed(1e9)
+    assert policy._computed_bytes_per_s == pytest.approx(1e9, rel=0.01)
+    policy.computed(math.inf)
+    assert policy._computed_bytes_per_s < 1.2e9
+
+
+async def test_a_policy_whose_thread_is_stuck_can_be_replaced(open_store: Callable[..., Any]) -> None:
+    clock = HandClock()
+    opened: OpenStore = await open_store(clock=clock, policy=daemon_policy("foresight"))
+    client, stuck, may_go_on = opened.store.attach(CALLER, "engine"), opened.store._policy.items, threading.Event()
+    assert stuck is not None
+    busy = asyncio.create_task(stuck.on_thread(lambda items, now_s: may_go_on.wait()))
+    switching = asyncio.create_task(opened.store.operators.set_policy(CALLER, "fifo", ""))
+    while not switching.done():
+        await asyncio.sleep(0.001)
+        clock.advance(seconds=1)
+    assert (await switching).name == "fifo"
+    assert not (await opened.save(client, _CHAINS[0], _IMAGES)).refused
+    may_go_on.set()
+    await busy

@@ -26,6 +26,7 @@ _WAITING_MAX = 8192  # Requests behind them. Those that come while there are so 
 _PUTS_PER_STEP = 16  # Each takes some microseconds of the step.
 _REPORTS_PER_STEP = 256
 _ID_LENGTH_MAX = 200
+_PRIORITY_MAX = 2**30
 
 Reads = Session | BlockChain
 
@@ -76,7 +77,8 @@ class QueueHints:
         if len(self._waiting) < _WAITING_MAX:
             number = next(self._numbers)
             number = self._live[request_id] = -number if is_first else number
-            heapq.heappush(self._waiting, _Waiting(-priority, number, request_id, reads))
+            urgency = -max(-_PRIORITY_MAX, min(priority, _PRIORITY_MAX))  # vLLM's own may be any number.
+            heapq.heappush(self._waiting, _Waiting(urgency, number, request_id, reads))
 
     @_advice
     def left(self, request_id: str) -> None:

@@ -125,9 +125,9 @@ def _tool_call(given: Any) -> ToolCall | None:
     if not isinstance(given, Mapping) or not {*given} <= {"name", "expected_s"}:
         return None
     name, expected_s = given.get("name"), given.get("expected_s")
-    if not isinstance(name, str) or len(name.encode(errors="surrogatepass")) > _TOOL_NAME_BYTES_MAX:
+    if not isinstance(name, str) or len(name.encode(errors="replace")) > _TOOL_NAME_BYTES_MAX:
         return None
     is_number = isinstance(expected_s, (int, float)) and not isinstance(expected_s, bool)
     if expected_s is not None and not (is_number and 0 <= expected_s <= _EXPECTED_S_MAX):
         return None
-    return ToolCall(name, expected_s)
+    return ToolCall(name.encode(errors="replace").decode(), expected_s)  # JSON may have half of a surrogate pair.
