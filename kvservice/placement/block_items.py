@@ -79,6 +79,7 @@ class BlockItems:
         self._end = 0  # Items at and above it were never used.
         self._stored: dict[int, None] = {}  # Items that have got blocks since `settle`.
         self._unscored: dict[int, None] = {}  # Items that were forgotten, and are back since `settle`.
+        self._headless: dict[int, None] = {}  # Items whose first block has left, within `changed`.
         self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
         self._served_at_s = math.nan  # When a request was last served while others waited.
         self._now_s = -math.inf  # The time of the event that is being handled.
@@ -176,6 +177,10 @@ class BlockItems:
                     self.items.key[item] = key
                 self.items.answer_tokens[item] += tokens
             self._count(row, item, tiers)
+        if self._headless:
+            firsts = [rows[0] for rows in self.rows_of_each(list(self._headless))]
+            self._first_row[list(self._headless)] = firsts
+            self._headless.clear()
 
     def looked_up(self, rows: Rows, now_s: float) -> None:
         """A request has found these blocks of a prefix, and is about to lease them."""
@@ -356,7 +361,7 @@ class BlockItems:
         if self.items.queue_seq[item] != NOT_QUEUED:
             self._queue.insert(self._queue.index(item), front)
         if self.items.in_use[item]:
-            self._stored[front] = None
+            self._stored |= {front: None, item: None}  # A request that reads the front alone may hold it.
         return front
 
     def _leave(self, row: int, item: int) -> None:
@@ -370,11 +375,13 @@ class BlockItems:
         if not self._block_count[item]:
             self._forget(item)
         elif self._first_row[item] == row:
-            self._first_row[item] = self.rows_of(item)[0]
+            self._first_row[item] = NO_ROW
+            self._headless[item] = None
 
     def _forget(self, item: int) -> None:
         self._stored.pop(item, None)
         self._unscored.pop(item, None)
+        self._headless.pop(item, None)
         if self.items.queue_seq[item] != NOT_QUEUED:
             self._queue.remove(item)
             self.items.queue_seq[item] = NOT_QUEUED

@@ -172,7 +172,7 @@ class ForesightPolicy(Placement):
         if not self._started or not self._learning:
             return
         self._hints.hinted(row, hint, self._returns.hazard(row, now_s) * self._returns.typical_s, now_s, kind)
-        if hint is Hint.ENDED and items.live.item(row):  # Else it is forgotten, and has no age.
+        if hint is Hint.ENDED and not math.isnan(self._returns.since_s.item(row)):  # Else it has no age.
             self._score(items, np.array((row,)), now_s)
         self._candidate[row] = True
         self._looks.hinted(now_s)
@@ -259,7 +259,8 @@ class ForesightPolicy(Placement):
         price = self._reads.per_density / max(dense, _LEAST_DENSE) / unannounced
         hold, keep = self._scores.at_once(returns.in_class.item(row), price)
         wait_s = conditions.queued / conditions.turns_per_s
-        self._in_dram[row] = dense / (factor / (hold * unannounced) + wait_s)
+        hold, keep = max(hold * unannounced, _LEAST_RATE), max(keep, _LEAST_RATE)
+        self._in_dram[row] = dense / (factor / hold + wait_s)
         self._on_ssd[row] = self._saved.per_byte(size, value, True, has_ssd) / (factor / keep + wait_s)
 
     def _score(self, items: ItemTable, rows: Rows, now_s: float) -> tuple[Floats, Floats]:

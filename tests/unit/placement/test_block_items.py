@@ -11,10 +11,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName
+from kvservice.blocks import NO_ROW, BlockTable, Extent, Rows, TierName
 from kvservice.placement.block_events import BlockEvents
 from kvservice.placement.block_items import BlockItems
 from kvservice.policy import PLACEMENTS
+from kvservice.policy.base import Hint
+from kvservice.policy.foresight import ForesightPolicy
 from kvservice.policy.items import Conditions
 from kvservice_api.keys import block_chain
 from kvservice_api.layout import Layout, Shard
@@ -144,6 +146,62 @@ def test_a_lease_that_names_a_block_several_times_ends_in_parts() -> None:
     store.events.released(rows[3:])
     store.items.settle(store.now_s)
     assert store.items.items.in_use[store.items.item_of(0)] == 0
+
+
+def test_an_item_that_is_split_while_a_request_reads_its_front_is_free_afterwards() -> None:
+    store = Store()
+    rows = store.save(range(20))
+    front = np.array(rows[:2])
+    store.events.looked_up(front)
+    store.events.leased(front)
+    store.items.settle(store.now_s)
+    store.save([*range(8), *range(100, 108)])
+    store.items.settle(store.now_s)
+    in_use = store.items.items.in_use
+    assert [in_use[store.items.item_of(row)] for row in (rows[0], rows[2])] == [1, 0]
+    store.events.released(front)
+    store.items.settle(store.now_s)
+    assert not in_use.any()
+
+
+def test_blocks_that_leave_from_the_front_on_cost_one_pass_over_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    rows = store.save(range(400))
+    passes, rows_of_each = list[Sequence[int]](), store.items.rows_of_each
+
+    def counted(items: Sequence[int]) -> list[Rows]:
+        passes.append(items)
+        return rows_of_each(items)
+
+    monkeypatch.setattr(store.items, "rows_of_each", counted)
+    for row in rows[:-1]:
+        store.discard(row)
+    assert store.items.known()[1] == 1
+    assert len(passes) <= 2
+    assert store.runs() == {(rows[-1],)}
+
+
+def test_a_session_may_end_before_its_blocks_are_settled() -> None:
+    store = Store("foresight")
+    store.use(store.save(range(8)))
+    store.items.settle(store.now_s)
+    rows = store.save(range(100, 108))
+    store.events.hinted(np.array(rows), Hint.ENDED, 0)
+    store.items.settle(store.now_s)
+    assert store.items.items.ended[store.items.item_of(rows[0])]
+
+
+def test_an_item_without_a_rate_of_return_has_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store("foresight")
+    store.use(store.save(range(8)))
+    store.items.settle(store.now_s)
+    policy = store.items.policy
+    assert isinstance(policy, ForesightPolicy)
+    monkeypatch.setattr(policy._scores, "at_once", lambda in_class, price: (0.0, 0.0))
+    store.save(range(100, 108))
+    store.items.settle(store.now_s)
+    _, scores = store.items.lowest(store.blocks.live_rows(), TierName.DRAM, 10, store.now_s)
+    assert np.isfinite(scores).all()
 
 
 @pytest.mark.parametrize("name", ["lru", "fifo", "s3fifo", "lookahead", "foresight"])
