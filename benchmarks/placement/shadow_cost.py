@@ -52,7 +52,9 @@ def _stored(chain: np.ndarray[tuple[int], np.dtype[np.int64]], *, in_dram: bool)
     same = np.ones(_BLOCKS, np.int64)
     parents = np.concatenate([[NO_ROW], chain[:-1]])
     tiers, is_whole = same * (ON_SSD | (IN_DRAM if in_dram else 0)), same.astype(np.bool_)
-    return BlockChanges(chain, 0 * same, is_whole, tiers, _BLOCK_BYTES * same, 16 * same, is_whole, parents, chain)
+    return BlockChanges(
+        chain, 0 * same, is_whole, tiers, _BLOCK_BYTES * same, 16 * same, is_whole, parents, chain, chain
+    )
 
 
 def main() -> None:

@@ -127,6 +127,7 @@ class BlockEvents:
             tokens >= full[which],
             parents,
             shards,
+            np.ascontiguousarray(blocks.key[rows]).view(np.int64).reshape(len(rows), -1)[:, 0],
         )
 
 

@@ -28,6 +28,7 @@ NO_ITEM = -1
 IN_DRAM, ON_SSD = 1, 2  # Bits of `BlockChanges.tiers`.
 _ITEMS_AT_FIRST = 1024
 _SETTLED = 2048
+_RATE_WEIGHT = 0.05  # Of the last request, in the mean time between two that leave a queue.
 _TIERS = ((TierName.DRAM, IN_DRAM), (TierName.SSD, ON_SSD))
 
 
@@ -46,6 +47,7 @@ class BlockChanges(NamedTuple):
     is_whole: NDArray[np.bool_]
     parents: Rows  # The row of the block that it continues; NO_ROW if that is not stored.
     shards: Rows  # The first row of the same key.
+    keys: NDArray[np.int64]  # A part of the key.
 
 
 class BlockItems:
@@ -79,6 +81,7 @@ class BlockItems:
         self._unscored: dict[int, None] = {}  # Items that were forgotten, and are back since `settle`.
         self._headless: dict[int, None] = {}  # Items whose first block has left, within `changed`.
         self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
+        self._served_at_s = math.nan  # When a request was last served while others waited.
         self._now_s = -math.inf  # The time of the event that is being handled.
 
     # What is known
@@ -160,7 +163,7 @@ class BlockItems:
         self._now_s = now_s
         self._need_rows(int(changes.rows.max(initial=-1)) + 1)
         columns = (column.tolist() for column in changes)
-        for row, generation, live, tiers, size, tokens, whole, parent, shard in zip(*columns, strict=True):
+        for row, generation, live, tiers, size, tokens, whole, parent, shard, key in zip(*columns, strict=True):
             item = self._item_of.item(row)
             if item != NO_ITEM and (not live or generation != self._generation.item(row)):
                 self._leave(row, item)
@@ -170,6 +173,8 @@ class BlockItems:
             if item == NO_ITEM:
                 self._generation[row], self._size_bytes[row], self._is_whole[row] = generation, size, whole
                 item = self._join(row, parent, shard)
+                if self._first_row[item] == row:
+                    self.items.key[item] = key
                 self.items.answer_tokens[item] += tokens
             self._count(row, item, tiers)
         if self._headless:
@@ -195,6 +200,15 @@ class BlockItems:
             items.answer_tokens[item] = 0
             self._stored[item] = None  # It may get no lease.
         conditions.served += 1
+        self._measure_rate(now_s)
+
+    def _measure_rate(self, now_s: float) -> None:
+        """A request was served: how many a second leave a queue that is not empty."""
+        conditions, since_s = self.items.conditions, self._served_at_s
+        self._served_at_s = now_s if conditions.queued else math.nan
+        if now_s > since_s:  # Requests waited since the last one was served.
+            mean_s = 1 / conditions.turns_per_s or now_s - since_s
+            conditions.turns_per_s = 1 / (mean_s + _RATE_WEIGHT * (now_s - since_s - mean_s))
 
     def leases_are(self, leases: NDArray[np.int32]) -> None:
         """The number of leases of each row at the beginning. Before all other events."""
@@ -343,6 +357,7 @@ class BlockItems:
         coming = int(sizes[self._is_coming[moved]].sum())
         part = ItemPart(int(sizes.sum()), in_dram, on_ssd, coming, float(len(moved)))
         self._core.split(item, front, part, self._now_s)
+        self.items.key[item] = hash((self.items.key.item(front), depth))  # The front keeps the key of its first block.
         if self.items.queue_seq[item] != NOT_QUEUED:
             self._queue.insert(self._queue.index(item), front)
         if self.items.in_use[item]:

@@ -294,7 +294,7 @@ class ForesightPolicy(Placement):
             doubtful = (by_hint[LATER] < rates[LATER, hinted]) & (in_class < hint_times.ENDED)
             for row in rows[hinted[doubtful]].tolist():
                 hints.expected.pop(row, None)
-            # What a tool's end will bring back within seconds is not let go, to be read again before that.
+            # What a tool's end will bring back within seconds is not evicted, to be read again before that.
             soon = (age_s <= hints.most_s[in_class]) & (hints.most_s[in_class] < _SOON_SHARE * returns.typical_s)
             called = np.flatnonzero(soon & (in_class >= hint_times.TOOL_CALL) & (in_class < hint_times.ENDED))
             by_hint[HOLD, called] = np.maximum(by_hint[HOLD, called], by_hint[LATER, called])

@@ -18,8 +18,9 @@ _BUSY_SHARE = 0.2  # Of the bandwidth, for reads ahead of time while the SSD is 
 _MEMORY_S = 60.0
 #: All reads, of those of a store that reads nothing ahead.
 _READS = 1.18
-_SAVED_SHARE = 0.25  # Unused allowance is kept up to this share of DRAM.
-_FOUND_MEMORY = 4.0  # How many times DRAM's bytes must be found on SSD until an observation of that counts 1/e.
+_SAVED_ITEMS = 64  # Unused allowance is kept up to DRAM's size, or up to so many items.
+_LAST = 0.02  # The weight of the last use in the mean size of used items.
+_FOUND_MEMORY = 4.0  # How many times as many bytes must be found on SSD until an observation of that counts 1/e.
 
 
 class ReadBudget:
@@ -31,17 +32,17 @@ class ReadBudget:
         self._demand = self._writing = 0.0  # Shares of recent time.
         self._returned = self._found = 0  # Bytes of items that were used since `learn`; those that only SSD had.
         self._found_sum = self._read_sum = 0.0
+        self._used_bytes = 0.0  # Mean size of used items.
         self.allowance_bytes = math.inf
         self._per_item = _LEAST
         self._mean_density = 1.0
 
     def used(self, dram_bytes: int, ssd_bytes: int) -> None:
         """A request uses an item, with so much of it in the tiers."""
-        if ssd_bytes > dram_bytes:
-            self._returned += ssd_bytes
-            self._found += ssd_bytes - dram_bytes
-        else:
-            self._returned += dram_bytes
+        stored_bytes = max(ssd_bytes, dram_bytes)
+        self._returned += stored_bytes
+        self._found += stored_bytes - dram_bytes
+        self._used_bytes += _LAST * (stored_bytes - self._used_bytes)
 
     @property
     def per_density(self) -> float:
@@ -49,7 +50,7 @@ class ReadBudget:
         return self._per_item * self._mean_density
 
     def readable_bytes(self, conditions: Conditions, within_s: float) -> float:
-        """What may be read ahead within so many seconds, with what is on its way."""
+        """What may be read ahead within so many seconds, with what is coming."""
         free = max(1.0 - self._demand - self._writing, 0.0)
         share = free if free >= 1 - _BUSY else min(free, _BUSY_SHARE)
         coming_bytes = conditions.read_backlog_s * conditions.ssd_bytes_per_s
@@ -69,21 +70,20 @@ class ReadBudget:
             self._demand += (min(demand / can_move, 1.0) - self._demand) * weight
             self._writing += (min(written / can_move, 1.0) - self._writing) * weight
         self._at_s = now_s
+        kept_bytes = max(conditions.dram_capacity_bytes, _SAVED_ITEMS * self._used_bytes)
         if conditions.read_bytes:
-            self._allow(conditions, read, demand, 1 - lru_share)
+            self._allow(kept_bytes, read, demand, 1 - lru_share)
         self._returned = self._found = 0
         self._mean_density = mean_density or self._mean_density
-        kept_bytes = _SAVED_SHARE * conditions.dram_capacity_bytes
         scarce = 1 - self.allowance_bytes / kept_bytes if kept_bytes else 0.0
         busy = (self._demand + self._writing - _BUSY) / (1 - _BUSY)
         self._per_item = _LEAST * (_MOST / _LEAST) ** min(max(busy, scarce, 0.0), 1.0)
 
-    def _allow(self, conditions: Conditions, read: int, demand: int, missed: float) -> None:
+    def _allow(self, kept_bytes: float, read: int, demand: int, missed: float) -> None:
         """Add what a store would have read that reads nothing ahead, and subtract what was read."""
-        faded = math.exp(-self._found / max(_FOUND_MEMORY * conditions.dram_capacity_bytes, 1))
+        faded = math.exp(-self._found / max(_FOUND_MEMORY * kept_bytes, 1.0))
         self._found_sum = self._found_sum * faded + self._found
         self._read_sum = self._read_sum * faded + demand
         loaded = min(self._read_sum / self._found_sum, 1.0) if self._found_sum else 1.0
-        kept_bytes = _SAVED_SHARE * conditions.dram_capacity_bytes
         allowance = min(self.allowance_bytes, kept_bytes) + _READS * loaded * missed * self._returned - read
         self.allowance_bytes = min(max(allowance, -kept_bytes), kept_bytes)

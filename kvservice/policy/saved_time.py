@@ -4,11 +4,12 @@ A use that finds the item on SSD takes as long as `kvservice_api.cost.plan` woul
 at once. With sizes in bytes of KV, a use of an item of S bytes takes
 
     computed     S / computed per second
-    from SSD     min(computed, (wait + S / read per second) / (1 + computed per second / read per second))
+    from SSD     min(computed, (wait + S / read per second + S / link per second) * read)
     from DRAM    S / link per second
 
-So DRAM saves `from SSD - from DRAM`, and SSD saves `computed - from SSD`; without an SSD, DRAM saves
-`computed - from DRAM`. What saves nothing is worth nothing.
+where `read` is the share that is read while the rest is computed, 1 / (1 + computed per second / read per second). So
+DRAM saves `from SSD - from DRAM`, and SSD saves `computed - from SSD`; without an SSD, DRAM saves `computed - from
+DRAM`. What saves nothing is worth nothing.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ class SavedTime(NamedTuple):
         if not computed_per_s:
             return cls(0.0, 0.0, 0.0, 0.0)
         both = 1 / (1 + computed_per_s / read_per_s)
-        return cls(
-            1 / computed_per_s, conditions.demand_wait_s * both, both / read_per_s, 1 / conditions.link_bytes_per_s
-        )
+        link = 1 / conditions.link_bytes_per_s
+        return cls(1 / computed_per_s, conditions.demand_wait_s * both, both * (1 / read_per_s + link), link)
 
     def per_byte(self, size: int, value: float, lost: bool, has_ssd: bool) -> float:
         """What a use saves per byte of an item, in seconds, or in `value` if the rates are not known.

@@ -169,6 +169,8 @@ class AdminService:
 
     async def SetPolicy(self, request: pb.SetPolicyRequest, context: Context) -> pb.SetPolicyResponse:
         caller = self._callers.of(context)
+        if not (request.policy or request.shadow):
+            return explained.policy(await self._operators.policy(caller))
         return explained.policy(await self._operators.set_policy(caller, request.policy, request.shadow))
 
     def _tiers(

@@ -302,7 +302,7 @@ class BlockStore:
         self._hints.start()
 
     def _start_policy(self) -> None:
-        blocks, clock, counters, writer = self._blocks, self._clock, self._counters, self._write_behind
+        blocks, clock, counters = self._blocks, self._clock, self._counters
         bytes_per_s_max = self.limits.hints.bytes_per_s_max
         window = WindowPromotion(
             blocks, self._promoter, self._evictor, clock, counters, self._tasks, bytes_per_s_max=bytes_per_s_max
@@ -315,7 +315,6 @@ class BlockStore:
                 blocks,
                 self._dram,
                 self._promoter,
-                lambda: writer is not None and writer.pending > 0,
                 clock,
                 counters,
                 self._tasks,

@@ -78,7 +78,7 @@ class ActivePolicy:
         self._make_read_ahead = read_ahead
         self._read_ahead: ReadAhead | None = None
         self._hinted: dict[tuple[int, float], None] = {}
-        self._has_new = False  # It has not got the engines' queues yet.
+        self._has_new = False  # A policy that has not got the engines' queues yet.
         self._make_shadow = shadow
         self._shadowing: asyncio.Task[None] | None = None
         self._tasks.start(self._keep_forever(), "what policies have learned")
@@ -125,6 +125,7 @@ class ActivePolicy:
         if policy is not None:
             self.shadow = self._make_shadow(policy)
             self.shadow.conditions.recompute_bytes_per_s = self._computed_bytes_per_s
+            self._has_new = True
             self._shadowing = self._tasks.start(self.shadow.run(), "shadow policy")
         self._listen()
 
@@ -221,7 +222,6 @@ class ActivePolicy:
     # Hints
 
     def want(self, wanted: Sequence[ExpectedRead], waiting: int) -> None:
-        self._has_new = False
         hinted: dict[tuple[int, float], None] = {}
         for read in wanted:
             if read.hint is not None and len(read.rows):
@@ -229,7 +229,10 @@ class ActivePolicy:
                 if (int(read.rows[-1]), read.due_s) not in self._hinted:
                     for events in self._listening:
                         events.hinted(read.rows, read.hint, read.kind)
-        self._hinted = hinted
+        # A new policy ignores requests for blocks that it does not know yet.
+        knows_blocks = self._read_ahead is None or self._read_ahead.looks > 0
+        self._hinted = hinted if knows_blocks else {}
+        self._has_new = not knows_blocks or (self.shadow is not None and not self.shadow.looks)
         for events in self._listening:
             events.queued([read.rows for read in wanted if read.hint is None], waiting)
         if self._read_ahead is None:

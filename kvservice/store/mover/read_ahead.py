@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -21,11 +20,10 @@ from kvservice.tiers.base import Tier
 log = logging.getLogger(__name__)
 
 _EVERY_S, _LEAST_S = 0.1, 0.01  # Between two looks, unless the policy wants to be asked sooner.
-_PAUSE_AFTER_ERROR_S = 10.0
+_PAUSE_AFTER_ERROR_S, _PAUSE_MAX_S = 10.0, 1.0
 _AFTER_LOADS_S = 0.1  # Reads of loads that begin within this time are done before,
 _AFTER_ALL_S = 600.0  # and before a guess all that is needed for certain.
 _MEMORY_S = 60.0  # Of the share of time in which blocks are read.
-_BUSY_SHARE = 0.2  # Of the SSD's bandwidth: what is read on a guess while requests or writes need it.
 _BURST_S = 1.0  # By how much that may be exceeded at first, in bytes of so much time.
 
 
@@ -38,7 +36,6 @@ class ReadAhead:
         blocks: BlockTable,
         dram: Tier,
         promoter: Promoter | None,
-        is_writing: Callable[[], bool],
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
@@ -46,14 +43,13 @@ class ReadAhead:
         *,
         bytes_per_s_max: int,
     ) -> None:
-        """`promoter` is None in a store with one tier: nothing is read. `is_writing`: blocks wait for the SSD.
-        `bytes_per_s_max` limits what is read for queued requests.
+        """`promoter` is None in a store with one tier. `bytes_per_s_max`: of reads for queued requests, 0 for none.
+        The policy limits what is read on a guess.
         """
         self._ranking = ranking
         self._blocks = blocks
         self._dram = dram
         self._promoter = promoter
-        self._is_writing = is_writing
         self._clock = clock
         self._counters = counters
         self._tasks = tasks
@@ -64,9 +60,6 @@ class ReadAhead:
         self.looks = 0  # Decisions of the policy so far.
         self._bytes_per_s_max = bytes_per_s_max
         self._spent_until_s = -math.inf  # What was read for queued requests so far is allowed at this time.
-        self._own_bytes = 0  # Of the read that runs.
-        self._allowed_bytes = math.inf  # To be read on a guess.
-        self._measured_s = clock.monotonic_s()
         # Blocks that were read on a guess, and that no request has used yet, as columns: row, generation, access_seq.
         self._unused = np.zeros((3, 0), np.int64)
 
@@ -132,47 +125,37 @@ class ReadAhead:
                 blocks = self._blocks
                 same = blocks.live[read.rows] & (blocks.generation[read.rows] == read.generations)
                 rows = read.rows[same & ~blocks.lie_in(read.rows, blocks.first_tier)]
-                size_bytes = int(blocks.size_bytes[rows].sum())
-                if not len(rows) or (not read.is_queued and self._allowed_bytes <= 0):
+                if not len(rows) or (read.is_queued and not self._bytes_per_s_max):
                     continue
-                if read.is_queued and (pause_s := self._pause_s()) > 0:
+                now_s = self._clock.monotonic_s()
+                if read.is_queued and self._spent_until_s > now_s + _BURST_S:
                     self._plan.append(read)
-                    await self._clock.sleep(pause_s)
+                    await self._clock.sleep(min(self._spent_until_s - now_s - _BURST_S, _PAUSE_MAX_S))
                     continue
-                self._spend(size_bytes, read.is_queued)
-                self._own_bytes = size_bytes
-                after_s = _AFTER_LOADS_S if read.is_queued else _AFTER_ALL_S
-                within_s = max(0.0, read.deadline_s - self._clock.monotonic_s()) + after_s
-                self._ranking.events.coming(rows, True)
-                try:
-                    await promoter.promote(
-                        rows.tolist(), within_s=within_s, wait=True, worth=read.worth, space_for=SpaceFor.READ_AHEAD
-                    )
-                finally:
-                    self._ranking.events.coming(rows, False)
-                arrived = rows[blocks.lie_in(rows, blocks.first_tier)]
-                if read.is_queued:
-                    self._note_hinted(arrived)
-                    if len(arrived) < len(rows):
-                        self._ranking.events.ask_again()
-                else:
-                    self._note_guess(arrived)
+                await self._read_one(promoter, read, rows, now_s)
         finally:
-            self._own_bytes = 0
             self._reading = None
 
-    def _pause_s(self) -> float:
-        """How long to wait before the next read for a queued request."""
-        if not self._bytes_per_s_max:
-            return _PAUSE_AFTER_ERROR_S
-        return min(self._spent_until_s - self._clock.monotonic_s() - _BURST_S, _PAUSE_AFTER_ERROR_S)
-
-    def _spend(self, size_bytes: int, is_queued: bool) -> None:
-        if is_queued:
-            begin_s = max(self._spent_until_s, self._clock.monotonic_s())
-            self._spent_until_s = begin_s + size_bytes / self._bytes_per_s_max
-        else:
-            self._allowed_bytes -= size_bytes
+    async def _read_one(self, promoter: Promoter, read: WantedRead, rows: Rows, now_s: float) -> None:
+        blocks, events = self._blocks, self._ranking.events
+        if read.is_queued:
+            size_bytes = int(blocks.size_bytes[rows].sum())
+            self._spent_until_s = max(self._spent_until_s, now_s) + size_bytes / self._bytes_per_s_max
+        within_s = max(0.0, read.deadline_s - now_s) + (_AFTER_LOADS_S if read.is_queued else _AFTER_ALL_S)
+        events.coming(rows, True)
+        try:
+            await promoter.promote(
+                rows.tolist(), within_s=within_s, wait=True, worth=read.worth, space_for=SpaceFor.READ_AHEAD
+            )
+        finally:
+            events.coming(rows, False)
+        arrived = rows[blocks.lie_in(rows, blocks.first_tier)]
+        if not read.is_queued:
+            self._note_guess(arrived)
+            return
+        self._note_hinted(arrived)
+        if len(arrived) < len(rows):
+            events.ask_again()
 
     def _note_hinted(self, rows: Rows) -> None:
         self._blocks.hinted[rows] = True
@@ -203,14 +186,8 @@ class ReadAhead:
         """What the policy may know of the SSD."""
         if self._promoter is None:
             return
-        conditions, now_s = self._ranking.conditions, self._clock.monotonic_s()
+        conditions = self._ranking.conditions
         pending_bytes = self._promoter.pending_bytes
-        if pending_bytes > self._own_bytes or self._is_writing():
-            share = _BUSY_SHARE * conditions.ssd_bytes_per_s
-            self._allowed_bytes = min(self._allowed_bytes, share * _BURST_S) + share * (now_s - self._measured_s)
-        else:
-            self._allowed_bytes = math.inf
-        self._measured_s = now_s
         if self._promoter.bytes_per_s:
             conditions.ssd_bytes_per_s = self._promoter.bytes_per_s
         conditions.read_backlog_s = pending_bytes / conditions.ssd_bytes_per_s

@@ -230,6 +230,21 @@ def test_what_was_used_longest_ago_leaves_first_by_lru() -> None:
     assert ranked.tolist() == [*reversed(rows[2]), *reversed(rows[0]), rows[3][-1]]
 
 
+def test_the_rate_of_a_queue_is_measured_while_requests_wait() -> None:
+    store = Store("foresight")
+    rows = [store.save(range(100 * number, 100 * number + 8)) for number in range(40)]
+    for number, each in enumerate(rows):
+        store.events.queued([np.array(later) for later in rows[number : number + 8]], len(rows) - number)
+        store.now_s += 0.5
+        store.use(each)
+    assert store.items.items.conditions.turns_per_s == pytest.approx(2.0)
+    store.events.queued([], 0)
+    store.use(rows[0])
+    store.now_s += 1000
+    store.use(rows[1])
+    assert store.items.items.conditions.turns_per_s == pytest.approx(2.0, rel=0.2), "no queue, no rate"
+
+
 class Anything(RuleBasedStateMachine):
     """Prefixes of a small tree come, are looked up, change their tier and leave, in any order."""
 

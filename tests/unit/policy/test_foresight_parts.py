@@ -94,7 +94,7 @@ def test_reads_ahead_have_what_requests_leave_and_a_fifth_while_the_ssd_is_busy(
     assert shares == pytest.approx({10: 0.9, 60: 0.2, 90: 0.1}, rel=0.1)
 
 
-def test_what_is_on_its_way_is_read_before_more_is_asked_for() -> None:
+def test_what_is_coming_is_read_before_more_is_asked_for() -> None:
     budget, conditions = watched(found=10)
     conditions.read_backlog_s = 1.0
     assert budget.readable_bytes(conditions, 1.0) < 0

@@ -47,7 +47,7 @@ def test_some_uses_by_chance_do_not_put_it_ahead() -> None:
         assert not shadow.is_ahead
 
 
-def test_after_a_restart_it_compares_anew() -> None:
+def test_after_a_restart_it_compares_again() -> None:
     shadow = followed(ShadowLru(20), [1, 2] * 100)
     shadow.restart()
     assert not followed(shadow, [1, 2] * 20).is_ahead, "too few uses"

@@ -67,7 +67,8 @@ def test_where_gaps_follow_answers_the_bound_that_knows_answers_has_more_on_time
     }
     assert on_time[True, "ages-and-answers"] > 1.2 * on_time[True, "ages-only"]
     assert on_time[True, "ages-and-answers"] > on_time[True, "foresight"] > on_time[True, "ages-only"]
-    assert on_time[False, "ages-and-answers"] == pytest.approx(on_time[False, "ages-only"], abs=0.06)
+    # Classes of some hundred gaps each know a little about them.
+    assert on_time[False, "ages-and-answers"] == pytest.approx(on_time[False, "ages-only"], abs=0.12)
 
 
 @pytest.mark.parametrize("name", ["ages-only", "ages-and-answers"])

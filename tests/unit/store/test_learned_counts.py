@@ -123,3 +123,13 @@ async def test_what_an_other_version_has_learned_is_not_used(
         opened = store_files(policy=policy, learned=path).open()
     await opened.close()
     assert sum("another version" in record.getMessage() for record in caplog.records) == 1
+
+
+async def test_a_policy_that_returns_begins_with_what_it_knew(open_store: Callable[..., Any]) -> None:
+    opened = await open_store(policy=Learner())
+    client, chain, policy = opened.store.attach(CALLER, "engine"), some_chain(2), opened.store._policy
+    await opened.save(client, chain, some_images(chain))
+    await policy.switch(None)
+    back = Learner()
+    await policy.switch(back)
+    assert back.count >= 1

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from kvservice.policy import DAEMON_POLICIES, daemon_policy
+from kvservice.store.hints.queue_mirror import HintSubject
 from kvservice.store.leases import Client
 from kvservice.store.mover.evictor import Watermarks
 from kvservice_api.errors import InvalidRequest
 from tests.clock import HandClock
-from tests.stores import CALLER, KIB, MIB, OpenStore, caller_of, some_chain, some_images, until
+from tests.stores import CALLER, KIB, LAYOUT, MIB, OpenStore, caller_of, some_chain, some_images, until
 
 _SESSIONS, _BLOCKS = 24, 4
 _CHAINS = [some_chain(_BLOCKS, seed=seed) for seed in range(_SESSIONS)]
@@ -145,6 +146,22 @@ async def test_an_empty_request_shows_what_the_policy_knows(small: OpenStore) ->
     assert (facts.queued, facts.read_ahead_bytes, facts.shadow) == (0, 0, None)
     again = await small.store.operators.set_policy(CALLER, "lookahead", "")
     assert again.since_ms == facts.since_ms, "it decides already, and stays"
+
+
+async def test_a_new_policy_gets_the_queue_that_there_is(small: OpenStore) -> None:
+    """Engines send changes of their queues alone."""
+    operators, client = small.store.operators, small.store.attach(CALLER, "engine")
+    for chain in _CHAINS[:2]:
+        await small.save(client, chain, _IMAGES, on_ssd=True)
+    with small.store.hints(caller_of(client)) as stream:
+        for name, chain in zip("ab", _CHAINS[:2], strict=True):
+            stream.put(name, HintSubject(LAYOUT.fingerprint, "", b"".join(chain.keys)), None, 0, "")
+        for name in ("lookahead", "foresight", "lru", "lookahead"):
+            facts = await operators.set_policy(CALLER, name, "fifo")
+            async with asyncio.timeout(30):
+                while name != "lru" and facts.queued < 2:
+                    await asyncio.sleep(0.01)
+                    facts = await operators.policy(CALLER)
 
 
 async def test_a_policy_that_fails_is_logged_once_and_the_store_works(

@@ -111,11 +111,11 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
     waits_for_room, gate = asyncio.Event(), asyncio.Event()
     reserve = opened.evictor.reserve
 
-    async def slowly(*space: Any, **waits: Any) -> Any:
+    async def slowly(tier: TierName, size_bytes: int, *space_for: Any, **waits: Any) -> Any:
         if first in promotion._pending:  # The first block is being promoted; the second waits for space.
             waits_for_room.set()
             await gate.wait()
-        return await reserve(*space, **waits)
+        return await reserve(tier, size_bytes, *space_for, **waits)
 
     def refuse(tier: TierName, keys: list[bytes], records: Records) -> asyncio.Future[None]:
         failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
