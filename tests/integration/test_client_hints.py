@@ -262,8 +262,8 @@ def test_a_callback_that_raises_does_not_end_the_stream(daemon: DaemonProcess) -
         until(lambda: called == ["one", "two"])
 
 
-def test_prefetch_and_evict_take_sessions(daemon: DaemonProcess) -> None:
-    with daemon.client() as client:
+def test_prefetch_and_evict_take_sessions(small: DaemonProcess) -> None:
+    with small.client() as client:
         (first, _), (second, chain) = stored_sessions(client, 2, "named")
         unknown = client.session(LARGE, "no-such-session")
 
