@@ -12,8 +12,8 @@ from kvservice.placement.block_items import IN_DRAM, ON_SSD, BlockChanges, Block
 from kvservice.policy.base import Hint
 from kvservice.policy.items import grown
 
-_FILL_ROWS = 1024
-_CHANGED_MAX = 1024  # Blocks whose changes are noted together.
+_FILL_ROWS = 128
+_CHANGED_MAX = 128  # Blocks whose changes are noted together: a millisecond of the event loop.
 
 Note = Callable[[BlockItems], None]
 

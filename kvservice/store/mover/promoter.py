@@ -207,7 +207,9 @@ class Promoter:
 
         Reads are ordered by their deadline, `within_s` from now.
         """
-        later_bytes = int(self._blocks.size_bytes[[row for row in rows if self._should_promote(row)]].sum())
+        wanted = np.unique(np.asarray(rows, np.int64))
+        absent = wanted[~self._blocks.lie_in(wanted, self._blocks.first_tier)]
+        later_bytes = int(self._blocks.size_bytes[absent].sum())
         begun: list[PendingPromotion] = []
         found: dict[int, PendingPromotion] = {}
         try:
