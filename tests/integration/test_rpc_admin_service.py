@@ -108,7 +108,7 @@ def test_ListSessions_goes_through_all_sessions_page_by_page(wire: Wire) -> None
 
 
 def test_SetPolicy_shows_and_switches(wire: Wire) -> None:
-    assert wire.admin.SetPolicy(pb.SetPolicyRequest()).policy == "foresight"
+    assert wire.admin.SetPolicy(pb.SetPolicyRequest()).policy == "lru"
     answer = wire.admin.SetPolicy(pb.SetPolicyRequest(policy="s3fifo", shadow="fifo"))
     assert (answer.policy, answer.configured, answer.shadow.policy) == ("s3fifo", "foresight", "fifo")
     for wrong in ({"policy": "none"}, {"shadow": "unknown"}, {"policy": "lru", "shadow": "?"}):
