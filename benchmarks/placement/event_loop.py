@@ -88,12 +88,12 @@ def _load(daemon: DaemonProcess, client: Client, sessions: int, for_s: float) ->
         _save(blocks, range(start, min(start + _SAVED_AT_ONCE, sessions)), lengths)
     written = -1.0
     while written != (written := client.admin.status().counters["written_behind_blocks"]):
-        time.sleep(2.0)
+        time.sleep(2.0)  # The daemon does not report the end of its write-behind.
     random, turns = np.random.default_rng(0), 0
     before, began_s = _facts(daemon), time.monotonic()
     while (passed_s := time.monotonic() - began_s) < for_s:
         if turns >= passed_s * _TURNS_PER_S:
-            time.sleep(0.001)
+            time.sleep(0.001)  # The next turn is not due.
             continue
         session = int(random.integers(sessions))
         with blocks.lookup(_chain(session, lengths)):

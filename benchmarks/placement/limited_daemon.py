@@ -39,7 +39,7 @@ class LimitedFileCalls(FileCalls):
             self._free_at_s = max(self._free_at_s, time.monotonic()) + size / self._bytes_per_s
             ends_s = self._free_at_s
         count = call(fd, buffers, offset)
-        time.sleep(max(0.0, ends_s - time.monotonic()))
+        time.sleep(max(0.0, ends_s - time.monotonic()))  # As long as such an SSD would take.
         return count
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class VllmEngine:
             session = self._client.session(self.layout, name)
             if not _is_named(session, tokens):
                 self._vllm.answer(tokens, 1, session_id=name)
-            until(lambda session=session, tokens=tokens: _is_named(session, tokens))  # type: ignore[misc]
+            until(partial(_is_named, session, tokens))
 
     def serve(self, prompts: Sequence[Prompt], way: Way) -> list[Served]:
         kept = [

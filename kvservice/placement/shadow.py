@@ -1,6 +1,6 @@
 """A policy beside the real one: what it would have found in DRAM, on a model of the tiers, for the same requests.
 
-The shadow hears of the items that a store really has, and keeps a residency of its own for them in a `PlacementCore`.
+The shadow gets the events of the items that a store has. A `PlacementCore` of its own models which tier has them.
 Its model: what a request saves enters DRAM at once, and SSD if the policy wants that; requests read what only SSD has;
 reads ahead wait for both. All of them take time by the SSD's measured bandwidth. An item that the store has lost from
 all tiers is unknown to the shadow, too: a request for it counts for neither.

@@ -190,7 +190,7 @@ class ActivePolicy:
         """What a block is worth in each tier that the policy knows. Empty if the policy does not know the block."""
         try:
             return await self._ranking.explain(row)
-        except Exception:
+        except Exception:  # A policy's bug: the other facts about the block are right.
             log.exception("the policy %s failed to explain a block", self.name)
             return []
 

@@ -35,7 +35,7 @@ class ToolCall(NamedTuple):
 
 
 class RequestHints(NamedTuple):
-    """What the application knows. All but `priority` is about what comes after the request's answer."""
+    """The application's hints. `priority` is the request's; the others say what will happen after its answer."""
 
     priority: int = 0  # In the daemon's queue: higher ones first.
     typing: bool = False  # The person already writes the next prompt.
