@@ -29,10 +29,14 @@ class BlockEvents:
         self._notes: list[Note] = [partial(BlockItems.leases_are, leases=blocks.leases[: blocks.row_end].copy())]
         self._changed: dict[int, bool] = {}  # Blocks with changes that are not among them yet, and whether they live.
         self._known = np.full(blocks.row_capacity, -1, np.int64)  # By row: the generation that was noted last.
+        self._is_open = True
         blocks.listeners.append(self._note_change)
 
     def close(self) -> None:
-        self._blocks.listeners.remove(self._note_change)
+        """Take no more notes. A second call has no effect."""
+        if self._is_open:
+            self._is_open = False
+            self._blocks.listeners.remove(self._note_change)
 
     def take(self) -> list[Note]:
         """All notes since the last call. Apply them in this order."""
@@ -81,8 +85,9 @@ class BlockEvents:
         self._note(partial(BlockItems.ask_again, now_s=self._now_s()))
 
     def _note(self, event: Callable[[BlockItems], None]) -> None:
-        self._note_changes()
-        self._notes.append(event)
+        if self._is_open:
+            self._note_changes()
+            self._notes.append(event)
 
     def _note_change(self, row: int) -> None:
         is_live = bool(self._blocks.live[row])

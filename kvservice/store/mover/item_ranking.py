@@ -157,10 +157,11 @@ class ItemRanking:
             return True
         try:
             async with self._clock.timeout(_STUCK_S):
-                return await self.on_thread(lambda items, now_s: items.wants_on_ssd(row, now_s))
+                wanted = await self.on_thread(lambda items, now_s: items.wants_on_ssd(row, now_s))
         except Exception as error:
             self._log_failure("blocks are written to SSD", error)
-            return True
+            wanted = True
+        return wanted and not self._blocks.unwanted_on_ssd[row]  # SSD may have evicted it meanwhile.
 
     def _log_failure(self, instead: str, error: Exception) -> None:
         now_s = self._clock.monotonic_s()

@@ -64,6 +64,12 @@ class ShadowRun:
 
     async def run(self) -> None:
         """Forever: first group what is stored, and begin with it, then follow the events."""
+        try:
+            await self._run()
+        finally:
+            self.events.close()  # Else notes would grow without bound, because nothing takes them.
+
+    async def _run(self) -> None:
         for _ in self.events.fill():
             await self._loop_budget.slot()
         await self._ranking.on_thread(lambda items, now_s: self._store.begin(items.items, now_s))

@@ -124,6 +124,18 @@ async def test_a_ranking_of_the_policy_before_is_not_used(small: OpenStore) -> N
     assert len(set(ranked.scores.tolist())) == 4, "by recency every block has its own score; by item they share one"
 
 
+async def test_what_ssd_evicts_while_the_policy_is_asked_is_not_written(small: OpenStore) -> None:
+    await small.store.operators.set_policy(CALLER, "foresight", "")
+    client = small.store.attach(CALLER, "engine")
+    await small.save(client, _CHAINS[0], _IMAGES)
+    row = int(small.blocks.rows_of_keys(_CHAINS[0].keys[:1])[0])
+    assert await small.store._policy.wants_on_ssd(row)
+    asked = asyncio.ensure_future(small.store._policy.wants_on_ssd(row))
+    await asyncio.sleep(0)
+    small.blocks.unwanted[1, row] = True
+    assert not await asked
+
+
 async def test_an_unknown_policy_is_refused_and_changes_nothing(small: OpenStore) -> None:
     operators = small.store.operators
     await operators.set_policy(CALLER, "s3fifo", "")

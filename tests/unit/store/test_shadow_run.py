@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvservice.blocks import TierName
+from kvservice.placement.shadow import ShadowStore
 from kvservice.store.operations.policies import PolicyFacts
 from tests.clock import HandClock
 from tests.stores import CALLER, KIB, MIB, PATIENT, OpenStore, caller_of, some_chain, some_images, until
@@ -41,6 +42,26 @@ async def looked(opened: OpenStore, clock: HandClock, seconds: float = 1.0) -> N
         before = shadow.looks
         clock.advance(seconds=seconds / 2)
         await until(lambda before=before: shadow.looks > before)  # type: ignore[misc]
+
+
+async def test_a_shadow_that_fails_at_its_begin_keeps_no_notes(
+    opened: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    listeners = len(opened.blocks.listeners)
+    monkeypatch.setattr(ShadowStore, "begin", fail)
+    await opened.store.operators.set_policy(CALLER, "", "lookahead")
+    shadow = opened.store._policy.shadow
+    assert shadow is not None
+    await until(lambda: len(opened.blocks.listeners) == listeners)
+    shadow.events.take()
+    client = opened.store.attach(CALLER, "engine")
+    await opened.save(client, _CHAINS[0], _IMAGES)
+    opened.lookup(client, _CHAINS[0].keys, ttl_s=300)
+    assert not shadow.events.take()
+    assert (await opened.store.operators.set_policy(CALLER, "", "none")).shadow is None
 
 
 async def rounds(opened: OpenStore, clock: HandClock, count: int) -> PolicyFacts:
