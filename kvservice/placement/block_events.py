@@ -65,6 +65,10 @@ class BlockEvents:
     def leased(self, rows: Rows) -> None:
         self._note(partial(BlockItems.leased, rows=rows.copy()))
 
+    def evicted(self, rows: Rows) -> None:
+        """A client has evicted these blocks from DRAM."""
+        self._note(partial(BlockItems.evicted, rows=rows.copy()))
+
     def released(self, rows: Rows) -> None:
         self._note(partial(BlockItems.released, rows=rows.copy()))
 

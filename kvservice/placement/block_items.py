@@ -70,6 +70,7 @@ class BlockItems:
         self._size_bytes = np.zeros(row_capacity, np.int64)
         self._is_whole = np.zeros(row_capacity, np.bool_)
         self._is_coming = np.zeros(row_capacity, np.bool_)  # It is being read to DRAM.
+        self._is_evicted = np.zeros(row_capacity, np.bool_)  # A client evicted it from DRAM, and it was not used since.
         self._parent = np.full(_ITEMS_AT_FIRST, NO_ITEM, np.int32)  # By item, as all that follow.
         self._children = np.zeros(_ITEMS_AT_FIRST, np.int32)
         self._block_count = np.zeros(_ITEMS_AT_FIRST, np.int32)
@@ -111,6 +112,11 @@ class BlockItems:
         """Those of the rows that DRAM has no copy of."""
         missing: Rows = rows[self._counted[rows] & IN_DRAM == 0]
         return missing
+
+    def to_guess(self, rows: Rows) -> Rows:
+        """Those of the rows that may be read to DRAM on a guess: not what a client has evicted from it."""
+        may: Rows = rows[~self._is_evicted[rows]]
+        return may
 
     def known(self) -> tuple[int, int, int]:
         """How many items there are, and blocks in them, and items that queued requests will read."""
@@ -172,6 +178,7 @@ class BlockItems:
                 continue
             if item == NO_ITEM:
                 self._generation[row], self._size_bytes[row], self._is_whole[row] = generation, size, whole
+                self._is_evicted[row] = False
                 item = self._join(row, parent, shard)
                 if self._first_row[item] == row:
                     self.items.key[item] = key
@@ -186,6 +193,7 @@ class BlockItems:
         """A request has found these blocks of a prefix, and is about to lease them."""
         self._now_s = now_s
         items, conditions = self.items, self.items.conditions
+        self._is_evicted[rows] = False
         on_path = self._item_of[rows]
         firsts = np.flatnonzero(np.diff(on_path, prepend=NO_ITEM - 1))
         for item in reversed(on_path[firsts].tolist()):  # The front of a path counts as used last.
@@ -274,6 +282,10 @@ class BlockItems:
         item = self.item_of(int(rows[-1])) if len(rows) else NO_ITEM
         if item != NO_ITEM:
             self._core.hinted(item, hint, now_s, kind)
+
+    def evicted(self, rows: Rows) -> None:
+        """A client has evicted these blocks from DRAM: they stay away until the next request for them."""
+        self._is_evicted[rows] = True
 
     def coming(self, rows: Rows, is_coming: bool) -> None:
         """The blocks are being read to DRAM, or no longer."""
@@ -434,7 +446,7 @@ class BlockItems:
         self._depth, self._counted = grown(self._depth, count, 0), grown(self._counted, count, 0)
         self._leases, self._generation = grown(self._leases, count, 0), grown(self._generation, count, -1)
         self._size_bytes, self._is_whole = grown(self._size_bytes, count, 0), grown(self._is_whole, count, 0)
-        self._is_coming = grown(self._is_coming, count, 0)
+        self._is_coming, self._is_evicted = grown(self._is_coming, count, 0), grown(self._is_evicted, count, 0)
 
     def _grow_items(self) -> None:
         count = 2 * self.items.row_count

@@ -767,6 +767,8 @@ class BlockStore:
                 ]
                 held += len(copies) - len(free)
                 rows += free
+            if tier == blocks.first_tier:
+                self._policy.evicted(np.array(rows, np.int64))
             await self._lifecycle.evict(rows, tier)
             evicted += len(rows)
         return EvictOutcome(evicted, held, missing)

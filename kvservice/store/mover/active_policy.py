@@ -209,6 +209,11 @@ class ActivePolicy:
         for events in self._listening:
             events.released(rows)
 
+    def evicted(self, rows: Rows) -> None:
+        """A client has evicted these blocks from DRAM: they are not read ahead until a request has used them."""
+        for events in self._listening:
+            events.evicted(rows)
+
     def computed(self, bytes_per_s: float) -> None:
         """An engine has reported how much KV it computes per second; 0 if it does not know."""
         if bytes_per_s > 0:  # Not NaN.

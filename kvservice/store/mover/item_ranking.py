@@ -202,8 +202,8 @@ def _look(items: BlockItems, now_s: float) -> tuple[Look, int]:
     reads = []
     each = items.rows_of_each([promotion.row for promotion in promotions])
     for (item, deadline_s, worth), of_item in zip(promotions, each, strict=True):
-        rows = items.outside_dram(of_item)
+        is_queued = bool(table.queue_seq[item] != NOT_QUEUED)
+        rows = items.outside_dram(of_item if is_queued else items.to_guess(of_item))
         if len(rows):
-            is_queued = bool(table.queue_seq[item] != NOT_QUEUED)
             reads.append(WantedRead(rows, items.generations(rows), deadline_s, worth, is_queued))
     return Look(reads, policy.look_at_s), known_bytes

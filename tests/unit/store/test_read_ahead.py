@@ -84,6 +84,26 @@ async def test_what_returns_at_regular_times_is_in_dram_when_it_does(service: Se
     assert at_once(service.opened.store.lookup(CALLER, LAYOUT.fingerprint, None, history_of(0).keys, 0)).blocks == 6
 
 
+@pytest.mark.parametrize("service", ["foresight"], indirect=True)
+async def test_what_a_client_evicts_is_not_read_ahead_before_the_next_request(service: Service) -> None:
+    await service.hits(5)
+    store, blocks = service.opened.store, service.opened.blocks
+    keys = [history_of(session).keys for session in range(_SESSIONS)]
+    rows = np.concatenate([blocks.rows_of_keys(each) for each in keys])
+    evicted = rows[blocks.lie_in(rows, TierName.DRAM)]
+    assert len(evicted) >= _BLOCKS
+    for each in keys:
+        await store.evict(CALLER, each, TierName.DRAM)
+
+    read = service.opened.counters.read_ahead_blocks
+    for _ in range(round(_AWAY_S)):
+        await service.second()
+    assert service.opened.counters.read_ahead_blocks > read, "others are read"
+    assert not blocks.lie_in(evicted, TierName.DRAM).any()
+
+    assert (await service.hits(3))[-1] > 0.3, "after their next use they are read ahead again"
+
+
 @pytest.mark.parametrize("service", ["lru", "fifo", "s3fifo", "lookahead"], indirect=True)
 async def test_every_policy_serves_and_loses_nothing(service: Service) -> None:
     shares = await service.hits(3)
