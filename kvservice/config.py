@@ -262,7 +262,7 @@ class MoverSettings(_Section):
     """What stays stored, and what is copied between the tiers."""
 
     policy: Literal["lru", "fifo", "s3fifo", "lookahead", "foresight"] = _setting(
-        "lru", "Which blocks are evicted first when a tier is full, and which are read ahead (docs/policies.md)."
+        "foresight", "Which blocks are evicted first when a tier is full, and which are read ahead (docs/policies.md)."
     )
     dram_free_low: float = _setting(0.05, "Eviction from DRAM starts below this.", unit="free share", ge=0, lt=1)
     dram_free_high: float = _setting(0.1, "Eviction from DRAM stops above this.", unit="free share", ge=0, lt=1)

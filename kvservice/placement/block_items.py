@@ -157,10 +157,13 @@ class BlockItems:
             return None
         return self.policy.promotions(self.items, self._queue, now_s)
 
-    def wants_on_ssd(self, row: int, now_s: float) -> bool:
-        """Whether a block in DRAM is copied to SSD, for which other blocks are evicted there."""
-        item = self.item_of(row)
-        return item == NO_ITEM or item in self._unscored or self.policy.wants_on_ssd(self.items, item, now_s)
+    def wanted_on_ssd(self, rows: Rows, now_s: float) -> NDArray[np.bool_]:
+        """Which of these blocks in DRAM are copied to SSD, for which other blocks are evicted there."""
+        items = list(map(self.item_of, rows.tolist()))
+        wanted = {item: item == NO_ITEM or item in self._unscored for item in items}
+        for item, is_new in wanted.items():
+            wanted[item] = is_new or self.policy.wants_on_ssd(self.items, item, now_s)
+        return np.array([wanted[item] for item in items], np.bool_)
 
     # Events
 

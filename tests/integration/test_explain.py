@@ -135,7 +135,7 @@ def test_evicted_by_the_policy(small_daemon: DaemonProcess) -> None:
         miss = miss_of(client, chain)
         assert miss.reason == pb.MISS_REASON_EVICTED
         event = miss.event
-        assert (event.kind, event.detail, event.tier) == (pb.EVENT_KIND_EVICTED, "lru", types_pb2.TIER_DRAM)
+        assert (event.kind, event.detail, event.tier) == (pb.EVENT_KIND_EVICTED, "foresight", types_pb2.TIER_DRAM)
         assert event.last_copy
         assert client.admin.status().started_at.seconds <= event.at.seconds
 

@@ -33,7 +33,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 
 def new_daemon(folder: Path) -> DaemonProcess:
-    return DaemonProcess(folder, dram__capacity_bytes=16 * MIB, ssd__capacity_bytes=32 * MIB)
+    """With `lru`, which reads nothing ahead into an empty DRAM tier."""
+    return DaemonProcess(folder, dram__capacity_bytes=16 * MIB, ssd__capacity_bytes=32 * MIB, mover__policy="lru")
 
 
 def fill(daemon: DaemonProcess) -> tuple[list[BlockChain], list[BlockChain]]:

@@ -165,14 +165,14 @@ def test_explain_tells_what_a_block_is_worth_and_what_got_its_space(new_daemon: 
 
 def test_policy_shows_and_switches(ask: Callable[..., Any], daemon: DaemonProcess, chain: BlockChain) -> None:
     shown = ask("policy")
-    assert (shown["policy"], shown["configured"], shown["shadow"]) == ("lru", "lru", None)
+    assert (shown["policy"], shown["configured"], shown["shadow"]) == ("foresight", "foresight", None)
     assert shown["blocks"] >= 3
     shown = ask("policy", "s3fifo", "--shadow", "lookahead")
-    assert (shown["policy"], shown["configured"], shown["shadow"]["policy"]) == ("s3fifo", "lru", "lookahead")
+    assert (shown["policy"], shown["configured"], shown["shadow"]["policy"]) == ("s3fifo", "foresight", "lookahead")
     done = kvctl("policy", address=daemon.address)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(
-        r"policy s3fifo, since .*\n  the configuration says lru \(mover\.policy\): a restart begins with that\n"
+        r"policy s3fifo, since .*\n  the configuration says foresight \(mover\.policy\): a restart begins with that\n"
         r"  knows \d+ items of \d+ blocks; queued requests read 0\n"
         r"  its last ranking took \S+ ms, its last look \S+ ms\n"
         r"  read ahead on a guess: 0 B, 0% of the blocks left DRAM unused\nshadow lookahead, since .*: \d+ requests\n",
@@ -186,7 +186,7 @@ def test_policy_shows_and_switches(ask: Callable[..., Any], daemon: DaemonProces
             r"kvctl: no policy is called '\w+': choose among lru, fifo, s3fifo, lookahead, foresight(, none)?\. .*\n",
             done.stderr,
         )
-    assert ask("policy", "lru", "--shadow", "none")["shadow"] is None
+    assert ask("policy", "foresight", "--shadow", "none")["shadow"] is None
 
 
 def test_explain_tells_of_a_request(

@@ -108,15 +108,15 @@ def test_ListSessions_goes_through_all_sessions_page_by_page(wire: Wire) -> None
 
 
 def test_SetPolicy_shows_and_switches(wire: Wire) -> None:
-    assert wire.admin.SetPolicy(pb.SetPolicyRequest()).policy == "lru"
+    assert wire.admin.SetPolicy(pb.SetPolicyRequest()).policy == "foresight"
     answer = wire.admin.SetPolicy(pb.SetPolicyRequest(policy="s3fifo", shadow="fifo"))
-    assert (answer.policy, answer.configured, answer.shadow.policy) == ("s3fifo", "lru", "fifo")
+    assert (answer.policy, answer.configured, answer.shadow.policy) == ("s3fifo", "foresight", "fifo")
     for wrong in ({"policy": "none"}, {"shadow": "unknown"}, {"policy": "lru", "shadow": "?"}):
         with refused(InvalidRequest, "choose among"):
             wire.admin.SetPolicy(pb.SetPolicyRequest(**wrong))
     answer = wire.admin.SetPolicy(pb.SetPolicyRequest(shadow="none"))
     assert (answer.policy, answer.HasField("shadow")) == ("s3fifo", False)
-    wire.admin.SetPolicy(pb.SetPolicyRequest(policy="lru"))
+    wire.admin.SetPolicy(pb.SetPolicyRequest(policy="foresight"))
 
 
 def test_Inspect_tells_all_about_one_block(wire: Wire) -> None:

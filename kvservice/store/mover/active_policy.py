@@ -6,6 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.placement.block_events import BlockEvents
@@ -176,8 +179,8 @@ class ActivePolicy:
             if ranking is self._ranking:  # Else the scores are those of a policy that has been replaced.
                 return ranked
 
-    async def wants_on_ssd(self, row: int) -> bool:
-        return await self._ranking.wants_on_ssd(row)
+    async def wanted_on_ssd(self, rows: Rows) -> NDArray[np.bool_]:
+        return await self._ranking.wanted_on_ssd(rows)
 
     # What operators ask
 

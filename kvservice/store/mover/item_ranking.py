@@ -150,18 +150,14 @@ class ItemRanking:
         conditions.dram_capacity_bytes = max(0, self._dram_bytes - int(self._reserved_bytes))
         return look
 
-    async def wants_on_ssd(self, row: int) -> bool:
-        if self._blocks.unwanted_on_ssd[row]:  # SSD evicted it, and no request has used it since.
-            return False
-        if not self._asks_ssd:
-            return True
-        try:
-            async with self._clock.timeout(_STUCK_S):
-                wanted = await self.on_thread(lambda items, now_s: items.wants_on_ssd(row, now_s))
-        except Exception as error:
-            self._log_failure("blocks are written to SSD", error)
-            wanted = True
-        return wanted and not self._blocks.unwanted_on_ssd[row]  # SSD may have evicted it meanwhile.
+    async def wanted_on_ssd(self, rows: Rows) -> NDArray[np.bool_]:
+        if self._asks_ssd:
+            try:
+                async with self._clock.timeout(_STUCK_S):
+                    return await self.on_thread(lambda items, now_s: items.wanted_on_ssd(rows, now_s))
+            except Exception as error:
+                self._log_failure("blocks are written to SSD", error)
+        return np.ones(len(rows), np.bool_)
 
     def _log_failure(self, instead: str, error: Exception) -> None:
         now_s = self._clock.monotonic_s()

@@ -44,8 +44,8 @@ class Ranking(Protocol):
     async def lowest(self, tier: TierName, rows: Rows, count_max: int) -> Ranked:
         """Those of the rows that should leave `tier` first, at most `count_max`."""
 
-    async def wants_on_ssd(self, row: int) -> bool:
-        """Whether a block in DRAM is copied to SSD, for which other blocks are evicted there."""
+    async def wanted_on_ssd(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which of these blocks in DRAM are copied to SSD, for which other blocks are evicted there."""
 
     async def explain(self, row: int) -> list[Valuation]:
         """What the block is worth in each tier that the policy knows; empty if it does not know the block."""
@@ -66,9 +66,8 @@ class RecencyRanking:
             return await asyncio.to_thread(_lowest, rows, used, count_max)
         return _lowest(rows, used, count_max)
 
-    async def wants_on_ssd(self, row: int) -> bool:
-        # It was the oldest block on SSD when it was evicted: a new copy would only evict a newer block.
-        return not self._blocks.unwanted_on_ssd[row]
+    async def wanted_on_ssd(self, rows: Rows) -> NDArray[np.bool_]:
+        return np.ones(len(rows), np.bool_)
 
     async def explain(self, row: int) -> list[Valuation]:
         blocks, used = self._blocks, int(self._blocks.access_seq[row])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvservice.blocks import TierName
 from kvservice.policy import DAEMON_POLICIES, daemon_policy
 from kvservice.store.hints.queue_mirror import HintSubject
 from kvservice.store.leases import Client
@@ -127,13 +128,19 @@ async def test_a_ranking_of_the_policy_before_is_not_used(small: OpenStore) -> N
 async def test_what_ssd_evicts_while_the_policy_is_asked_is_not_written(small: OpenStore) -> None:
     await small.store.operators.set_policy(CALLER, "foresight", "")
     client = small.store.attach(CALLER, "engine")
+    may_go_on, items = threading.Event(), small.store._policy.items
+    assert items is not None
+    busy = asyncio.create_task(items.on_thread(lambda items, now_s: may_go_on.wait()))
     await small.save(client, _CHAINS[0], _IMAGES)
-    row = int(small.blocks.rows_of_keys(_CHAINS[0].keys[:1])[0])
-    assert await small.store._policy.wants_on_ssd(row)
-    asked = asyncio.ensure_future(small.store._policy.wants_on_ssd(row))
-    await asyncio.sleep(0)
-    small.blocks.unwanted[1, row] = True
-    assert not await asked
+    writing = small.store._write_behind
+    assert writing is not None
+    await until(lambda: not writing._queue)  # The policy is asked about all of them.
+    rows = small.blocks.rows_of_keys(_CHAINS[0].keys)
+    small.blocks.unwanted[1, rows[:2]] = True
+    may_go_on.set()
+    await busy
+    await small.settle()
+    assert small.blocks.lie_in(rows, TierName.SSD).tolist() == [False, False, True, True]
 
 
 async def test_an_unknown_policy_is_refused_and_changes_nothing(small: OpenStore) -> None:
