@@ -44,7 +44,7 @@ def measured(name: str, *, is_shadow: bool) -> tuple[float, float]:
         items.released(chain)
         items.settle(now_s)
         if turn % _LOOK_TURNS == 0:
-            items.promotions(now_s)
+            items.reads(now_s)
     return size_bytes / _ITEMS, (time.perf_counter() - began_s) / _TURNS
 
 

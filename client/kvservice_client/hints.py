@@ -204,7 +204,7 @@ class EngineHints:
     # Other hints
 
     def turn_finished(self, reads: Reads, *, prompt_tokens: int, answer_tokens: int, stop_reason: str = "") -> None:
-        """The engine has answered a turn. `stop_reason` as the engine names it, at most 200 bytes."""
+        """The engine has answered a turn. `answer_tokens` 0: not known. `stop_reason`: at most 200 bytes."""
         turn = arguments.message(
             pb.TurnFinished,
             prompt_tokens=arguments.whole(prompt_tokens, "prompt_tokens"),

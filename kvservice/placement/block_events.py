@@ -80,6 +80,10 @@ class BlockEvents:
         """An application sent a hint about the session whose history ends with these blocks; see `hint_kind`."""
         self._note(partial(BlockItems.hinted, rows=rows.copy(), hint=hint, kind=kind, now_s=self._now_s()))
 
+    def answered(self, rows: Rows, answer_tokens: int) -> None:
+        """An engine has reported the length of an answer. The history ends with these blocks, or continues them."""
+        self._note(partial(BlockItems.answered, rows=rows.copy(), answer_tokens=answer_tokens, now_s=self._now_s()))
+
     def coming(self, rows: Rows, is_coming: bool) -> None:
         """The blocks are being read to DRAM, or no longer."""
         self._note(partial(BlockItems.coming, rows=rows.copy(), is_coming=is_coming))

@@ -28,6 +28,7 @@ NO_ITEM = -1
 IN_DRAM, ON_SSD = 1, 2  # Bits of `BlockChanges.tiers`.
 _ITEMS_AT_FIRST = 1024
 _SETTLED = 2048
+_REPORTED_WITHIN_S = 5.0  # After the end of an answer, an engine's report of its length counts.
 _RATE_WEIGHT = 0.05  # Of the last request, in the mean time between two that leave a queue.
 _TIERS = ((TierName.DRAM, IN_DRAM), (TierName.SSD, ON_SSD))
 
@@ -79,9 +80,12 @@ class BlockItems:
         self._free: list[int] = []
         self._end = 0  # Items at and above it were never used.
         self._stored: dict[int, None] = {}  # Items that have got blocks since `settle`.
+        self._answers: dict[int, int] = {}  # By item: the tokens of its last answer, as an engine has reported them.
         self._unscored: dict[int, None] = {}  # Items that were forgotten, and are back since `settle`.
         self._headless: dict[int, None] = {}  # Items whose first block has left, within `changed`.
         self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
+        self._wanted: dict[int, Promotion] = {}  # By item: the reads that the policy wants and that have not begun.
+        self._wants_changed = False  # Since the last answer of `reads`.
         self._served_at_s = math.nan  # When a request was last served while others waited.
         self._now_s = -math.inf  # The time of the event that is being handled.
 
@@ -151,11 +155,24 @@ class BlockItems:
 
     # Questions to the policy
 
-    def promotions(self, now_s: float) -> Sequence[Promotion] | None:
-        """The reads that the policy wants now; None if it is not time yet to ask it."""
-        if now_s < self.policy.look_at_s:
+    def reads(self, now_s: float) -> list[Promotion] | None:
+        """All reads that the policy wants and that have not begun; None if they are those of the last call.
+
+        A read stays wanted until it begins (`coming`), or until the item is used, leaves the queue or is gone.
+        """
+        if now_s >= self.policy.look_at_s:
+            for promotion in self.policy.promotions(self.items, self._queue, now_s):
+                self._wanted[promotion.row] = promotion
+                self._wants_changed = True
+        if not self._wants_changed:
             return None
-        return self.policy.promotions(self.items, self._queue, now_s)
+        self._wants_changed = False
+        return list(self._wanted.values())
+
+    def unwant(self, item: int) -> None:
+        """The read has begun, or is not needed any more."""
+        if self._wanted.pop(item, None) is not None:
+            self._wants_changed = True
 
     def wanted_on_ssd(self, rows: Rows, now_s: float) -> NDArray[np.bool_]:
         """Which of these blocks in DRAM are copied to SSD, for which other blocks are evicted there."""
@@ -185,7 +202,8 @@ class BlockItems:
                 item = self._join(row, parent, shard)
                 if self._first_row[item] == row:
                     self.items.key[item] = key
-                self.items.answer_tokens[item] += tokens
+                if self.items.in_use[item]:  # Else it is a first prompt with its answer: how long that is is not known.
+                    self.items.answer_tokens[item] += tokens
             self._count(row, item, tiers)
         if self._headless:
             firsts = [rows[0] for rows in self.rows_of_each(list(self._headless))]
@@ -203,6 +221,8 @@ class BlockItems:
             if item == NO_ITEM or items.in_use[item]:
                 continue  # A request that looks up twice, or in several processes, is one use.
             self._wake(item)
+            self.unwant(item)
+            self._answers.pop(item, None)
             if items.queue_seq[item] == NOT_QUEUED:
                 self._core.queued((item,), conditions.served, now_s)
             else:
@@ -247,6 +267,8 @@ class BlockItems:
             del self._stored[item]
             if self._leases[self._first_row[item]]:
                 continue  # `released` adds it again.
+            if item in self._answers:
+                self.items.answer_tokens[item] = self._answers[item]
             if self.items.in_use[item]:
                 self._core.answered(item, self.items.answer_tokens.item(item), now_s)
             self.items.used_at_s[item] = now_s
@@ -269,6 +291,7 @@ class BlockItems:
                     queue.setdefault(item, number)
         for item in before:
             if item not in queue:
+                self.unwant(item)
                 self._core.unqueued((item,), items.queue_seq.item(item), now_s)
                 self._stored[item] = None  # It waits for its next request again.
         self._queue = list(queue)
@@ -286,6 +309,18 @@ class BlockItems:
         if item != NO_ITEM:
             self._core.hinted(item, hint, now_s, kind)
 
+    def answered(self, rows: Rows, answer_tokens: int, now_s: float) -> None:
+        """An engine has reported the length of an answer. The history ends with these blocks, or continues them."""
+        item = self.item_of(int(rows[-1])) if len(rows) else NO_ITEM
+        if item == NO_ITEM:
+            return
+        items = self.items
+        if items.in_use[item]:
+            self._answers[item] = answer_tokens
+        elif not now_s - items.used_at_s[item] > _REPORTED_WITHIN_S:  # NaN: it has not been reported to the policy yet.
+            self._answers[item] = answer_tokens
+            self._stored[item] = None
+
     def evicted(self, rows: Rows) -> None:
         """A client has evicted these blocks from DRAM: they stay away until the next request for them."""
         self._is_evicted[rows] = True
@@ -293,6 +328,8 @@ class BlockItems:
     def coming(self, rows: Rows, is_coming: bool) -> None:
         """The blocks are being read to DRAM, or no longer."""
         rows = rows[self._item_of[rows] != NO_ITEM]
+        for item in np.unique(self._item_of[rows]).tolist():
+            self.unwant(item)
         rows = rows[self._is_coming[rows] != is_coming]
         self._is_coming[rows] = is_coming
         sizes = self._size_bytes[rows] if is_coming else -self._size_bytes[rows]
@@ -396,7 +433,9 @@ class BlockItems:
     def _forget(self, item: int) -> None:
         self._stored.pop(item, None)
         self._unscored.pop(item, None)
+        self._answers.pop(item, None)
         self._headless.pop(item, None)
+        self.unwant(item)
         if self.items.queue_seq[item] != NOT_QUEUED:
             self._queue.remove(item)
             self.items.queue_seq[item] = NOT_QUEUED

@@ -393,7 +393,8 @@ class ForesightPolicy(Placement):
         worths = self.retention(items, in_dram, TierName.DRAM, now_s)
         order = np.argsort(worths)
         leaves = worths[order]
-        free = conditions.dram_capacity_bytes - int((items.dram_bytes[rows] + items.coming_bytes[rows]).sum())
+        # A store that frees space in advance may have more in DRAM for a moment than it lets the policy use.
+        free = max(conditions.dram_capacity_bytes - int((items.dram_bytes[rows] + items.coming_bytes[rows]).sum()), 0)
         room = free + np.cumsum(items.dram_bytes[in_dram[order]])  # Free bytes once items up to this one have left.
         self._level = self._level_at(conditions.dram_capacity_bytes / _MARGIN_PART, free, room, leaves)
         candidate = later > _CANDIDATE_SHARE * self._level

@@ -23,7 +23,7 @@ _COLUMNS = {
     "unwanted_on_ssd": np.bool_,  # Evicted from SSD, and not used since.
     "used_at_s": np.float64,  # End of its last use, when the think time starts. NaN before the first.
     "uses": np.int64,  # Requests that used it, with those that run now.
-    "answer_tokens": np.int64,  # Tokens of the last answer.
+    "answer_tokens": np.int64,  # Tokens of the last answer; 0 if that is not known.
     "queue_seq": np.int64,  # Its request's number in the engine's queue (see Conditions), or NOT_QUEUED.
     "hint": np.int8,  # The last hint since its last use: 0 for none, else an index into HINTS.
     "hinted_at_s": np.float64,  # When the hint was sent.

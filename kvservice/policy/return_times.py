@@ -101,7 +101,7 @@ class ReturnTimes:
             column[front_row] = column[row]
 
     def start_waiting(self, row: int, uses: int, answer_tokens: int, now_s: float, value: float = 1.0) -> None:
-        """The item's use has ended, so its age is 0 now. `value` is its weight in the estimate."""
+        """The item's use has ended, so its age is 0 now. `answer_tokens` 0: not known. `value`: its weight."""
         at = self._at
         at.since_s[row] = now_s
         at.in_class[row] = min(max(uses, 1).bit_length() - 1, CLASSES - 1)
@@ -112,10 +112,12 @@ class ReturnTimes:
         at.value[row] = value
         self._mean_value += (value - self._mean_value) / min(events + 1.0, _MEMORY)
         gaps = at.gaps[row]
-        pace = (at.log_gaps[row] - gaps * self._means[_FEATURES]) / (gaps + 1.0)
+        means, effects = self._means, self._effects
+        pace = (at.log_gaps[row] - gaps * means[_FEATURES]) / (gaps + 1.0)
         answer, used = math.log1p(answer_tokens), math.log(max(uses, 1))
         at.pace[row], at.answer[row], at.uses[row] = pace, answer, used
-        means, effects = self._means, self._effects
+        if not answer_tokens:
+            answer = means[1]  # It has no effect.
         log_factor = effects[0] * (pace - means[0]) + effects[1] * (answer - means[1]) + effects[2] * (used - means[2])
         at.factor[row] = math.exp(min(max(log_factor, -_LOG_RANGE), _LOG_RANGE))
 
@@ -183,6 +185,8 @@ class ReturnTimes:
         if self._seen:
             seen = np.array(self._seen)
             self._seen.clear()
+            answers = seen[:, 2]  # Where that is unknown, it is 0, and then the mean of the others.
+            answers[answers == 0] = answers[answers > 0].mean() if (answers > 0).any() else self._means[1]
             self._moments *= math.exp(-len(seen) / _MEMORY)
             self._moments += seen.T @ seen
         count = self._moments[0, 0]

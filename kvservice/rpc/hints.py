@@ -89,7 +89,7 @@ class HintService:
         subject, kind = self._subject(hint.subject), hint.WhichOneof("kind")
         if kind == "turn_finished":
             _check_text(hint.turn_finished.stop_reason, "stop_reason")
-            stream.turn_finished(subject)
+            stream.turn_finished(subject, hint.turn_finished.answer_tokens)
         elif kind == "typing":
             stream.expect(subject, None, Hint.TYPING)
         elif kind == "tool_call":

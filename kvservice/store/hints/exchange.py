@@ -44,7 +44,7 @@ _KEYS_PER_TICK = 4096  # Of each queue: the window, and the entries behind it.
 _ENTRIES_A_TURN = 32  # They take half a millisecond of the event loop, and more if they have hundreds of blocks.
 _EXPECTED_MAX = 1024  # Typing persons and running tools, per client.
 _CLIENTS_WORTH = 16  # All hints together have at most so many entries and keys as the queues of so many clients.
-_NOT_NEEDED_MAX = 1024  # Subjects that wait to be evicted first, of all clients.
+_ENDED_MAX = 1024  # Reports of what has ended that wait to be acted on, of all clients.
 _BATCH = 256
 _LEAD_S = 10.0  # An expected request counts as queued this long before it is due,
 _LATE_S = 60.0  # and until this long after.
@@ -155,15 +155,18 @@ class HintStream:
         if self.expected.pop(subject, None) is not None:
             self._exchange.totals.remove(subject)
 
-    def turn_finished(self, subject: HintSubject) -> None:
+    def turn_finished(self, subject: HintSubject, answer_tokens: int) -> None:
+        """The engine has answered a request. `answer_tokens` 0: it does not say how long the answer is."""
         if self._exchange.is_known(self.caller, subject):
             self.expect_no_more(subject)
+            if answer_tokens:
+                self._exchange.queue_ended(_Ended(self, subject, answer_tokens))
 
     def not_needed(self, subject: HintSubject, *, write: bool) -> None:
         """No further request reads these blocks; without `write`, they need not be written to SSD."""
         if self._exchange.is_known(self.caller, subject):
             self.expect_no_more(subject)
-            self._exchange.queue_not_needed(self, subject, write=write)
+            self._exchange.queue_ended(_Ended(self, subject, None, write))
 
     def note_invalid(self) -> None:
         """Count a hint that cannot be read."""
@@ -212,6 +215,15 @@ class HintStream:
         self._unsent.pop(request_id, None)
 
 
+class _Ended(NamedTuple):
+    """A turn that has ended, or blocks that no further request reads."""
+
+    stream: HintStream
+    subject: HintSubject
+    answer_tokens: int | None  # Of the turn; None: the blocks are not needed any more.
+    write: bool = True  # They may still be written to SSD.
+
+
 class _Window(NamedTuple):
     """A request of a stream's window, and its rows that no earlier request of the window reads."""
 
@@ -254,8 +266,8 @@ class HintExchange:
         self._evaluated = (-1, -1, -1)  # The state of changes at the last tick.
         self._next_s = 0.0  # When an expectation begins or ends to count.
         self._work = asyncio.Event()
-        self._not_needed: deque[tuple[HintStream, HintSubject, bool]] = deque()
-        self._is_dropping = False
+        self._ended: deque[_Ended] = deque()
+        self._is_telling = False
 
     def start(self) -> None:
         self._tasks.start(self._tick_forever(), "hints")
@@ -312,14 +324,15 @@ class HintExchange:
         self.counters.hints_unknown += not known
         return known
 
-    def queue_not_needed(self, stream: HintStream, subject: HintSubject, *, write: bool) -> None:
-        if len(self._not_needed) == _NOT_NEEDED_MAX or not self.totals.add(subject):
+    def queue_ended(self, ended: _Ended) -> None:
+        """Tell placement soon."""
+        if len(self._ended) == _ENDED_MAX or not self.totals.add(ended.subject):
             self.counters.hints_over_limit += 1
             return
-        self._not_needed.append((stream, subject, write))
-        if not self._is_dropping:
-            self._is_dropping = True
-            self._tasks.start(self._drop_not_needed(), "blocks that are not needed")
+        self._ended.append(ended)
+        if not self._is_telling:
+            self._is_telling = True
+            self._tasks.start(self._tell_ended(), "turns and sessions that have ended")
 
     # Ticks
 
@@ -451,26 +464,30 @@ class HintExchange:
         manifest = self._sessions.peek(caller, *subject[:2])
         return [] if manifest is None else list(dict.fromkeys(manifest.slices["key"].tolist()))
 
-    # Blocks that are not needed
+    # Turns that have ended, and blocks that are not needed any more
 
-    async def _drop_not_needed(self) -> None:
+    async def _tell_ended(self) -> None:
         try:
-            while self._not_needed:
+            while self._ended:
                 began_s = self.now_s()
-                batch = [self._not_needed.popleft() for _ in range(min(_BATCH, len(self._not_needed)))]
-                for _, subject, _ in batch:
-                    self.totals.remove(subject)
-                await self._drop_batch(batch)
+                batch = [self._ended.popleft() for _ in range(min(_BATCH, len(self._ended)))]
+                for each in batch:
+                    self.totals.remove(each.subject)
+                for each in batch:
+                    if each.answer_tokens is not None:
+                        await self.loop_budget.slot()
+                        self._placement.answered(self._rows(each.stream, each.subject), each.answer_tokens)
+                await self._drop_batch([each for each in batch if each.answer_tokens is None])
                 await self._clock.sleep((_SHARE_OF_TIME - 1) * (self.now_s() - began_s))
         finally:
-            self._is_dropping = False
+            self._is_telling = False
 
-    async def _drop_batch(self, batch: Sequence[tuple[HintStream, HintSubject, bool]]) -> None:
+    async def _drop_batch(self, batch: Sequence[_Ended]) -> None:
         """Rank blocks as the first to be evicted, except those that other sessions name or other clients use."""
-        keys = [self._keys(stream.caller, subject) for stream, subject, _ in batch]
-        own = {subject[:2] for _, subject, _ in batch if not subject.packed_keys}
+        keys = [self._keys(each.stream.caller, each.subject) for each in batch]
+        own = {each.subject[:2] for each in batch if not each.subject.packed_keys}
         elsewhere = await self._sessions.named_elsewhere(keys, own, self.loop_budget.slot)
-        for (stream, _, write), names in zip(batch, keys, strict=True):
+        for (stream, _, _, write), names in zip(batch, keys, strict=True):
             await self.loop_budget.slot()
             rows = stored_rows(self._blocks, stream.caller, [key for key in names if key not in elsewhere])
             self._placement.not_needed(rows[self._blocks.used_only_by(rows, stream.client.number)], write=write)

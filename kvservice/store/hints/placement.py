@@ -39,7 +39,7 @@ class ExpectedRead(NamedTuple):
 
 
 class HintPlacement(Protocol):
-    """Acts on hints. Everything that decides about placement because of hints is behind these four methods.
+    """Acts on hints. Everything that decides about placement because of hints is behind these five methods.
 
     Call them on the event loop's thread. None of them waits.
     """
@@ -56,6 +56,9 @@ class HintPlacement(Protocol):
         """No request is expected to read these rows again. Without `write`, those that are not on SSD need not be
         written there.
         """
+
+    def answered(self, rows: Rows, answer_tokens: int) -> None:
+        """A request has ended, with an answer of so many tokens. Its history ends with these rows, or continues."""
 
     def pause_over(self) -> bool:
         """Whether `want` may have an effect that it did not have at its last call, though nothing else changed."""
@@ -137,6 +140,9 @@ class WindowPromotion:
         self._evictor.evict_first(rows)
         if not write:
             self._blocks.unwanted[1:, rows] = True
+
+    def answered(self, rows: Rows, answer_tokens: int) -> None:
+        pass  # It does not predict when users return.
 
     def pause_over(self) -> bool:
         return self._was_paused and self._clock.monotonic_s() >= self._resumes_at_s

@@ -258,5 +258,9 @@ class ActivePolicy:
             for events in self._listening:
                 events.hinted(rows, Hint.ENDED, 0)
 
+    def answered(self, rows: Rows, answer_tokens: int) -> None:
+        for events in self._listening:
+            events.answered(rows, answer_tokens)
+
     def pause_over(self) -> bool:
         return self._has_new or self._window.pause_over()

@@ -42,6 +42,7 @@ _LOG_EVERY_S = 60.0  # Each eviction and each write may find that the policy is 
 class WantedRead(NamedTuple):
     """Blocks to copy up to DRAM, in the order of their chain, until `deadline_s` of the store's monotonic clock."""
 
+    item: int
     rows: Rows
     generations: NDArray[np.int64]
     deadline_s: float
@@ -52,7 +53,7 @@ class WantedRead(NamedTuple):
 class Look(NamedTuple):
     """What the policy wants now."""
 
-    reads: list[WantedRead] | None  # The most urgent first; None if it was not time to ask.
+    reads: list[WantedRead] | None  # All that have not begun; None if they are those of the last look.
     next_s: float  # When to look again.
 
 
@@ -191,7 +192,7 @@ def _explain(items: BlockItems, row: int, tiers: Sequence[TierName], now_s: floa
 
 def _look(items: BlockItems, now_s: float) -> tuple[Look, int]:
     """What the policy wants, and the bytes of DRAM that its items have, or will have after its reads."""
-    promotions, policy, table = items.promotions(now_s), items.policy, items.items
+    promotions, policy, table = items.reads(now_s), items.policy, items.items
     known_bytes = int(table.dram_bytes.sum() + table.coming_bytes.sum())
     if promotions is None:
         return Look(None, policy.look_at_s), known_bytes
@@ -201,5 +202,7 @@ def _look(items: BlockItems, now_s: float) -> tuple[Look, int]:
         is_queued = bool(table.queue_seq[item] != NOT_QUEUED)
         rows = items.outside_dram(of_item if is_queued else items.to_guess(of_item))
         if len(rows):
-            reads.append(WantedRead(rows, items.generations(rows), deadline_s, worth, is_queued))
+            reads.append(WantedRead(item, rows, items.generations(rows), deadline_s, worth, is_queued))
+        else:
+            items.unwant(item)
     return Look(reads, policy.look_at_s), known_bytes

@@ -28,7 +28,7 @@ _BURST_S = 1.0  # By how much that may be exceeded at first, in bytes of so much
 
 
 class ReadAhead:
-    """Carries out what the policy wants to be read. A later wish replaces the reads that have not begun."""
+    """Carries out what the policy wants to be read. A later look changes the reads that have not begun."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class ReadAhead:
         self._tasks = tasks
         self._loop_budget = loop_budget
         self._plan: list[WantedRead] = []  # The most urgent read last.
+        self._begun: set[int] = set()  # Items whose reads have begun since the policy was last asked.
         self._reading: asyncio.Task[None] | None = None
         self._look_soon = asyncio.Event()
         self.looks = 0  # Decisions of the policy so far.
@@ -92,6 +93,7 @@ class ReadAhead:
         while True:
             self._measure()
             self._look_soon.clear()
+            self._begun.clear()
             try:
                 look = await self._ranking.look(self._dram.used_bytes)
                 pause_s = min(max(look.next_s - self._clock.monotonic_s(), _LEAST_S), _EVERY_S)
@@ -113,6 +115,7 @@ class ReadAhead:
             pass
 
     def _follow(self, reads: list[WantedRead]) -> None:
+        reads = [read for read in reads if read.item not in self._begun]
         self._plan = sorted(reads, key=lambda read: read.deadline_s)[::-1]  # As in `reads` where they are equal.
         if self._plan and self._promoter is not None and self._reading is None:
             self._reading = self._tasks.start(self._read(self._promoter), "read ahead")
@@ -141,6 +144,7 @@ class ReadAhead:
         if read.is_queued:
             size_bytes = int(blocks.size_bytes[rows].sum())
             self._spent_until_s = max(self._spent_until_s, now_s) + size_bytes / self._bytes_per_s_max
+        self._begun.add(read.item)
         within_s = max(0.0, read.deadline_s - now_s) + (_AFTER_LOADS_S if read.is_queued else _AFTER_ALL_S)
         events.coming(rows, True)
         try:
@@ -188,9 +192,10 @@ class ReadAhead:
             return
         conditions = self._ranking.conditions
         pending_bytes = self._promoter.pending_bytes
+        planned_bytes = sum(int(self._blocks.size_bytes[read.rows].sum()) for read in self._plan)
         if self._promoter.bytes_per_s:
             conditions.ssd_bytes_per_s = self._promoter.bytes_per_s
-        conditions.read_backlog_s = pending_bytes / conditions.ssd_bytes_per_s
+        conditions.read_backlog_s = (pending_bytes + planned_bytes) / conditions.ssd_bytes_per_s
         conditions.read_busy += ((pending_bytes > 0) - conditions.read_busy) * -math.expm1(-_EVERY_S / _MEMORY_S)
         counters = self._counters
         conditions.written_bytes, conditions.read_bytes = counters.written_behind_bytes, counters.promoted_bytes

@@ -79,7 +79,7 @@ class ShadowRun:
             if measured := self._measured_bytes_per_s():
                 self.conditions.ssd_bytes_per_s = measured
             try:
-                await self._ranking.on_thread(lambda items, now_s: items.promotions(now_s))
+                await self._ranking.on_thread(lambda items, now_s: items.reads(now_s))
             except Exception:
                 log.exception("the shadow policy %s failed", self._name)
                 pause_s = _PAUSE_AFTER_ERROR_S

@@ -15,9 +15,11 @@ from kvservice.blocks import NO_ROW, BlockTable, Extent, Rows, TierName
 from kvservice.placement.block_events import BlockEvents
 from kvservice.placement.block_items import BlockItems
 from kvservice.policy import PLACEMENTS
-from kvservice.policy.base import Hint
+from kvservice.policy.base import Hint, Promotion
 from kvservice.policy.foresight import ForesightPolicy
-from kvservice.policy.items import Conditions
+from kvservice.policy.items import Conditions, ItemTable
+from kvservice.policy.lru import LruPolicy
+from kvservice.policy.placement import Placement
 from kvservice_api.keys import block_chain
 from kvservice_api.layout import Layout, Shard
 
@@ -31,11 +33,11 @@ GIB = 2**30
 class Store:
     """A block table and its items. Time is a number that a test sets."""
 
-    def __init__(self, policy: str = "lru") -> None:
+    def __init__(self, name: str = "lru", policy: Placement | None = None) -> None:
         self.now_s = 1000.0
         self.blocks = BlockTable(8)
         self.events = BlockEvents(self.blocks, lambda layout_id: 4, lambda: self.now_s)
-        self._items = BlockItems(PLACEMENTS[policy](), Conditions(GIB, GIB, 1e9))
+        self._items = BlockItems(policy or PLACEMENTS[name](), Conditions(GIB, GIB, 1e9))
 
     @property
     def items(self) -> BlockItems:
@@ -245,6 +247,73 @@ def test_the_rate_of_a_queue_is_measured_while_requests_wait() -> None:
     assert store.items.items.conditions.turns_per_s == pytest.approx(2.0, rel=0.2), "no queue, no rate"
 
 
+def test_the_length_of_an_answer_is_what_was_stored_during_the_lease_or_what_the_engine_reports() -> None:
+    store = Store("foresight")
+    prompt = store.save(range(40))
+    store.items.settle(store.now_s)
+    item, items = store.items.item_of(prompt[0]), store.items.items
+    assert items.answer_tokens[item] == 0, "of the first turn, only the prompt and the answer together are known"
+
+    store.events.looked_up(np.array(prompt))
+    store.events.leased(np.array(prompt))
+    rows = store.save(range(48))
+    store.events.released(np.array(prompt))
+    store.items.settle(store.now_s)
+    assert items.answer_tokens[item] == 8
+
+    store.events.answered(np.array(rows), 5)
+    store.items.settle(store.now_s + 0.1)
+    assert items.answer_tokens[item] == 5, "the report came after the end of the lease"
+    store.use(rows)
+    store.now_s += 60
+    store.events.answered(np.array(rows), 3)
+    store.items.settle(store.now_s)
+    assert items.answer_tokens[item] == 3, "and this one before it was handled"
+    age_s = items.used_at_s[item]
+    store.now_s += 60
+    store.events.answered(np.array(rows), 7)
+    store.items.settle(store.now_s)
+    assert (items.answer_tokens[item], items.used_at_s[item]) == (3, age_s), "a late report changes nothing"
+
+
+class OneRead(LruPolicy):
+    """Wants one read at its first look, and nothing at later ones."""
+
+    _started = False
+
+    def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> list[Promotion]:
+        self.look_at_s, is_first = now_s, not self._started
+        self._started = True
+        return [Promotion(0, now_s + 5, 1.0)] if is_first else []
+
+
+def test_a_read_stays_wanted_until_it_begins_or_its_item_is_used() -> None:
+    def wanting() -> tuple[Store, list[int]]:
+        store = Store(policy=OneRead())
+        rows = store.save(range(16))
+        for row in rows:
+            store.blocks.set_extent(row, TierName.SSD, Extent(0, row * SIZE, SIZE))
+            store.blocks.set_extent(row, TierName.DRAM, None)
+        store.items.ask_again(store.now_s)
+        assert [read.row for read in store.items.reads(store.now_s) or ()] == [0]
+        return store, rows
+
+    store, rows = wanting()
+    for _ in range(3):
+        assert store.items.reads(store.now_s) is None, "nothing new, and the read is still wanted"
+    store.events.coming(np.array(rows), True)
+    assert store.items.reads(store.now_s) == [], "it has begun"
+
+    store, rows = wanting()
+    store.use(rows)
+    assert store.items.reads(store.now_s) == [], "the request reads it itself"
+
+    store, rows = wanting()
+    for row in rows:
+        store.discard(row)
+    assert store.items.reads(store.now_s) == []
+
+
 class Anything(RuleBasedStateMachine):
     """Prefixes of a small tree come, are looked up, change their tier and leave, in any order."""
 
@@ -264,7 +333,7 @@ class Anything(RuleBasedStateMachine):
         self.store.now_s += seconds
         self.store.items.settle(self.store.now_s)
         items = self.store.items
-        for wanted in items.promotions(self.store.now_s) or ():
+        for wanted in items.reads(self.store.now_s) or ():
             assert items.items.live[wanted.row]
 
     @precondition(lambda self: self.store.blocks.live_count)

@@ -57,6 +57,17 @@ def test_where_all_have_the_same_pace_it_finds_no_other(seed: int) -> None:
     assert np.abs(np.log(factors(returns))).max() < 0.25
 
 
+def test_answers_of_unknown_length_change_nothing_that_the_others_tell() -> None:
+    random = np.random.default_rng(1)
+    answers = random.integers(20, 2000, (60, 12))
+    gaps_s = 0.1 * answers * np.exp(random.normal(0, 0.2, (60, 12)))
+    known = lived(gaps_s, answers=answers)
+    half = lived(gaps_s, answers=answers * (random.random((60, 12)) < 0.5))
+    lengths = np.geomspace(20, 2000, 60)
+    assert np.abs(np.log(factors(half, answers=lengths) / factors(known, answers=lengths))).max() < 0.2
+    assert np.ptp(np.log(factors(half))) < np.ptp(np.log(factors(half, answers=lengths))) / 4, "unknown: as the mean"
+
+
 def test_who_has_more_to_read_comes_back_later() -> None:
     random = np.random.default_rng(1)
     answers = np.exp(random.normal(5, 1, (80, 8)))

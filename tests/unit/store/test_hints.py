@@ -329,7 +329,7 @@ async def test_blocks_of_an_ended_session_are_evicted_first(
     assert whole_in_dram(opened, chains[0])
 
     stream.not_needed(session("chat-0"), write=True)
-    await until(lambda: not exchange_of(opened)._is_dropping)
+    await until(lambda: not exchange_of(opened)._is_telling)
     await fill(opened, client, 4, seed=102)
 
     assert in_dram(opened, chains) == []
@@ -350,7 +350,7 @@ async def test_blocks_of_an_ended_session_are_evicted_first_by_every_policy(
         await opened.store.append_turn(CALLER, LAYOUT.fingerprint, f"chat-{number}", 0, append)
     with opened.store.hints(caller_of(client)) as stream:
         stream.not_needed(session("chat-4"), write=True)
-        await until(lambda: not exchange_of(opened)._not_needed)
+        await until(lambda: not exchange_of(opened)._ended)
         await opened.decided()  # An order of victims from before is out of date.
         await fill(opened, client, BLOCKS, seed=100)
 
@@ -396,7 +396,7 @@ async def test_blocks_that_another_session_names_or_another_client_has_used_are_
 
     for number in range(3):
         stream.not_needed(session(f"chat-{number}"), write=True)
-    await until(lambda: not exchange_of(opened)._is_dropping)
+    await until(lambda: not exchange_of(opened)._is_telling)
 
     def is_first(key: bytes) -> bool:
         return not blocks.access_seq[blocks.rows_of_keys([key])[0]]
@@ -415,7 +415,7 @@ async def test_a_block_that_is_not_to_be_kept_is_not_written_to_ssd_until_it_is_
     with calls.held("pwritev"), opened.store.hints(caller_of(client)) as stream:
         await opened.save(client, chain, some_images(chain))
         stream.not_needed(keys_of(chain), write=False)
-        await until(lambda: not exchange_of(opened)._is_dropping)
+        await until(lambda: not exchange_of(opened)._is_telling)
         opened.hits(chain.keys[-1:])
     await opened.settle()
 
@@ -437,7 +437,7 @@ async def repeat_hints(opened: OpenStore, client: Client, stream: HintStream) ->
     for number in range(3000):
         stream.not_needed(session("chat-0"), write=True)
         stream.expect(keys_of(some_chain(1, seed=number)), 5.0, Hint.TYPING)
-    await until(lambda: not exchange_of(opened)._is_dropping)
+    await until(lambda: not exchange_of(opened)._is_telling)
     assert len(stream.expected) == 1024
     assert opened.counters.hints_over_limit == 2 * (3000 - 1024)
     assert all(len(queue) <= BLOCKS for queue in opened.evictor._victims.values())
