@@ -34,7 +34,7 @@ VLLM_WITHOUT := torch torchvision torchaudio torchcodec intel-openmp
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint test test-slow test-vllm coverage proto docs demo bench bench-adapter simulate vllm-env clean
+.PHONY: help install check lint test test-slow test-vllm test-vllm-engine test-vllm-scheduler coverage proto docs demo bench bench-adapter simulate vllm-env clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,8 +59,12 @@ coverage: .venv/installed-dev ## The fast tests, and which lines of the four pac
 test-slow: .venv/installed-dev ## The tests that need longer
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
-test-vllm: vllm-env ## The tests with vLLM: its real engine on a CPU, and the released vLLM's scheduler
+test-vllm: test-vllm-engine test-vllm-scheduler ## The tests with vLLM: its real engine on a CPU, and the released vLLM's scheduler
+
+test-vllm-engine: vllm-env
 	.venv-vllm/bin/python -m pytest $(VLLM_TESTS) $(ARGS)
+
+test-vllm-scheduler: vllm-env
 	.venv-vllm33/bin/python -m pytest $(VLLM_TESTS)/contract $(ARGS)
 
 vllm-env: .venv-vllm/installed .venv-vllm33/installed ## Install vLLM into .venv-vllm and .venv-vllm33

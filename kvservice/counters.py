@@ -46,6 +46,7 @@ class Counters:
     hints_unknown: int = 0
     hints_invalid: int = 0
     hints_over_limit: int = 0
+    policy_failures: int = 0
     read_ahead_blocks: int = 0
     read_ahead_bytes: int = 0
     read_ahead_unused_blocks: int = 0
@@ -92,6 +93,7 @@ HELP: dict[str, str] = {
     "hints_unknown": "Hints about a session that does not exist for the client that sent them.",
     "hints_invalid": "Hints that were ignored because a field of them is not valid.",
     "hints_over_limit": "Hints that were ignored because a limit of the hints settings was reached.",
+    "policy_failures": "Decisions that the placement policy was late with or failed at: blocks left by recency then.",
     "read_ahead_blocks": "Blocks copied from a slower tier to DRAM because the policy expects their next use.",
     "read_ahead_bytes": "Bytes of these blocks.",
     "read_ahead_unused_blocks": "Those of these blocks that left DRAM before a request used them.",

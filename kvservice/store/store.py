@@ -173,6 +173,7 @@ class BlockStore:
             self._conditions,
             self._block_tokens_of,
             clock,
+            counters,
             self._tasks,
             LearnedCounts(None) if learned is None else learned,
         )

@@ -344,6 +344,8 @@ class HintExchange:
                 await self.tick()
             except KVError as error:
                 log.warning("hints could not be evaluated: %s", error.message)
+            except Exception:  # An error of ours: without the next ticks, no engine's hints would count any more.
+                log.exception("hints could not be evaluated")
             if not any(stream.queue or stream.expected for stream in self._streams.values()):
                 self._work.clear()
             took_s = min(self.now_s() - began_s, _TOOK_MAX_S)

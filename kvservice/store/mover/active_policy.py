@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.clock import Clock
+from kvservice.counters import Counters
 from kvservice.placement.block_events import BlockEvents
 from kvservice.policy.base import Hint
 from kvservice.policy.items import Conditions
@@ -45,6 +46,7 @@ class ActivePolicy:
         conditions: Callable[[], Conditions],
         block_tokens_of: Callable[[int], int],
         clock: Clock,
+        counters: Counters,
         tasks: Tasks,
         learned: LearnedCounts,
     ) -> None:
@@ -55,6 +57,7 @@ class ActivePolicy:
         self._conditions = conditions
         self._block_tokens_of = block_tokens_of
         self._clock = clock
+        self._counters = counters
         self._tasks = tasks
         self._learned = learned
         self._keeping = asyncio.Lock()
@@ -108,7 +111,7 @@ class ActivePolicy:
             conditions = self._conditions()
             conditions.recompute_bytes_per_s = self._computed_bytes_per_s
             self._ranking = self._items = ItemRanking(
-                self._blocks, policy, conditions, self._block_tokens_of, self._clock
+                self._blocks, policy, conditions, self._block_tokens_of, self._clock, self._counters
             )
             self._read_ahead = self._make_read_ahead(self._items)
             self._running = self._tasks.start(self._read_ahead.run(), "read ahead")

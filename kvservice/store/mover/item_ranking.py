@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.clock import Clock
+from kvservice.counters import Counters
 from kvservice.placement.block_events import BlockEvents, Note
 from kvservice.placement.block_items import NO_ITEM, BlockItems
 from kvservice.policy.items import NOT_QUEUED, Conditions
@@ -67,8 +68,10 @@ class ItemRanking:
         conditions: Conditions,
         block_tokens_of: Callable[[int], int],
         clock: Clock,
+        counters: Counters,
     ) -> None:
         """`block_tokens_of` gives the tokens of a whole block, by layout id."""
+        self._counters = counters
         self.conditions = conditions
         self._policy_name = policy.name
         self._blocks = blocks
@@ -133,7 +136,7 @@ class ItemRanking:
                 if len(ranked[0]):
                     return Ranked(*ranked)
             except Exception as error:
-                self._log_failure(f"blocks leave {tier} by recency", error)
+                self._note_failure(f"blocks leave {tier} by recency", error)
         by_recency = await self._by_recency.lowest(tier, rows, count_max)
         return by_recency._replace(scores=np.full(len(by_recency.rows), np.finfo(np.float64).max))
 
@@ -157,10 +160,11 @@ class ItemRanking:
                 async with self._clock.timeout(_STUCK_S):
                     return await self.on_thread(lambda items, now_s: items.wanted_on_ssd(rows, now_s))
             except Exception as error:
-                self._log_failure("blocks are written to SSD", error)
+                self._note_failure("blocks are written to SSD", error)
         return np.ones(len(rows), np.bool_)
 
-    def _log_failure(self, instead: str, error: Exception) -> None:
+    def _note_failure(self, instead: str, error: Exception) -> None:
+        self._counters.policy_failures += 1
         now_s = self._clock.monotonic_s()
         if now_s < self._logs_again_s:
             return

@@ -101,6 +101,7 @@ class ReadAhead:
                     self._follow(look.reads)
             except Exception:
                 log.exception("the policy %s failed", self._ranking.name)
+                self._counters.policy_failures += 1
                 pause_s = _PAUSE_AFTER_ERROR_S
             self.looks += 1
             self._count_unused()

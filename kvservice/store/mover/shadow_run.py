@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from kvservice.blocks import BlockTable
 from kvservice.clock import Clock
+from kvservice.counters import Counters
 from kvservice.placement.block_events import BlockEvents
 from kvservice.placement.shadow import Found, ShadowStore
 from kvservice.policy.items import Conditions
@@ -47,7 +48,7 @@ class ShadowRun:
         self._name = policy.name
         self._store = ShadowStore(policy, conditions)
         self.conditions = conditions
-        self._ranking = ItemRanking(blocks, self._store, conditions, block_tokens_of, clock)
+        self._ranking = ItemRanking(blocks, self._store, conditions, block_tokens_of, clock, Counters())
         self._measured_bytes_per_s = measured_bytes_per_s
         self._clock = clock
         self._loop_budget = loop_budget

@@ -59,7 +59,7 @@ def test_where_all_have_the_same_pace_it_finds_no_other(seed: int) -> None:
 
 def test_answers_of_unknown_length_change_nothing_that_the_others_tell() -> None:
     random = np.random.default_rng(1)
-    answers = random.integers(20, 2000, (60, 12))
+    answers = random.integers(20, 2000, (60, 12)).astype(float)
     gaps_s = 0.1 * answers * np.exp(random.normal(0, 0.2, (60, 12)))
     known = lived(gaps_s, answers=answers)
     half = lived(gaps_s, answers=answers * (random.random((60, 12)) < 0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -295,6 +296,23 @@ async def test_hints_promote_no_more_than_their_share_and_no_faster_than_their_r
         await until(lambda: len(in_dram(opened, chains)) == 5)
         clock.advance(seconds=60.0)
         assert await promoted() == 5, "the share: 20 blocks"
+
+
+async def test_an_error_of_ours_ends_no_engines_hints(
+    opened: OpenStore, client: Client, stream: HintStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains, failed = await stored_sessions(opened, client, 2), asyncio.Event()
+
+    def fail(*arguments: object) -> None:
+        failed.set()
+        monkeypatch.undo()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(opened.store._policy, "want", fail)
+    queue_sessions(stream, [0])
+    await failed.wait()
+    queue_sessions(stream, [1])
+    await until(lambda: whole_in_dram(opened, chains[1]))
 
 
 async def test_the_queue_of_a_client_that_leaves_promotes_nothing_more(opened: OpenStore, client: Client) -> None:

@@ -203,6 +203,7 @@ async def test_a_policy_that_fails_is_logged_once_and_the_store_works(
     assert small.counters.evicted_dram_blocks > _BLOCKS
     assert sum(small.hits(chain.keys) == _BLOCKS for chain in _CHAINS) == _SESSIONS, "all are on SSD"
     assert len([each for each in caplog.records if "failed: blocks" in each.getMessage()]) == 1
+    assert small.counters.policy_failures > 1
 
 
 async def test_no_report_of_an_engine_lasts(small: OpenStore) -> None:
