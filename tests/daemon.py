@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvservice_client import Client
+from tests import process_starter
+from tests.process_starter import StartedProcess, python_path
 
 MIB = 2**20
 
-_ROOT = Path(__file__).resolve().parent.parent
 _TIMEOUT_S = 120.0  # On a busy machine an operation of one second may take this long.
 
 # Tests that check the bound of a wait use this bound, and make a wrong wait much longer. So they fail because of a
@@ -66,7 +67,7 @@ class DaemonProcess:
             "log.format": "json",
             **{name.replace("__", "."): value for name, value in settings.items()},
         }
-        self._process: subprocess.Popen[str] | None = None
+        self._process: StartedProcess | subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self._log_ended = True
         self._more_lines = threading.Condition()
@@ -86,7 +87,7 @@ class DaemonProcess:
         return folder
 
     @property
-    def process(self) -> subprocess.Popen[str]:
+    def process(self) -> StartedProcess | subprocess.Popen[str]:
         assert self._process is not None, "the daemon was never started"
         return self._process
 
@@ -114,13 +115,18 @@ class DaemonProcess:
         settings = {"server.address": self.address, **self.settings}
         flags = [f"--{name}={value}" for name, value in settings.items()]
         self.lines, self._log_ended = [], False
-        self._process = subprocess.Popen(
-            [sys.executable, *self._program, "serve", *flags, *more_flags],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": _python_path(), **(environment or {})},
-            pass_fds=pass_fds,
-        )
+        variables = {**os.environ, "PYTHONPATH": python_path(), **(environment or {})}
+        arguments = ["serve", *flags, *more_flags]
+        if self._program[0] == "-m" and process_starter.can_start(variables):
+            self._process = process_starter.start(self._program[1], arguments, environment=variables, pass_fds=pass_fds)
+        else:
+            self._process = subprocess.Popen(
+                [sys.executable, *self._program, *arguments],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=variables,
+                pass_fds=pass_fds,
+            )
         self._reader = threading.Thread(target=self._read, args=(self._process, self.lines), name="daemon log")
         self._reader.start()
 
@@ -194,13 +200,11 @@ class DaemonProcess:
 
     def check(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """``kvservice check`` on the stopped store."""
-        return subprocess.run(
-            [sys.executable, "-m", "kvservice", "check", *arguments, str(self.store)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": _python_path()},
-            timeout=120,
-            check=False,
+        return process_starter.run(
+            "kvservice",
+            ["check", *arguments, str(self.store)],
+            environment={**os.environ, "PYTHONPATH": python_path()},
+            timeout=_TIMEOUT_S,
         )
 
     def __enter__(self) -> Self:
@@ -213,7 +217,7 @@ class DaemonProcess:
     def __exit__(self, *exc: object) -> None:
         self.remove()
 
-    def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
+    def _read(self, process: StartedProcess | subprocess.Popen[str], lines: list[str]) -> None:
         assert process.stderr is not None
         with process.stderr:
             for line in process.stderr:
@@ -227,7 +231,3 @@ class DaemonProcess:
     def _join_reader(self) -> None:
         if self._reader is not None:
             self._reader.join(_TIMEOUT_S)
-
-
-def _python_path() -> str:
-    return os.pathsep.join(str(_ROOT / name) for name in ("", "proto", "client", "engine_adapter"))

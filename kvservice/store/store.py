@@ -7,6 +7,7 @@ parts that implement the verbs are private.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Sized
@@ -741,16 +742,16 @@ class BlockStore:
             await self._loop_budget.slot()
             first = blocks.rows_of_keys(part)
             rows = [row for start in first.tolist() for row in blocks.shards_of(start)]
-            absent = [row for row in rows if not blocks.is_resident(row, blocks.first_tier)]
+            is_absent = ~blocks.lie_in(np.array(rows, np.int64), blocks.first_tier)
             missing += int((first == NO_ROW).sum())
-            in_dram += len(rows) - len(absent)
-            wanted += absent
+            in_dram += len(rows) - int(is_absent.sum())
+            wanted += itertools.compress(rows, is_absent)
         if self._promoter is None or not wanted:
             return PrefetchOutcome(missing, in_dram, 0, len(wanted))
         await self._promoter.promote(wanted, within_s=within_s, wait=wait)
         if not wait:
             return PrefetchOutcome(missing, in_dram, len(wanted), 0)
-        promoted = sum(blocks.is_resident(row, blocks.first_tier) for row in wanted)
+        promoted = int(blocks.lie_in(np.array(wanted), blocks.first_tier).sum())
         return PrefetchOutcome(missing, in_dram, promoted, len(wanted) - promoted)
 
     async def evict(self, caller: Caller, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:

@@ -391,9 +391,9 @@ threads = [threading.Thread(target=repeat, args=(call,)) for call in calls]
 for thread in threads:
     thread.start()
 try:
-    for _ in range(10):
+    for _ in range(5):
         in_child(lambda: (verify(client, LARGE, chain), save(client, LARGE, new_chain(LARGE, 1))))
-    for _ in range(200):
+    for _ in range(int(sys.argv[3])):
         in_child(lambda: None)
 finally:
     over.set()
@@ -404,11 +404,12 @@ print("undisturbed")
 """
 
 
+@pytest.mark.parametrize("forks", ["60", pytest.param("1000", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transport", ["grpc", "shm"])
 def test_while_threads_are_within_calls_children_work_and_the_calls_continue(
-    daemon: DaemonProcess, transport: str
+    daemon: DaemonProcess, transport: str, forks: str
 ) -> None:
-    ended = _run(_BUSY_PROGRAM, daemon.address, transport)
+    ended = _run(_BUSY_PROGRAM, daemon.address, transport, forks)
     assert (ended.returncode, ended.stdout) == (0, "undisturbed\n"), ended.stderr
 
 

@@ -70,7 +70,12 @@ def test_evict_drops_from_one_tier_and_discard_from_all(ask: Callable[..., Any],
     assert ask("ls")["blocks"] == []
 
 
-def test_sessions_are_listed_and_warmed(ask: Callable[..., Any], daemon: DaemonProcess, chain: BlockChain) -> None:
+def test_sessions_are_listed_and_warmed(
+    ask: Callable[..., Any],
+    daemon: DaemonProcess,
+    chain: BlockChain,
+    kvctl_here: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     layout = small_layout()
     with Client(daemon.address) as client:
         session = client.session(layout, "chat/1")
@@ -99,7 +104,7 @@ def test_sessions_are_listed_and_warmed(ask: Callable[..., Any], daemon: DaemonP
         (["sessions"], "chat/1   "),
         (["warm", "chat/1"], "promoted 0, 2 were in DRAM, 1 are not stored"),
     ):
-        done = kvctl(*arguments, address=daemon.address)
+        done = kvctl_here(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
         assert expected in done.stdout
     for session_id in ("chat/1", "chat/2"):
@@ -138,7 +143,7 @@ def test_scrub_ends_with_1_where_it_found_damage(
     assert ask("scrub")["damaged"] == 0
 
 
-def test_people_get_tables(daemon: DaemonProcess, chain: BlockChain) -> None:
+def test_people_get_tables(kvctl_here: Callable[..., subprocess.CompletedProcess[str]], chain: BlockChain) -> None:
     for arguments, expected in (
         (["status"], "3 blocks of"),
         (["ls"], f"{chain.keys[0].hex()}  {small_layout().fingerprint.hex()[:8]}"),
@@ -147,7 +152,7 @@ def test_people_get_tables(daemon: DaemonProcess, chain: BlockChain) -> None:
         (["scrub"], "checked 5 copies of blocks"),
         (["discard", chain.keys[0].hex()], "discarded 1, 0 were not stored"),
     ):
-        done = kvctl(*arguments, address=daemon.address)
+        done = kvctl_here(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
         assert expected in done.stdout
 

@@ -49,8 +49,8 @@ def judge(reports: list[Report]) -> None:
         assert any(report.done[what] for report in reports), f"nothing was {what}"
 
 
-def test_ten_kills_at_work_lose_no_acknowledged_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reports = run_rounds(tmp_path, 10)
+def test_five_kills_at_work_lose_no_acknowledged_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = run_rounds(tmp_path, 5)
     with capsys.disabled():
         print()
         judge(reports)

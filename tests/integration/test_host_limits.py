@@ -22,7 +22,7 @@ from tests.integration.known_blocks import LARGE, new_chain, save, verify
 ASKED = 1024 * MIB
 
 
-@pytest.mark.parametrize("transport", ["grpc", "shm"])
+@pytest.mark.parametrize("transport", ["grpc", pytest.param("shm", marks=pytest.mark.slow)])
 def test_a_memory_limit_below_the_dram_tier_makes_a_smaller_tier_which_may_be_filled(
     tmp_path: Path, transport: Literal["grpc", "shm"]
 ) -> None:
@@ -120,7 +120,9 @@ def limited(soft: int, hard: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("files", [12, 16, 20, 24, 28, 32, 40, 64])
+@pytest.mark.parametrize(
+    "files", [12, 28, 64, *(pytest.param(each, marks=pytest.mark.slow) for each in (16, 20, 24, 32, 40))]
+)
 def test_too_few_open_files_are_refused_before_a_store_is_made(tmp_path: Path, files: int) -> None:
     """Without files of its own, gRPC's poller would end the process by SIGSEGV."""
     ended = subprocess.run(

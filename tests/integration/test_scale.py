@@ -66,8 +66,8 @@ def listed(daemon: DaemonProcess, limit: int) -> set[str]:
     return {block["key"] for block in found["blocks"]}
 
 
-def test_twenty_thousand_blocks_are_found_listed_and_read_back(tmp_path: Path) -> None:
-    with stopped_daemon(tmp_path, 20_000) as (daemon, store), daemon.start().client() as client:
+def test_eight_thousand_blocks_are_found_listed_and_read_back(tmp_path: Path) -> None:
+    with stopped_daemon(tmp_path, 8_000) as (daemon, store), daemon.start().client() as client:
         expect_found_in_shared_memory(client, store)
         assert len(listed(daemon, 2500)) == 2500
         keys = {block.key for block in client.admin.list_blocks()}

@@ -137,7 +137,7 @@ def daemon(new_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
 
 @pytest.mark.parametrize("seed", [1])
 def test_random_operations_give_no_wrong_byte(daemon: DaemonProcess, seed: int) -> None:
-    done = run(daemon, seed, 900)
+    done = run(daemon, seed, 450)
     assert min(done[name] for name in ("save", "load", "view", "rank", "drop")) > 5, done
 
 

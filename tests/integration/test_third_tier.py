@@ -157,9 +157,25 @@ def test_a_damaged_index_of_the_third_tier_costs_that_tier_alone(daemon: DaemonP
         until(lambda: counts(client)["archive"] >= len(on_ssd))
 
 
-@pytest.mark.parametrize("archive", ["64MiB", "4MiB"])
 @pytest.mark.parametrize(
-    "trouble", ["write hangs", "sync hangs", "write fails", "sync fails", "sync fails once and hangs"]
+    ("trouble", "archive"),
+    [
+        ("write hangs", "64MiB"),
+        ("sync hangs", "4MiB"),
+        ("write fails", "4MiB"),
+        ("sync fails", "64MiB"),
+        ("sync fails once and hangs", "4MiB"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("write hangs", "4MiB"),
+                ("sync hangs", "64MiB"),
+                ("write fails", "64MiB"),
+                ("sync fails", "4MiB"),
+                ("sync fails once and hangs", "64MiB"),
+            )
+        ),
+    ],
 )
 def test_a_third_tier_in_trouble_stops_neither_saves_nor_evictions_from_ssd(
     new_daemon: Callable[..., DaemonProcess], tmp_path: Path, trouble: str, archive: str

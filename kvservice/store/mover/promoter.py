@@ -35,7 +35,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
-_ROWS_A_TURN = 64  # They take a millisecond of the event loop.
+_ROWS_A_TURN = 8  # They take a millisecond of the event loop.
 _MEASURED_BYTES = 4 << 20  # The bandwidth is measured over this much,
 _RATE_WEIGHT = 0.2  # and the last measurement has this weight.
 _SPACE_WAIT_S = 0.2  # After this time, a load reads from the slower tier instead of waiting for space in DRAM.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -66,6 +67,7 @@ FOLDERS = (
 )  # fmt: skip
 
 
+@functools.cache
 def classes() -> dict[str, list[str]]:
     """Every public class of the product that was written by hand: its files by its name."""
     found: defaultdict[str, list[str]] = defaultdict(list)

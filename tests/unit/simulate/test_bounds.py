@@ -47,7 +47,7 @@ def clairvoyant(workload: Workload, on: Machine, warmup_turns: int = 0) -> Resul
     return best_of([simulate(workload, on, play, warmup_turns=warmup_turns) for play in optimum_plays(workload, on)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(path_workloads(), st.integers(0, 12))
 def test_on_blocks_the_clairvoyant_is_beladys(workload: Workload, capacity_blocks: int) -> None:
     on = machine(capacity_blocks, 0, service_turns_per_s=1000.0)
@@ -56,7 +56,7 @@ def test_on_blocks_the_clairvoyant_is_beladys(workload: Workload, capacity_block
     assert result.hit_rate * units == pytest.approx(belady_hits(workload, capacity_blocks))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(path_workloads(), st.integers(0, 12))
 def test_no_policy_has_more_hits_on_blocks_than_the_clairvoyant(workload: Workload, capacity_blocks: int) -> None:
     on = machine(capacity_blocks, 0, service_turns_per_s=1000.0)
@@ -79,7 +79,7 @@ def some_sessions(rng: random.Random) -> Workload:
     return sessions(*requests)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 40))])
 def test_no_policy_is_above_the_clairvoyant_on_small_sessions(seed: int) -> None:
     """Each tier has space for at least a few sessions, and the channel has enough bandwidth."""
     rng = random.Random(seed)
@@ -94,7 +94,12 @@ def test_no_policy_is_above_the_clairvoyant_on_small_sessions(seed: int) -> None
 
 @pytest.mark.parametrize(
     ("dram_gb", "ssd_gb", "service_turns_per_s"),
-    [(8, 2000, 1.9), (8, 100, 1.9), (16, 2000, 6.0), (16, 30, 6.0), (16, 0, 6.0), (0, 100, 6.0)],
+    [
+        (8, 100, 1.9),
+        (16, 30, 6.0),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 2000, 1.9), (16, 2000, 6.0), (16, 0, 6.0))),
+        (0, 100, 6.0),
+    ],
 )
 def test_no_policy_is_above_the_clairvoyant_under_load(dram_gb: int, ssd_gb: int, service_turns_per_s: float) -> None:
     """With a queue that is hundreds deep, and with hardly any."""
@@ -107,7 +112,7 @@ def test_no_policy_is_above_the_clairvoyant_under_load(dram_gb: int, ssd_gb: int
         assert result.dram_on_time <= best.dram_on_time + 0.002
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 8))])
 def test_no_policy_is_above_the_optimum_where_the_clairvoyant_is_at_a_loss(seed: int) -> None:
     """A channel with too little bandwidth, and tiers with hardly any space for a session."""
     rng = random.Random(seed)

@@ -339,7 +339,18 @@ def test_a_picture_of_a_sweep_is_drawn_the_same_each_time(tmp_path: Path) -> Non
     files = [tmp_path / f"{number}.svg" for number in range(2)]
     for file in files:
         done = run(
-            "--trace", "sharegpt", "--policy", "lru,fifo", *SMALL, "--plot", str(file), "--sweep", "ssd", "--json"
+            "--trace",
+            "sharegpt",
+            "--policy",
+            "lru,fifo",
+            *SMALL,
+            "--sessions",
+            "20",
+            "--plot",
+            str(file),
+            "--sweep",
+            "ssd",
+            "--json",
         )
         assert done.exit_code == 0, done.output
 

@@ -50,7 +50,9 @@ def played(workload: Workload, on: Machine, *policies: str) -> dict[str, Result]
 # Short queues: only think times.
 
 
-@pytest.mark.parametrize(("seed", "dram_share"), [(1, 0.05), (2, 0.1), (3, 0.2)])
+@pytest.mark.parametrize(
+    ("seed", "dram_share"), [(1, 0.05), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 0.1), (3, 0.2)))]
+)
 def test_with_think_times_alone_it_reaches_what_knowing_their_distribution_allows(seed: int, dram_share: float) -> None:
     workload = sharegpt(sessions=550, session_rate=1.5, think_s=45.0, seed=seed)
     results = played(workload, machine(workload, dram_share), *OTHERS, "foresight", "foresight-unlearned", "ages-only")
@@ -92,7 +94,7 @@ def test_the_same_run_twice_is_the_same() -> None:
 # Short queues: typing hints.
 
 
-@pytest.mark.parametrize(("seed", "dram_share"), [(1, 0.05), (2, 0.2)])
+@pytest.mark.parametrize(("seed", "dram_share"), [(1, 0.05), pytest.param(2, 0.2, marks=pytest.mark.slow)])
 def test_with_typing_hints_it_comes_near_who_knows_the_future(seed: int, dram_share: float) -> None:
     workload = sharegpt(sessions=500, session_rate=1.5, think_s=45.0, typing_lead_s=(2, 5), seed=seed)
     results = played(workload, machine(workload, dram_share), "foresight", "optimum")

@@ -188,7 +188,7 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_behind, "_TRY_AGAIN_TRIM_S", 0.01)
-    files = StoreFiles(tmp_path / "store", ssd_bytes=64 * MIB, dram_bytes=4 * MIB, map_bytes=MIB // 2)
+    files = StoreFiles(tmp_path / "store", ssd_bytes=64 * MIB, dram_bytes=4 * MIB, map_bytes=MIB // 4)
     files.folder.mkdir()
     opened = files.open()
 
@@ -198,13 +198,13 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
     try:
         await opened.store.open_layout(CALLER, LAYOUT)
         client = opened.store.attach(CALLER, "test")
-        for seed in range(15):  # The map has space for some thousand records, SSD for five thousand blocks.
+        for seed in range(8):  # The map has space for some hundred records, SSD for five thousand blocks.
             chain = some_chain(200, seed=seed)
             outcome = await opened.save(client, chain, some_images(chain, seed=seed))
             assert not outcome.refused
             await on_ssd(chain.keys[-1])
         assert opened.counters.evicted_ssd_blocks
-        keys = [key for seed in range(15) for key in some_chain(200, seed=seed).keys]
+        keys = [key for seed in range(8) for key in some_chain(200, seed=seed).keys]
         events = [event for key in keys for event in opened.explain.events(CALLER, key)]
         assert {(event.reason, event.detail) for event in events} == {(Reason.EVICTED, "lru")}, (
             "not at a client's request"
