@@ -41,10 +41,11 @@ class Scores:
             if not len(changed):
                 return
             self._hazards[changed] = every[changed]
-        hold, fetch = whittle_index(every[changed], _PRICES)
-        self._tables[HOLD, changed], self._tables[FETCH, changed] = hold, fetch
-        self._tables[LATER, changed] = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1]
-        self._tables[KEEP, changed] = gittins_index(every[changed])[:, None, :]
+        different, same = np.unique(every[changed], axis=0, return_inverse=True)  # Many classes begin alike.
+        hold, fetch = whittle_index(different, _PRICES)
+        self._tables[HOLD, changed], self._tables[FETCH, changed] = hold[same], fetch[same]
+        self._tables[LATER, changed] = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1][same]
+        self._tables[KEEP, changed] = gittins_index(different)[same, None, :]
         self._table = self._tables.reshape(-1)
         self._kind = self._tables[0].size
 
