@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,30 @@ _BEGIN = {"queue_seq": NOT_QUEUED, "used_at_s": math.nan, "hinted_at_s": math.na
 HINTS = ("", "typing", "tool_call", "ended")
 
 
+class ItemViews(NamedTuple):
+    """The columns of an `ItemTable` as memory views: access to an element takes a third of the time of NumPy's."""
+
+    size_bytes: memoryview[int]
+    dram_bytes: memoryview[int]
+    ssd_bytes: memoryview[int]
+    coming_bytes: memoryview[int]
+    in_use: memoryview[int]
+    access_seq: memoryview[int]
+    dram_seq: memoryview[int]
+    ssd_seq: memoryview[int]
+    unwanted_on_ssd: memoryview[bool]
+    used_at_s: memoryview[float]
+    uses: memoryview[int]
+    answer_tokens: memoryview[int]
+    queue_seq: memoryview[int]
+    hint: memoryview[int]
+    hinted_at_s: memoryview[float]
+    ended: memoryview[bool]
+    value: memoryview[float]
+    key: memoryview[int]
+    live: memoryview[bool]
+
+
 class ItemTable:
     """Items as rows of arrays, shape [row_count]. A row keeps its number; a row that is not `live` may be reused."""
 
@@ -65,12 +89,17 @@ class ItemTable:
         self.row_count = row_count
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.full(row_count, _BEGIN.get(name, 0), dtype))
+        self._view()
+
+    def _view(self) -> None:
+        self.at = ItemViews(**{name: getattr(self, name).data for name in _COLUMNS})
 
     def grow(self, row_count: int) -> None:
         """Make space for so many rows. The arrays are replaced. Call the policy's `grow` next."""
         self.row_count = row_count
         for name in _COLUMNS:
             setattr(self, name, grown(getattr(self, name), row_count, _BEGIN.get(name, 0)))
+        self._view()
 
     def reset(self, row: int) -> None:
         """Make the row ready for another item."""

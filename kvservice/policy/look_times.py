@@ -25,10 +25,13 @@ class LookTimes:
         self._counted = 0
         self._counted_from_s = now_s
 
-    def happened(self, now_s: float) -> None:
+    def happened(self, now_s: float) -> bool:
+        """Count an event. Returns whether enough have happened for a scan now."""
         self.events += 1
-        if self.events >= self._events_due:
-            self.next_s = now_s
+        if self.events < self._events_due:
+            return False
+        self.next_s = now_s
+        return True
 
     def hinted(self, now_s: float) -> None:
         self.hinted_s = min(self.hinted_s, now_s + self.hinted_every_s)
