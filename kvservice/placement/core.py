@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvservice.blocks import TierName
-from kvservice.placement.item_state import ItemState, overrides
+from kvservice.placement.item_state import ItemState
 from kvservice.policy.base import Promotion
 from kvservice.policy.items import ItemTable
-from kvservice.policy.placement import Placement
+from kvservice.policy.placement import Placement, overrides
 
 NO_ITEM = -1
 _DRAM = TierName.DRAM

@@ -14,7 +14,7 @@ from kvservice.placement.tier_space import RowEpochs, TierSpace
 from kvservice.placement.views import bools, floats, ints
 from kvservice.policy.base import Hint
 from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable, grown
-from kvservice.policy.placement import Placement
+from kvservice.policy.placement import Placement, overrides
 
 _DRAM, _SSD = TierName.DRAM, TierName.SSD
 _HINT_NUMBERS = {hint: HINTS.index(hint) for hint in Hint}
@@ -28,11 +28,6 @@ class ItemPart(NamedTuple):
     ssd_bytes: int
     coming_bytes: int
     value: float
-
-
-def overrides(policy: Placement, method: str) -> bool:
-    """Whether the policy's class defines `method` itself. Calls of the empty defaults are skipped."""
-    return getattr(type(policy), method) is not getattr(Placement, method)
 
 
 class ItemState:

@@ -7,7 +7,7 @@ import numpy as np
 from kvservice.blocks import Rows, TierName
 from kvservice.placement.views import ints
 from kvservice.policy.items import ItemTable, grown
-from kvservice.policy.placement import Placement
+from kvservice.policy.placement import Placement, overrides
 
 NO_ROW = -1
 #: With more rows than this, one ranking serves several evictions: it holds 1/64 of the rows.
@@ -41,6 +41,7 @@ class TierSpace:
         self.retention = 0.0  # The score of the last victim.
         self._items = items
         self._policy = policy
+        self._asks_policy = overrides(policy, "next_to_leave")
         self._row_epochs = row_epochs
         self._epoch = 0
         self.count = 0
@@ -90,7 +91,12 @@ class TierSpace:
             self._order, self._scores = [], []
 
     def next_victim(self, now_s: float) -> int:
-        """The row with the lowest score, or NO_ROW. Sets `retention` to its score. The row stays until `discard`."""
+        """The row with the lowest score, or NO_ROW. The row stays until `discard`.
+
+        Sets `retention` to its score; a policy that keeps its order gives none.
+        """
+        if self._asks_policy:
+            return self._policy.next_to_leave(self._items, self.tier, self._place)
         order = self._order
         if order:
             place, last = self._place, self._row_epochs.last
@@ -107,6 +113,8 @@ class TierSpace:
 
     def put_back(self, row: int, score: float) -> None:
         """The last victim was evicted in part, or not at all: it stays the next victim."""
+        if self._asks_policy:
+            return
         self._order.append(row)
         self._scores.append(score)
 

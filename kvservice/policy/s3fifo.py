@@ -32,7 +32,6 @@ class S3FifoPolicy(Placement):
 
     name: ClassVar[str] = "s3fifo"
     whole_items: ClassVar[bool] = True
-    newcomers_may_leave: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._queues = {tier: _Queues() for tier in (TierName.DRAM, TierName.SSD)}
@@ -68,6 +67,12 @@ class S3FifoPolicy(Placement):
         queues.grow(items.row_count)
         queues.look(resident_bytes, items.in_use, capacity_bytes // _SMALL_PART)
         return queues.rank(rows)
+
+    def next_to_leave(self, items: ItemTable, tier: TierName, may_leave: memoryview[int]) -> int:
+        capacity_bytes, resident_bytes = _of_tier(items, tier)
+        queues = self._queues[tier]
+        queues.grow(items.row_count)
+        return queues.next_to_leave(may_leave, resident_bytes, items.at.in_use, capacity_bytes // _SMALL_PART)
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         return not items.unwanted_on_ssd[row]  # SSD evicted it: only a new use justifies evicting another item.
@@ -248,6 +253,48 @@ class _Queues:
             self._ghost_bytes -= self._size[row]
 
     # Ranking
+
+    def next_to_leave(
+        self,
+        may_leave: memoryview[int],
+        resident_bytes: NDArray[np.int64],
+        in_use: memoryview[int],
+        share_bytes: int,
+    ) -> int:
+        """The row that `rank` puts first, of those with `may_leave[row] >= 0`; NO_ROW if there is none."""
+        freq, newer, resident = self._freq, self._newer, resident_bytes.data
+        small = (self._queues[: len(resident_bytes)] == _SMALL).nonzero()[0]
+        excess_bytes = int(resident_bytes[small].sum()) - share_bytes
+        self._over_share_seq = 0
+        promoted = NO_ROW  # It moves from the small queue to the main queue.
+        at = self._oldest[_SMALL]
+        while at != NO_ROW and excess_bytes >= 0:
+            if not in_use[at]:
+                self._over_share_seq = self._seq[at]
+                if may_leave[at] >= 0:
+                    if freq[at] <= 1:
+                        return at
+                    if promoted == NO_ROW:
+                        promoted = at
+                excess_bytes -= resident[at]
+            at = newer[at]
+        rest_of_small = at
+        found, found_freq = promoted, 0 if promoted != NO_ROW else _FREQ_MAX + 1
+        at = self._oldest[_MAIN]
+        while at != NO_ROW:
+            if may_leave[at] >= 0 and (freq[at] < found_freq or not freq[at]):
+                found, found_freq = at, freq[at]
+                if not found_freq:
+                    return at  # It is older than what is promoted.
+            at = newer[at]
+        at = rest_of_small
+        while at != NO_ROW and found == NO_ROW:
+            if may_leave[at] >= 0:
+                found = at
+            at = newer[at]
+        if found == NO_ROW and self._newcomer != NO_ROW and may_leave[self._newcomer] >= 0:
+            return self._newcomer
+        return found
 
     def look(self, resident_bytes: NDArray[np.int64], in_use: NDArray[np.int32], share_bytes: int) -> None:
         """Update by how much the small queue exceeds its share."""
