@@ -44,6 +44,7 @@ class TierSpace:
         self._asks_policy = overrides(policy, "next_to_leave")
         self._row_epochs = row_epochs
         self._epoch = 0
+        self._begins = True
         self.count = 0
         self._rows = np.empty(1024, np.int64)
         self._view = ints(self._rows)
@@ -87,6 +88,7 @@ class TierSpace:
 
     def begin_eviction(self) -> None:
         """Start an eviction. Drops the ranking if rows are few, or if the policy may score new rows lowest."""
+        self._begins = True
         if self.count <= _MANY or self._policy.newcomers_may_leave:
             self._order, self._scores = [], []
 
@@ -96,7 +98,8 @@ class TierSpace:
         Sets `retention` to its score; a policy that keeps its order gives none.
         """
         if self._asks_policy:
-            return self._policy.next_to_leave(self._items, self.tier, self._place)
+            begins, self._begins = self._begins, False
+            return self._policy.next_to_leave(self._items, self.tier, self._place, begins)
         order = self._order
         if order:
             place, last = self._place, self._row_epochs.last

@@ -65,10 +65,11 @@ class Placement:
         """See `Policy.retention`. Called from the same thread as the methods above."""
         raise NotImplementedError  # Every policy has its own order.
 
-    def next_to_leave(self, items: ItemTable, tier: TierName, may_leave: memoryview[int]) -> int:
+    def next_to_leave(self, items: ItemTable, tier: TierName, may_leave: memoryview[int], begins: bool) -> int:
         """The row with the lowest `retention` in `tier` of those with `may_leave[row] >= 0`; NO_ROW if there is none.
 
         Only for policies that keep their order, where it takes less time than to score all rows. A store prefers it.
+        If not `begins`, all that changed since the last call for the tier is that rows have `left`.
         """
         raise NotImplementedError  # Others are asked for scores.
 
