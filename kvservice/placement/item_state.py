@@ -160,23 +160,25 @@ class ItemState:
         did not wait.
         """
         access = self._accesses = self._accesses + len(path)  # A prefix is later than its suffix.
-        queue_seq, changed, epoch = self._queue_seq, self._changed, self._epochs.epoch
+        queue_seq, changed, epoch, later = self._queue_seq, self._changed, self._epochs.epoch, self._later
+        in_use, uses, access_seq, tells = self._in_use, self._uses, self._access_seq, self._tells_used
+        unwanted, unused, hint, ended = self._unwanted, self._unused, self._hint, self._ended
         for item in path:
             changed[item] = epoch
-            self._in_use[item] += 1
-            self._uses[item] += 1
-            self._access_seq[item] = access
+            in_use[item] += 1
+            uses[item] += 1
+            access_seq[item] = access
             access -= 1
-            self._unwanted[item] = False
-            self._unused[item] = 0
-            if self._tells_used:
+            unwanted[item] = False
+            unused[item] = 0
+            if tells:
                 self.policy.used(self.items, item, now_s)
-            if number == queue_seq[item] and item not in self._later:
+            if number == queue_seq[item] and item not in later:
                 queue_seq[item] = NOT_QUEUED
             else:
                 self._leave_queue(item, number)
-            self._hint[item] = 0
-            self._ended[item] = False
+            hint[item] = 0
+            ended[item] = False
 
     def answered(self, item: int, answer_tokens: int, now_s: float) -> None:
         """A request of the item has ended. What it stored enters next, the end of its path first."""
@@ -222,24 +224,28 @@ class ItemState:
 
     # Holds
 
-    def hold(self, item: int) -> None:
-        """Keep the item's bytes in both tiers until `release`. Holds are counted."""
-        holds = self._holds[item]
-        self._holds[item] = holds + 1
-        if not holds:  # As `_may_leave`, without a call.
-            if self._dram[item]:
-                self.dram.discard(item)
-            if self._ssd[item]:
-                self.ssd.discard(item)
+    def hold(self, *items: int) -> None:
+        """Keep the items' bytes in both tiers until `release`. Holds are counted."""
+        holds, in_dram, on_ssd = self._holds, self._dram, self._ssd
+        for item in items:
+            before = holds[item]
+            holds[item] = before + 1
+            if not before:
+                if in_dram[item]:
+                    self.dram.discard(item)
+                if on_ssd[item]:
+                    self.ssd.discard(item)
 
-    def release(self, item: int) -> None:
-        """Undo one `hold`."""
-        self._holds[item] = holds = self._holds[item] - 1
-        if not holds:  # As `_may_leave`, without a call.
-            if self._dram[item]:
-                self.dram.add(item)
-            if self._ssd[item] and not self._writes[item]:
-                self.ssd.add(item)
+    def release(self, *items: int) -> None:
+        """Undo one `hold` of each."""
+        holds, in_dram, on_ssd, writes = self._holds, self._dram, self._ssd, self._writes
+        for item in items:
+            holds[item] = after = holds[item] - 1
+            if not after:  # As `_may_leave`, without a call.
+                if in_dram[item]:
+                    self.dram.add(item)
+                if on_ssd[item] and not writes[item]:
+                    self.ssd.add(item)
 
     def _may_leave(self, item: int) -> None:
         """Let the tiers evict what they have of the item, unless it is held."""
