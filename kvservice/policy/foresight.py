@@ -37,7 +37,7 @@ _UNLIKELY = 0.02  # Expected returns within the typical time below which an item
 _FULL_SCAN_PART = 4  # All items, not only candidates, are scored once per (live items / 4) events.
 _MARGIN_PART = 48  # The eviction threshold is the score at 1/48 of DRAM from the bottom.
 _CANDIDATE_SHARE = 0.5  # Partial scans skip items whose best future score is below this share of the threshold.
-_RELEARN_GROWTH = 3  # The model is fitted again when there are 1/3 more returns...
+_RELEARN_GROWTH = 1  # The model is fitted again when there are twice as many returns...
 _LEARN_RETURNS = (16, 1024)  # ... but at least and at most after so many returns.
 #: While requests are queued that may read from SSD, an item without an SSD copy scores this factor higher.
 _DIRTY = 4.0
@@ -181,7 +181,7 @@ class ForesightPolicy(Placement):
         if key and uses == 1 and not returns.is_waiting(row):
             shadow.used(key, shadow.size_of(key), 0)  # `lru` may have it, where this store forgot it.
         returns.start_waiting(row, uses, at.answer_tokens[row], now_s, value)
-        self._score_stored(items.conditions, row, size or 1, value)
+        self._score_stored(items.conditions, row, size or 1, value, at.access_seq[row])
         self._lru.stored(key or row, size)
         self._at.candidate[row] = True
         self._happened(now_s)
@@ -222,23 +222,21 @@ class ForesightPolicy(Placement):
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> Floats:
         if not self._started:
             return items.access_seq[rows].astype(np.float64)
-        lost = tier == TierName.SSD or not items.conditions.ssd_capacity_bytes
-        queue_seq = items.queue_seq[rows]
-        waiting = (queue_seq != NOT_QUEUED).nonzero()[0]
-        if len(waiting) == len(rows):
-            worth = self._worth_queued(items, rows, queue_seq, lost)
+        lost = tier is TierName.SSD or not items.conditions.ssd_capacity_bytes
+        worth: Floats
+        if self._lru.follows:
+            worth = items.access_seq[rows] * _RECENCY
+            worth[items.ended[rows]] = 0.0
         else:
             worth = (self._on_ssd if lost else self._in_dram)[rows]
-            if self._lru.follows:
-                np.multiply(items.access_seq[rows], _RECENCY, out=worth)
-                worth[items.ended[rows]] = 0.0
-            if len(waiting):
-                worth[waiting] = self._worth_queued(items, rows[waiting], queue_seq[waiting], lost)
+        queue_seq = items.queue_seq[rows]
+        waiting = (queue_seq != NOT_QUEUED).nonzero()[0]
+        if len(waiting):
+            worth[waiting] = self._worth_queued(items, rows[waiting], queue_seq[waiting], lost)
         if not lost and items.conditions.queued:  # Copying it now would delay reads of the SSD.
             dirty = (items.ssd_bytes[rows] < items.dram_bytes[rows]).nonzero()[0]
             if len(dirty):
                 worth[dirty] *= _DIRTY
-        worth *= 1 + _LATER_USE * items.access_seq[rows]
         return worth
 
     def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
@@ -259,6 +257,7 @@ class ForesightPolicy(Placement):
         coming_s = np.maximum(ahead * (1 / conditions.turns_per_s), _LEAST_S)
         dense = self._dense(items, rows, np.maximum(items.size_bytes[rows], 1))[lost]
         worth: Floats = dense / coming_s
+        worth *= 1 + _LATER_USE * items.access_seq[rows]
         if not lost:
             far = (ahead >= self._window).nonzero()[0]
             if len(far):
@@ -269,7 +268,7 @@ class ForesightPolicy(Placement):
         """What a use saves per byte: in DRAM, and where an item that is evicted is lost."""
         return self._saved.per_bytes(sizes, items.value[rows], items.conditions.ssd_capacity_bytes > 0)
 
-    def _score_stored(self, conditions: Conditions, row: int, size: int, value: float) -> None:
+    def _score_stored(self, conditions: Conditions, row: int, size: int, value: float, access_seq: int) -> None:
         """The scores of an item that was just used: what `_score` gives at age 0."""
         at, returns = self._at, self._returns
         dense, dense_lost = self._saved.per_byte(size, value, conditions.ssd_capacity_bytes > 0)
@@ -278,8 +277,9 @@ class ForesightPolicy(Placement):
         hold, keep = self._scores.at_once(in_class, self._reads.per_density / (dense or _LEAST_DENSE) / unannounced)
         hold *= unannounced
         wait_s = conditions.queued / conditions.turns_per_s
-        at.in_dram[row] = dense / (factor / (hold or _LEAST_RATE) + wait_s)
-        at.on_ssd[row] = dense_lost / (factor / (keep or _LEAST_RATE) + wait_s)
+        later = 1 + _LATER_USE * access_seq
+        at.in_dram[row] = dense * later / (factor / (hold or _LEAST_RATE) + wait_s)
+        at.on_ssd[row] = dense_lost * later / (factor / (keep or _LEAST_RATE) + wait_s)
 
     def _score(
         self, items: ItemTable, rows: Rows, sizes: Ints, dense: tuple[Floats, Floats], now_s: float
@@ -310,6 +310,7 @@ class ForesightPolicy(Placement):
         np.divide(1, worth, out=worth)
         worth += wait_s
         np.divide(1, worth, out=worth)
+        worth *= 1 + _LATER_USE * items.access_seq[rows]
         self._on_ssd[rows] = worth[KEEP] * dense[1]
         worth *= dense[0]
         self._in_dram[rows] = worth[HOLD]
