@@ -1,4 +1,4 @@
-"""One tier's space, and the rows in it that may be evicted, lowest score first."""
+"""One tier's space: its bytes, and the rows in it that may be evicted, lowest score first."""
 
 from __future__ import annotations
 
@@ -132,3 +132,19 @@ class TierSpace:
         self._scores = scores[ranked].tolist()
         self._row_epochs.epoch += 1
         self._epoch = self._row_epochs.epoch
+
+
+class CountedSpace(TierSpace):
+    """Counts bytes, and knows of no rows: for a store that chooses the victims itself. It takes no memory per row."""
+
+    def __init__(self, tier: TierName, capacity_bytes: int, items: ItemTable, policy: Placement) -> None:
+        super().__init__(tier, capacity_bytes, ItemTable(0, items.conditions), policy, RowEpochs(0))
+
+    def grow(self, row_count: int) -> None:
+        pass
+
+    def add(self, row: int) -> None:
+        pass
+
+    def discard(self, row: int) -> None:
+        pass

@@ -37,7 +37,7 @@ _UNLIKELY = 0.02  # Expected returns within the typical time below which an item
 _FULL_SCAN_PART = 4  # All items, not only candidates, are scored once per (live items / 4) events.
 _MARGIN_PART = 48  # The eviction threshold is the score at 1/48 of DRAM from the bottom.
 _CANDIDATE_SHARE = 0.5  # Partial scans skip items whose best future score is below this share of the threshold.
-_RELEARN_GROWTH = 1  # The model is fitted again when there are twice as many returns...
+_RELEARN_GROWTH = 3  # The model is fitted again when there are 1/3 more returns...
 _LEARN_RETURNS = (16, 1024)  # ... but at least and at most after so many returns.
 #: While requests are queued that may read from SSD, an item without an SSD copy scores this factor higher.
 _DIRTY = 4.0
@@ -73,11 +73,11 @@ class ForesightPolicy(Placement):
         self._scores = Scores(self._returns.hazards, self._hints.hazards)
         self._in_dram = np.zeros(items.row_count)
         self._on_ssd = np.zeros(items.row_count)
-        self._late = np.ones(items.row_count)  # Probability that a read begun at the request ends too late.
+        self._late = np.ones(items.row_count, np.float32)  # Probability that a read begun at the request ends too late.
         self._candidate = np.zeros(items.row_count, np.bool_)  # In DRAM, or may score above the threshold soon.
         self._view()
         self._since_all = 0  # Events since the last full scan.
-        self._waits = QueueWaits(items.row_count)
+        self._waits = QueueWaits()
         self._reads = ReadBudget(now_s)
         self._lru = LruChoice(items.conditions.dram_capacity_bytes, may_differ=self._learning)
         self._saved = SavedTime.of(items.conditions)
@@ -97,7 +97,7 @@ class ForesightPolicy(Placement):
             self._learn_if_due(np.empty(0, np.int64), now_s)
 
     def _view(self) -> None:
-        self._at = _Columns(self._in_dram.data, self._on_ssd.data, self._late.data, self._candidate.data)
+        self._at = _Columns._make(array.data for array in (self._in_dram, self._on_ssd, self._late, self._candidate))
 
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         return ReturnTimes(row_count, self._learning), HintTimes(row_count)
@@ -120,7 +120,7 @@ class ForesightPolicy(Placement):
     def grow(self, row_count: int) -> None:
         if not self._started:
             return
-        for part in (self._returns, self._hints, self._waits):
+        for part in (self._returns, self._hints):
             part.grow(row_count)
         self._in_dram, self._on_ssd = grown(self._in_dram, row_count, 0.0), grown(self._on_ssd, row_count, 0.0)
         self._late = grown(self._late, row_count, 1.0)
@@ -225,7 +225,7 @@ class ForesightPolicy(Placement):
         lost = tier is TierName.SSD or not items.conditions.ssd_capacity_bytes
         worth: Floats
         if self._lru.follows:
-            worth = items.access_seq[rows] * _RECENCY
+            worth = np.multiply(items.access_seq[rows], _RECENCY)
             worth[items.ended[rows]] = 0.0
         else:
             worth = (self._on_ssd if lost else self._in_dram)[rows]
@@ -266,7 +266,9 @@ class ForesightPolicy(Placement):
 
     def _dense(self, items: ItemTable, rows: Rows, sizes: Ints) -> tuple[Floats, Floats]:
         """What a use saves per byte: in DRAM, and where an item that is evicted is lost."""
-        return self._saved.per_bytes(sizes, items.value[rows], items.conditions.ssd_capacity_bytes > 0)
+        return self._saved.per_bytes(
+            sizes, items.value[rows].astype(np.float64), items.conditions.ssd_capacity_bytes > 0
+        )
 
     def _score_stored(self, conditions: Conditions, row: int, size: int, value: float, access_seq: int) -> None:
         """The scores of an item that was just used: what `_score` gives at age 0."""
@@ -288,7 +290,8 @@ class ForesightPolicy(Placement):
         conditions = items.conditions
         returns, hints, scores = self._returns, self._hints, self._scores
         reading_s = (sizes - items.dram_bytes[rows]) * (1 / conditions.ssd_bytes_per_s) + conditions.read_backlog_s
-        late = self._waits.shorter(sizes * (1 / conditions.ssd_bytes_per_s))
+        read_s = np.multiply(sizes, 1 / conditions.ssd_bytes_per_s)
+        late = self._waits.shorter(read_s)
         self._late[rows] = late
         price = self._reads.per_density / np.maximum(dense[0], _LEAST_DENSE) / late
 
@@ -411,7 +414,9 @@ class ForesightPolicy(Placement):
         self._saved = SavedTime.of(conditions)
         sizes = np.maximum(items.size_bytes[thinking], 1)
         dense = self._dense(items, thinking, sizes)
-        mean_dense = float((dense[0] * items.size_bytes[thinking]).sum()) / max(float(items.size_bytes[thinking].sum()), 1.0)
+        mean_dense = float((dense[0] * items.size_bytes[thinking]).sum()) / max(
+            float(items.size_bytes[thinking].sum()), 1.0
+        )
         self._reads.learn(conditions, self._lru.shadow.hit_share, mean_dense, now_s)
         fetch, later = self._score(items, thinking, sizes, dense, now_s)
 

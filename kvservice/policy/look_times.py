@@ -8,7 +8,7 @@ import math
 LOOKS, LOOKS_ALONE = (24, 32), (16, 32)
 #: The period between scans, as parts of a typical return time: at least 1/1024, at most 1/16.
 _OFTEN, _SELDOM = 1024, 16
-_LEADS = 8  # The period between scans of hinted items is this part of the time between a hint and its request.
+_LEADS = 4  # The period between scans of hinted items is this part of the time between a hint and its request.
 
 
 class LookTimes:

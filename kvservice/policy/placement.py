@@ -28,6 +28,8 @@ class Placement:
     dram_kept_free: float = 0.0
     #: Whether a new item may have the lowest score. If so, each eviction ranks all items again.
     newcomers_may_leave: ClassVar[bool] = False
+    #: Whether the table keeps the order in which items entered the tiers: its `dram_seq` and `ssd_seq`.
+    ranks_by_arrival: ClassVar[bool] = False
     #: When to call `promotions` next. An event method may set it to `now_s`.
     look_at_s: float = math.inf
 

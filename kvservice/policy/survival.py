@@ -8,6 +8,7 @@ subject that still waits adds time at risk; without it, subjects that never retu
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,14 @@ _PRIOR_AT_RISK_MAX = 16.0
 _PRIOR_STRENGTH = 8.0
 
 
+class _Counts(NamedTuple):
+    """Views of a `Survival`'s counts, one element after the other."""
+
+    events: memoryview[float]
+    censored: memoryview[float]
+    within_s: memoryview[float]
+
+
 class Survival:
     """The hazard of one event in a few classes. A class with few events is estimated mostly from all classes."""
 
@@ -68,22 +77,24 @@ class Survival:
         self._censored = np.zeros((classes, BIN_COUNT))
         self._within_s = np.zeros((classes, BIN_COUNT))  # Time at risk in the bin in which each wait ended.
         # Access to single elements through a view takes a third of the time. The arrays are only changed in place.
-        self._event, self._ended, self._within = self._events.data, self._censored.data, self._within_s.data
+        self._at = _Counts._make(array.reshape(-1).data for array in self.counts())
         self.event_count = 0  # Since the start.
         self._faded_at = 0
 
     def record_event(self, in_class: int, age_s: float, weight: float = 1.0) -> None:
         """Record an event at this age. `weight` is its weight in the estimate; weights are 1 on average."""
         at = bin_of(age_s)
-        self._event[in_class, at] += weight
-        self._within[in_class, at] += weight * (age_s - _BEGIN[at])
+        place = in_class * BIN_COUNT + at
+        self._at.events[place] += weight
+        self._at.within_s[place] += weight * (age_s - _BEGIN[at])
         self.event_count += 1
 
     def record_censored(self, in_class: int, age_s: float, weight: float = 1.0) -> None:
         """Record that a subject was last observed at this age, without the event."""
         at = bin_of(age_s)
-        self._ended[in_class, at] += weight
-        self._within[in_class, at] += weight * (age_s - _BEGIN[at])
+        place = in_class * BIN_COUNT + at
+        self._at.censored[place] += weight
+        self._at.within_s[place] += weight * (age_s - _BEGIN[at])
 
     def quantile(self, share: float) -> float:
         """The age in seconds below which `share` of the events are; 0 without events."""
