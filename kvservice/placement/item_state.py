@@ -50,7 +50,6 @@ class ItemState:
         self._later: dict[int, deque[int]] = {}  # By item: the queued requests for it after the first.
         self._accesses = 0
         self._arrivals = 0
-        self._orders_arrivals = policy.ranks_by_arrival
         self._tells_queued = overrides(policy, "queued")
         self._tells_used = overrides(policy, "used")
         self._tells_stored = overrides(policy, "stored")
@@ -61,7 +60,9 @@ class ItemState:
         self._view()
 
     def _view(self) -> None:
-        at = self.items.at
+        at, by_arrival = self.items.at, self.policy.ranks_by_arrival
+        self._dram_seq = self.items.dram_seq.data if by_arrival else None
+        self._ssd_seq = self.items.ssd_seq.data if by_arrival else None
         self._changed = self._epochs.last
         self._size, self._coming, self._dram, self._ssd = at.size_bytes, at.coming_bytes, at.dram_bytes, at.ssd_bytes
         self._in_use, self._uses, self._access_seq, self._live = at.in_use, at.uses, at.access_seq, at.live
@@ -221,24 +222,27 @@ class ItemState:
         """Keep the items' bytes in both tiers until `release`. Holds are counted."""
         holds, in_dram, on_ssd = self._holds, self._dram, self._ssd
         for item in items:
-            before = holds.get(item, 0)
-            holds[item] = before + 1
-            if not before:
-                if in_dram[item]:
-                    self.dram.discard(item)
-                if on_ssd[item]:
-                    self.ssd.discard(item)
+            if item in holds:
+                holds[item] += 1
+                continue
+            holds[item] = 1
+            if in_dram[item]:
+                self.dram.discard(item)
+            if on_ssd[item]:
+                self.ssd.discard(item)
 
     def release(self, *items: int) -> None:
         """Undo one `hold` of each."""
-        holds = self._holds
+        holds, in_dram, on_ssd, writes = self._holds, self._dram, self._ssd, self._writes
         for item in items:
-            after = holds[item] - 1
-            if after:
-                holds[item] = after
-            else:
-                del holds[item]
-                self._may_leave(item)
+            if holds[item] > 1:
+                holds[item] -= 1
+                continue
+            del holds[item]
+            if in_dram[item]:  # As `_may_leave`, without a call.
+                self.dram.add(item)
+            if on_ssd[item] and item not in writes:
+                self.ssd.add(item)
 
     def _may_leave(self, item: int) -> None:
         """Let the tiers evict what they have of the item, unless it is held."""
@@ -264,9 +268,9 @@ class ItemState:
             self._arrived_in_dram(item, now_s)
 
     def _arrived_in_dram(self, item: int, now_s: float) -> None:
-        if self._orders_arrivals:
+        if self._dram_seq is not None:
             self._arrivals += 1
-            self.items.dram_seq[item] = self._arrivals
+            self._dram_seq[item] = self._arrivals
         if item not in self._holds:
             self.dram.add(item)
         if self._tells_arrived:
@@ -296,9 +300,9 @@ class ItemState:
         else:
             self.ssd.used_bytes += size_bytes - reserved
         if not have and size_bytes:
-            if self._orders_arrivals:
+            if self._ssd_seq is not None:
                 self._arrivals += 1
-                self.items.ssd_seq[item] = self._arrivals
+                self._ssd_seq[item] = self._arrivals
             if item not in self._writes:
                 self._may_leave(item)
             if self._tells_arrived:

@@ -30,7 +30,7 @@ class PrefixReplay(TurnReplay):
 
     def rows(self, turn: int) -> Sequence[int]:
         """The rows on the request's path, from the first block on."""
-        return self._path[self._begins[turn] : self._begins[turn + 1]]
+        return self._path[self._begins[turn] : self._begins[turn + 1]].tolist()
 
     def enqueue(self, turn: int, number: int, now_s: float) -> None:
         """The request joins the queue as the `number`th of all requests."""
