@@ -41,7 +41,9 @@ class Scores:
             if not len(changed):
                 return
             self._hazards[changed] = every[changed]
-        different, same = np.unique(every[changed], axis=0, return_inverse=True)  # Many classes begin alike.
+        places: dict[bytes, int] = {}  # Of the different hazards: many classes begin alike.
+        same = [places.setdefault(row.tobytes(), len(places)) for row in every[changed]]
+        different = np.frombuffer(b"".join(places)).reshape(len(places), -1)
         hold, fetch = whittle_index(different, _PRICES)
         self._tables[HOLD, changed], self._tables[FETCH, changed] = hold[same], fetch[same]
         self._tables[LATER, changed] = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1][same]
