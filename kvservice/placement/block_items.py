@@ -26,7 +26,12 @@ from kvservice.policy.placement import Placement
 
 NO_ITEM = -1
 IN_DRAM, ON_SSD = 1, 2  # Bits of `BlockChanges.tiers`.
+_IN_TIERS = IN_DRAM | ON_SSD
+_WHOLE = 4  # It is a whole block.
+_COMING = 8  # It is being read to DRAM.
+_EVICTED = 16  # A client evicted it from DRAM, and it was not used since.
 _ITEMS_AT_FIRST = 1024
+_GROWTH_PART = 8  # Space for items grows by an eighth: on average, a sixteenth of it is not used.
 _SETTLED = 2048
 _REPORTED_WITHIN_S = 5.0  # After the end of an answer, an engine's report of its length counts.
 _RATE_WEIGHT = 0.05  # Of the last request, in the mean time between two that leave a queue.
@@ -61,22 +66,19 @@ class BlockItems:
     def __init__(self, policy: Placement, conditions: Conditions, row_capacity: int = 1024) -> None:
         self.items = ItemTable(_ITEMS_AT_FIRST, conditions)
         self.policy = policy
-        self._core = PlacementCore(self.items, policy)
+        self._core = PlacementCore(self.items, policy, names_victims=False)  # The movers ask for the `lowest` blocks.
         self._row_end = 0  # Rows at and above it were never used. By row, as the next ones:
         self._item_of = np.full(row_capacity, NO_ITEM, np.int32)
         self._depth = np.zeros(row_capacity, np.int32)  # How many blocks are before it in its chain.
-        self._counted = np.zeros(row_capacity, np.int8)  # In which tiers its bytes count.
+        self._flags = np.zeros(row_capacity, np.int8)  # In which tiers its bytes count, and the bits above.
         self._leases = np.zeros(row_capacity, np.int32)
-        self._generation = np.full(row_capacity, -1, np.int64)
+        self._generation = np.zeros(row_capacity, np.uint32)
         self._size_bytes = np.zeros(row_capacity, np.int64)
-        self._is_whole = np.zeros(row_capacity, np.bool_)
-        self._is_coming = np.zeros(row_capacity, np.bool_)  # It is being read to DRAM.
-        self._is_evicted = np.zeros(row_capacity, np.bool_)  # A client evicted it from DRAM, and it was not used since.
         self._parent = np.full(_ITEMS_AT_FIRST, NO_ITEM, np.int32)  # By item, as all that follow.
         self._children = np.zeros(_ITEMS_AT_FIRST, np.int32)
         self._block_count = np.zeros(_ITEMS_AT_FIRST, np.int32)
         self._end_depth = np.zeros(_ITEMS_AT_FIRST, np.int32)  # Of its last whole block.
-        self._first_row = np.full(_ITEMS_AT_FIRST, NO_ROW, np.int64)  # Its block of the least depth.
+        self._first_row = np.full(_ITEMS_AT_FIRST, NO_ROW, np.int32)  # Its block of the least depth.
         self._free: list[int] = []
         self._end = 0  # Items at and above it were never used.
         self._stored: dict[int, None] = {}  # Items that have got blocks since `settle`.
@@ -110,16 +112,16 @@ class BlockItems:
 
     def generations(self, rows: Rows) -> NDArray[np.int64]:
         """The generation of each row when this object last heard of it."""
-        return self._generation[rows]
+        return self._generation[rows].astype(np.int64)
 
     def outside_dram(self, rows: Rows) -> Rows:
         """Those of the rows that DRAM has no copy of."""
-        missing: Rows = rows[self._counted[rows] & IN_DRAM == 0]
+        missing: Rows = rows[self._flags[rows] & IN_DRAM == 0]
         return missing
 
     def to_guess(self, rows: Rows) -> Rows:
         """Those of the rows that may be read to DRAM on a guess: not what a client has evicted from it."""
-        may: Rows = rows[~self._is_evicted[rows]]
+        may: Rows = rows[self._flags[rows] & _EVICTED == 0]
         return may
 
     def known(self) -> tuple[int, int, int]:
@@ -197,8 +199,8 @@ class BlockItems:
             if not live:
                 continue
             if item == NO_ITEM:
-                self._generation[row], self._size_bytes[row], self._is_whole[row] = generation, size, whole
-                self._is_evicted[row] = False
+                self._generation[row], self._size_bytes[row] = generation, size
+                self._flags[row] = _WHOLE if whole else 0
                 item = self._join(row, parent, shard)
                 if self._first_row[item] == row:
                     self.items.key[item] = key
@@ -214,7 +216,7 @@ class BlockItems:
         """A request has found these blocks of a prefix, and is about to lease them."""
         self._now_s = now_s
         items, conditions = self.items, self.items.conditions
-        self._is_evicted[rows] = False
+        self._flags[rows] &= ~_EVICTED
         on_path = self._item_of[rows]
         firsts = np.flatnonzero(np.diff(on_path, prepend=NO_ITEM - 1))
         for item in reversed(on_path[firsts].tolist()):  # The front of a path counts as used last.
@@ -276,6 +278,8 @@ class BlockItems:
             self._core.stored((item,), now_s)
             if self._queue:
                 self.ask_again(now_s)  # Its space may be for the next ones: an engine may wait for them to be read.
+        if not self._stored:
+            self._stored = {}  # A dict that was large stays so.
 
     def queued(self, requests: Sequence[Rows], waiting: int, now_s: float) -> None:
         """The blocks that the requests at the heads of the engines' queues will read, the next request first.
@@ -323,15 +327,15 @@ class BlockItems:
 
     def evicted(self, rows: Rows) -> None:
         """A client has evicted these blocks from DRAM: they stay away until the next request for them."""
-        self._is_evicted[rows] = True
+        self._flags[rows] |= _EVICTED
 
     def coming(self, rows: Rows, is_coming: bool) -> None:
         """The blocks are being read to DRAM, or no longer."""
         rows = rows[self._item_of[rows] != NO_ITEM]
         for item in np.unique(self._item_of[rows]).tolist():
             self.unwant(item)
-        rows = rows[self._is_coming[rows] != is_coming]
-        self._is_coming[rows] = is_coming
+        rows = rows[(self._flags[rows] & _COMING > 0) != is_coming]
+        self._flags[rows] ^= _COMING
         sizes = self._size_bytes[rows] if is_coming else -self._size_bytes[rows]
         np.add.at(self.items.coming_bytes, self._item_of[rows], sizes)
 
@@ -349,12 +353,12 @@ class BlockItems:
         if item == NO_ITEM:
             return self._enter(row, self._new_item(NO_ITEM), 0)
         depth = self._depth.item(parent)
-        if not self._is_whole[row]:
+        if not self._flags[row] & _WHOLE:
             return self._enter(row, item, depth + 1)
         if depth < self._end_depth[item]:
             # Its last blocks may have left.
             mine = self._item_of[: self._row_end] == item
-            whole = np.flatnonzero(mine & self._is_whole[: self._row_end])
+            whole = np.flatnonzero(mine & (self._flags[: self._row_end] & _WHOLE > 0))
             self._end_depth[item] = self._depth[whole].max(initial=-1)
         if depth < self._end_depth[item]:
             item = self._split(item, depth)
@@ -365,7 +369,7 @@ class BlockItems:
     def _enter(self, row: int, item: int, depth: int) -> int:
         self._item_of[row], self._depth[row] = item, depth
         self._block_count[item] += 1
-        if self._is_whole[row]:
+        if self._flags[row] & _WHOLE:
             self._end_depth[item] = max(self._end_depth.item(item), depth)
         first = self._first_row.item(item)
         if first == NO_ROW or depth < self._depth[first]:
@@ -404,9 +408,8 @@ class BlockItems:
         self._parent[item], self._children[front] = front, 1
         self._end_depth[front] = depth
         moved = rows[at_front]
-        sizes, counted = self._size_bytes[moved], self._counted[moved]
-        in_dram, on_ssd = (int(sizes[(counted & bit) > 0].sum()) for bit in (IN_DRAM, ON_SSD))
-        coming = int(sizes[self._is_coming[moved]].sum())
+        sizes, flags = self._size_bytes[moved], self._flags[moved]
+        in_dram, on_ssd, coming = (int(sizes[flags & bit > 0].sum()) for bit in (IN_DRAM, ON_SSD, _COMING))
         part = ItemPart(int(sizes.sum()), in_dram, on_ssd, coming, float(len(moved)))
         self._core.split(item, front, part, self._now_s)
         self.items.key[item] = hash((self.items.key.item(front), depth))  # The front keeps the key of its first block.
@@ -452,10 +455,10 @@ class BlockItems:
 
     def _count(self, row: int, item: int, tiers: int) -> None:
         """Count the block's bytes in the tiers that it is in now."""
-        before = self._counted.item(row)
-        if tiers == before:
+        before = self._flags.item(row)
+        if tiers == before & _IN_TIERS:
             return
-        self._counted[row] = tiers
+        self._flags[row] = before & ~_IN_TIERS | tiers
         size, items = self._size_bytes.item(row), self.items
         for tier, bit in _TIERS:
             if not (tiers ^ before) & bit:
@@ -485,13 +488,12 @@ class BlockItems:
 
     def _grow_rows(self, count: int) -> None:
         self._item_of = grown(self._item_of, count, NO_ITEM)
-        self._depth, self._counted = grown(self._depth, count, 0), grown(self._counted, count, 0)
-        self._leases, self._generation = grown(self._leases, count, 0), grown(self._generation, count, -1)
-        self._size_bytes, self._is_whole = grown(self._size_bytes, count, 0), grown(self._is_whole, count, 0)
-        self._is_coming, self._is_evicted = grown(self._is_coming, count, 0), grown(self._is_evicted, count, 0)
+        self._depth, self._flags = grown(self._depth, count, 0), grown(self._flags, count, 0)
+        self._leases, self._generation = grown(self._leases, count, 0), grown(self._generation, count, 0)
+        self._size_bytes = grown(self._size_bytes, count, 0)
 
     def _grow_items(self) -> None:
-        count = 2 * self.items.row_count
+        count = self.items.row_count + self.items.row_count // _GROWTH_PART
         self._core.grow(count)
         self._parent, self._children = grown(self._parent, count, NO_ITEM), grown(self._children, count, 0)
         self._block_count, self._end_depth = grown(self._block_count, count, 0), grown(self._end_depth, count, 0)

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvservice.blocks import TierName
-from kvservice.placement.item_state import ItemState, overrides
+from kvservice.placement.item_state import ItemState
 from kvservice.policy.base import Promotion
 from kvservice.policy.items import ItemTable
-from kvservice.policy.placement import Placement
+from kvservice.policy.placement import Placement, overrides
 
 NO_ITEM = -1
 _DRAM = TierName.DRAM
@@ -32,9 +32,14 @@ Evict = tuple[int, int, float]
 class PlacementCore(ItemState):
     """The items of a table, and what to do with their bytes."""
 
-    def __init__(self, items: ItemTable, policy: Placement, block_bytes: int = 0) -> None:
-        """`block_bytes`: the size of a block, if items are cut between blocks of one size; else 0."""
-        super().__init__(items, policy)
+    def __init__(
+        self, items: ItemTable, policy: Placement, block_bytes: int = 0, *, names_victims: bool = True
+    ) -> None:
+        """`block_bytes`: the size of a block, if items are cut between blocks of one size; else 0.
+
+        Without `names_victims`, `victims` must not be called.
+        """
+        super().__init__(items, policy, names_victims)
         self._block_bytes = block_bytes
         self.evicts_whole_items = policy.whole_items and not block_bytes
         #: How much of DRAM to free beyond the space of a read that has begun.
@@ -92,11 +97,14 @@ class PlacementCore(ItemState):
 
         `entered`, `read_ended` and `write_ended` use it up. Less than wanted for an item that leaves whole is 0.
         """
-        space, reserved = (self.dram, self._coming) if tier is _DRAM else (self.ssd, self._write_bytes)
+        space = self.dram if tier is _DRAM else self.ssd
         free = space.capacity_bytes - space.used_bytes
         if free < wanted_bytes:
             wanted_bytes = 0 if self.evicts_whole_items else self.aligned(max(0, free))
-        reserved[item] += wanted_bytes
+        if tier is _DRAM:
+            self._coming[item] += wanted_bytes
+        else:
+            self._write_bytes[item] = self._write_bytes.get(item, 0) + wanted_bytes
         space.used_bytes += wanted_bytes
         return wanted_bytes
 
@@ -168,15 +176,18 @@ class PlacementCore(ItemState):
             return 0
         if not self.wants_on_ssd(item, now_s):
             return 0
-        self._writes[item] += 1
+        self._writes[item] = self._writes.get(item, 0) + 1
         if have:
             self.ssd.discard(item)
         return lacks
 
     def write_ended(self, item: int, unwritten_bytes: int = 0) -> None:
         """A write is over. `unwritten_bytes` of its space were not used."""
-        self._writes[item] -= 1
-        self._write_bytes[item] -= unwritten_bytes
-        self.ssd.used_bytes -= unwritten_bytes
-        if self._ssd[item] and not self._holds[item] and not self._writes[item]:
+        running = self._writes.pop(item, 0) - 1
+        if running > 0:
+            self._writes[item] = running
+        if unwritten_bytes:
+            self._write_bytes[item] = self._write_bytes.get(item, 0) - unwritten_bytes
+            self.ssd.used_bytes -= unwritten_bytes
+        if self._ssd[item] and item not in self._holds and item not in self._writes:
             self.ssd.add(item)

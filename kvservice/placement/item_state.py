@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from kvservice.blocks import TierName
-from kvservice.placement.tier_space import RowEpochs, TierSpace
-from kvservice.placement.views import bools, floats, ints
+from kvservice.placement.tier_space import CountedSpace, RowEpochs, TierSpace
 from kvservice.policy.base import Hint
-from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable, grown
-from kvservice.policy.placement import Placement
+from kvservice.policy.items import HINTS, NOT_QUEUED, ItemTable
+from kvservice.policy.placement import Placement, overrides
 
 _DRAM, _SSD = TierName.DRAM, TierName.SSD
 _HINT_NUMBERS = {hint: HINTS.index(hint) for hint in Hint}
@@ -30,29 +26,27 @@ class ItemPart(NamedTuple):
     value: float
 
 
-def overrides(policy: Placement, method: str) -> bool:
-    """Whether the policy's class defines `method` itself. Calls of the empty defaults are skipped."""
-    return getattr(type(policy), method) is not getattr(Placement, method)
-
-
 class ItemState:
     """The state of all items of a table, for one policy. The capacities are those of the table's conditions."""
 
-    def __init__(self, items: ItemTable, policy: Placement) -> None:
+    def __init__(self, items: ItemTable, policy: Placement, names_victims: bool = True) -> None:
+        """Without `names_victims`, it does not say what to evict, and takes less memory per item."""
         conditions = items.conditions
         self.items = items
         self.policy = policy
         self._epochs = RowEpochs(items.row_count)
-        self.dram = TierSpace(_DRAM, conditions.dram_capacity_bytes, items, policy, self._epochs)
-        self.ssd = TierSpace(_SSD, conditions.ssd_capacity_bytes, items, policy, self._epochs)
+        self.dram, self.ssd = (
+            TierSpace(tier, capacity_bytes, items, policy, self._epochs)
+            if names_victims
+            else CountedSpace(tier, capacity_bytes, items, policy)
+            for tier, capacity_bytes in ((_DRAM, conditions.dram_capacity_bytes), (_SSD, conditions.ssd_capacity_bytes))
+        )
         self.read_unused_bytes = 0  # Read ahead, and evicted from DRAM before a request used them.
-        # By item, beside the table's columns:
-        self._columns: dict[str, NDArray[Any]] = {
-            "holds": np.zeros(items.row_count, np.int32),  # Running requests and reads.
-            "writes": np.zeros(items.row_count, np.int32),  # Writes to SSD that have begun.
-            "write_bytes": np.zeros(items.row_count, np.int64),  # Space on SSD that they have reserved.
-            "unused_bytes": np.zeros(items.row_count, np.int64),  # Read ahead, and not used yet.
-        }
+        # By item, and only where it is not 0: few items have any of these.
+        self._holds: dict[int, int] = {}  # Running requests and reads.
+        self._writes: dict[int, int] = {}  # Writes to SSD that have begun.
+        self._write_bytes: dict[int, int] = {}  # Space on SSD that they have reserved.
+        self._unused: dict[int, int] = {}  # Bytes that were read ahead, and not used yet.
         self._later: dict[int, deque[int]] = {}  # By item: the queued requests for it after the first.
         self._accesses = 0
         self._arrivals = 0
@@ -66,20 +60,14 @@ class ItemState:
         self._view()
 
     def _view(self) -> None:
-        items = self.items
+        at, by_arrival = self.items.at, self.policy.ranks_by_arrival
+        self._dram_seq = self.items.dram_seq.data if by_arrival else None
+        self._ssd_seq = self.items.ssd_seq.data if by_arrival else None
         self._changed = self._epochs.last
-        self._holds, self._writes = ints(self._columns["holds"]), ints(self._columns["writes"])
-        self._write_bytes, self._unused = ints(self._columns["write_bytes"]), ints(self._columns["unused_bytes"])
-        self._size, self._coming = ints(items.size_bytes), ints(items.coming_bytes)
-        self._dram, self._ssd = ints(items.dram_bytes), ints(items.ssd_bytes)
-        self._in_use, self._uses = ints(items.in_use), ints(items.uses)
-        self._access_seq = ints(items.access_seq)
-        self._dram_seq, self._ssd_seq = ints(items.dram_seq), ints(items.ssd_seq)
-        self._unwanted, self._live = bools(items.unwanted_on_ssd), bools(items.live)
-        self._used_at, self._answer = floats(items.used_at_s), ints(items.answer_tokens)
-        self._queue_seq = ints(items.queue_seq)
-        self._hint, self._hinted_at = ints(items.hint), floats(items.hinted_at_s)
-        self._ended = bools(items.ended)
+        self._size, self._coming, self._dram, self._ssd = at.size_bytes, at.coming_bytes, at.dram_bytes, at.ssd_bytes
+        self._in_use, self._uses, self._access_seq, self._live = at.in_use, at.uses, at.access_seq, at.live
+        self._unwanted, self._used_at, self._answer = at.unwanted_on_ssd, at.used_at_s, at.answer_tokens
+        self._queue_seq, self._hint, self._hinted_at, self._ended = at.queue_seq, at.hint, at.hinted_at_s, at.ended
 
     # The table
 
@@ -89,15 +77,14 @@ class ItemState:
         self._epochs.grow(item_count)
         self.dram.grow(item_count)
         self.ssd.grow(item_count)
-        self._columns = {name: grown(column, item_count, 0) for name, column in self._columns.items()}
         self._view()
         self.policy.grow(item_count)
 
     def created(self, item: int) -> None:
         """A request has begun to store an item, in a row that is new or whose last item was forgotten."""
         self.items.reset(item)
-        for column in self._columns.values():
-            column[item] = 0
+        for known in (self._holds, self._writes, self._write_bytes, self._unused):
+            known.pop(item, None)
         self._live[item] = True
         self._uses[item] = 1
         self._accesses += 1
@@ -124,11 +111,12 @@ class ItemState:
         later = self._later.get(item)
         if later is not None:
             self._later[front] = deque(later)
-        self._holds[front] = self._holds[item]
-        self._writes[front] = self._write_bytes[front] = 0
-        unused = self._unused[item]  # What was read ahead is at the item's end.
-        self._unused[item] = min(unused, self._dram[item])
-        self._unused[front] = unused - self._unused[item]
+        if item in self._holds:
+            self._holds[front] = self._holds[item]
+        unused = self._unused.pop(item, 0)
+        if unused:  # What was read ahead is at the item's end.
+            self._unused[item] = min(unused, self._dram[item])
+            self._unused[front] = unused - self._unused[item]
         for each in (item, front):
             self._changed[each] = self._epochs.epoch
             self.dram.discard(each)
@@ -165,23 +153,26 @@ class ItemState:
         did not wait.
         """
         access = self._accesses = self._accesses + len(path)  # A prefix is later than its suffix.
-        queue_seq, changed, epoch = self._queue_seq, self._changed, self._epochs.epoch
+        queue_seq, changed, epoch, later = self._queue_seq, self._changed, self._epochs.epoch, self._later
+        in_use, uses, access_seq, tells = self._in_use, self._uses, self._access_seq, self._tells_used
+        unwanted, unused, hint, ended = self._unwanted, self._unused, self._hint, self._ended
         for item in path:
             changed[item] = epoch
-            self._in_use[item] += 1
-            self._uses[item] += 1
-            self._access_seq[item] = access
+            in_use[item] += 1
+            uses[item] += 1
+            access_seq[item] = access
             access -= 1
-            self._unwanted[item] = False
-            self._unused[item] = 0
-            if self._tells_used:
+            unwanted[item] = False
+            if unused:
+                unused.pop(item, None)
+            if tells:
                 self.policy.used(self.items, item, now_s)
-            if number == queue_seq[item] and item not in self._later:
+            if number == queue_seq[item] and item not in later:
                 queue_seq[item] = NOT_QUEUED
             else:
                 self._leave_queue(item, number)
-            self._hint[item] = 0
-            self._ended[item] = False
+            hint[item] = 0
+            ended[item] = False
 
     def answered(self, item: int, answer_tokens: int, now_s: float) -> None:
         """A request of the item has ended. What it stored enters next, the end of its path first."""
@@ -227,32 +218,39 @@ class ItemState:
 
     # Holds
 
-    def hold(self, item: int) -> None:
-        """Keep the item's bytes in both tiers until `release`. Holds are counted."""
-        holds = self._holds[item]
-        self._holds[item] = holds + 1
-        if not holds:  # As `_may_leave`, without a call.
-            if self._dram[item]:
+    def hold(self, *items: int) -> None:
+        """Keep the items' bytes in both tiers until `release`. Holds are counted."""
+        holds, in_dram, on_ssd = self._holds, self._dram, self._ssd
+        for item in items:
+            if item in holds:
+                holds[item] += 1
+                continue
+            holds[item] = 1
+            if in_dram[item]:
                 self.dram.discard(item)
-            if self._ssd[item]:
+            if on_ssd[item]:
                 self.ssd.discard(item)
 
-    def release(self, item: int) -> None:
-        """Undo one `hold`."""
-        self._holds[item] = holds = self._holds[item] - 1
-        if not holds:  # As `_may_leave`, without a call.
-            if self._dram[item]:
+    def release(self, *items: int) -> None:
+        """Undo one `hold` of each."""
+        holds, in_dram, on_ssd, writes = self._holds, self._dram, self._ssd, self._writes
+        for item in items:
+            if holds[item] > 1:
+                holds[item] -= 1
+                continue
+            del holds[item]
+            if in_dram[item]:  # As `_may_leave`, without a call.
                 self.dram.add(item)
-            if self._ssd[item] and not self._writes[item]:
+            if on_ssd[item] and item not in writes:
                 self.ssd.add(item)
 
     def _may_leave(self, item: int) -> None:
         """Let the tiers evict what they have of the item, unless it is held."""
-        if self._holds[item]:
+        if item in self._holds:
             return
         if self._dram[item]:
             self.dram.add(item)
-        if self._ssd[item] and not self._writes[item]:
+        if self._ssd[item] and item not in self._writes:
             self.ssd.add(item)
 
     # Bytes
@@ -270,9 +268,10 @@ class ItemState:
             self._arrived_in_dram(item, now_s)
 
     def _arrived_in_dram(self, item: int, now_s: float) -> None:
-        self._arrivals += 1
-        self._dram_seq[item] = self._arrivals
-        if not self._holds[item]:
+        if self._dram_seq is not None:
+            self._arrivals += 1
+            self._dram_seq[item] = self._arrivals
+        if item not in self._holds:
             self.dram.add(item)
         if self._tells_arrived:
             self.policy.arrived(self.items, item, _DRAM, now_s)
@@ -286,7 +285,7 @@ class ItemState:
             if coming:
                 used = min(coming, size_bytes)
                 self._coming[item] = coming - used
-                self._unused[item] += used
+                self._unused[item] = self._unused.get(item, 0) + used
                 self.dram.used_bytes += size_bytes - used
             else:
                 self.dram.used_bytes += size_bytes
@@ -295,16 +294,16 @@ class ItemState:
             return
         have = self._ssd[item]
         self._ssd[item] = have + size_bytes
-        reserved = self._write_bytes[item]
-        if reserved >= size_bytes:
+        reserved = self._write_bytes.pop(item, 0)
+        if reserved > size_bytes:
             self._write_bytes[item] = reserved - size_bytes
         else:
-            self._write_bytes[item] = 0
             self.ssd.used_bytes += size_bytes - reserved
         if not have and size_bytes:
-            self._arrivals += 1
-            self._ssd_seq[item] = self._arrivals
-            if not self._writes[item]:
+            if self._ssd_seq is not None:
+                self._arrivals += 1
+                self._ssd_seq[item] = self._arrivals
+            if item not in self._writes:
                 self._may_leave(item)
             if self._tells_arrived:
                 self.policy.arrived(self.items, item, _SSD, now_s)
@@ -314,10 +313,11 @@ class ItemState:
         if tier is _DRAM:
             self._dram[item] = keeps = self._dram[item] - size_bytes
             space = self.dram
-            unused = self._unused[item]
+            unused = self._unused.pop(item, 0) if self._unused else 0
             if unused:
                 lost = min(unused, size_bytes)
-                self._unused[item] = unused - lost
+                if unused > lost:
+                    self._unused[item] = unused - lost
                 self.read_unused_bytes += lost
         else:
             self._ssd[item] = keeps = self._ssd[item] - size_bytes

@@ -1,4 +1,4 @@
-"""One tier's space, and the rows in it that may be evicted, lowest score first."""
+"""One tier's space: its bytes, and the rows in it that may be evicted, lowest score first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from kvservice.blocks import Rows, TierName
 from kvservice.placement.views import ints
 from kvservice.policy.items import ItemTable, grown
-from kvservice.policy.placement import Placement
+from kvservice.policy.placement import Placement, overrides
 
 NO_ROW = -1
 #: With more rows than this, one ranking serves several evictions: it holds 1/64 of the rows.
@@ -41,8 +41,10 @@ class TierSpace:
         self.retention = 0.0  # The score of the last victim.
         self._items = items
         self._policy = policy
+        self._asks_policy = overrides(policy, "next_to_leave")
         self._row_epochs = row_epochs
         self._epoch = 0
+        self._begins = True
         self.count = 0
         self._rows = np.empty(1024, np.int64)
         self._view = ints(self._rows)
@@ -86,11 +88,18 @@ class TierSpace:
 
     def begin_eviction(self) -> None:
         """Start an eviction. Drops the ranking if rows are few, or if the policy may score new rows lowest."""
+        self._begins = True
         if self.count <= _MANY or self._policy.newcomers_may_leave:
             self._order, self._scores = [], []
 
     def next_victim(self, now_s: float) -> int:
-        """The row with the lowest score, or NO_ROW. Sets `retention` to its score. The row stays until `discard`."""
+        """The row with the lowest score, or NO_ROW. The row stays until `discard`.
+
+        Sets `retention` to its score; a policy that keeps its order gives none.
+        """
+        if self._asks_policy:
+            begins, self._begins = self._begins, False
+            return self._policy.next_to_leave(self._items, self.tier, self._place, begins)
         order = self._order
         if order:
             place, last = self._place, self._row_epochs.last
@@ -107,6 +116,8 @@ class TierSpace:
 
     def put_back(self, row: int, score: float) -> None:
         """The last victim was evicted in part, or not at all: it stays the next victim."""
+        if self._asks_policy:
+            return
         self._order.append(row)
         self._scores.append(score)
 
@@ -121,3 +132,19 @@ class TierSpace:
         self._scores = scores[ranked].tolist()
         self._row_epochs.epoch += 1
         self._epoch = self._row_epochs.epoch
+
+
+class CountedSpace(TierSpace):
+    """Counts bytes, and knows of no rows: for a store that chooses the victims itself. It takes no memory per row."""
+
+    def __init__(self, tier: TierName, capacity_bytes: int, items: ItemTable, policy: Placement) -> None:
+        super().__init__(tier, capacity_bytes, ItemTable(0, items.conditions), policy, RowEpochs(0))
+
+    def grow(self, row_count: int) -> None:
+        pass
+
+    def add(self, row: int) -> None:
+        pass
+
+    def discard(self, row: int) -> None:
+        pass

@@ -17,6 +17,7 @@ class FifoPolicy(Placement):
 
     name: ClassVar[str] = "fifo"
     whole_items: ClassVar[bool] = True
+    ranks_by_arrival: ClassVar[bool] = True
 
     def retention(self, items: ItemTable, rows: Rows, tier: TierName, now_s: float) -> NDArray[np.float64]:
         arrivals = items.dram_seq if tier == TierName.DRAM else items.ssd_seq

@@ -52,6 +52,7 @@ class HintTimes:
         self.in_class = np.full(row_count, NONE, np.int8)
         self.since_s = np.full(row_count, math.nan)
         self._since_events = np.zeros(row_count, np.int64)
+        self.count = 0  # Items that have a hint.
         self.expected: dict[int, None] = {}  # Items whose last hint announces a request and is still credible.
         self._announced = 0.0
         self._returns = _PRIOR_RETURNS
@@ -73,6 +74,7 @@ class HintTimes:
         else:
             within = (likely >= _LIKELIHOOD_BOUNDS[0]) + (likely >= _LIKELIHOOD_BOUNDS[1])
         self.in_class[row] = _FIRST[hint] + within
+        self.count += 1
         self.since_s[row] = now_s
         self._since_events[row] = self._survivals[hint].event_count
         if hint is not Hint.ENDED:
@@ -89,6 +91,10 @@ class HintTimes:
             if age_s >= reading_s:
                 announced = max(0.0, 1 - hazard / self.hazards.item(in_class, bin_of(age_s)))
             self._forget(row)
+        self.count_return(announced)
+
+    def count_return(self, announced: float = 0.0) -> None:
+        """A request arrived. `announced`: how certainly a hint told of it, 0 to 1."""
         if self._returns >= _MEMORY:
             self._announced *= 1 - 1 / _MEMORY
         else:
@@ -105,7 +111,12 @@ class HintTimes:
 
     def _forget(self, row: int) -> None:
         self.in_class[row] = NONE
+        self.count -= 1
         self.expected.pop(row, None)
+
+    def is_hinted(self, row: int) -> bool:
+        """Whether the item has a hint."""
+        return self.count > 0 and self.in_class.item(row) != NONE
 
     @property
     def calls_ended(self) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 #: A scan follows after one event per so many scanned items, but not after fewer events than this.
-LOOKS, LOOKS_ALONE = (24, 32), (8, 16)
+LOOKS, LOOKS_ALONE = (24, 32), (32, 64)
 #: The period between scans, as parts of a typical return time: at least 1/1024, at most 1/16.
 _OFTEN, _SELDOM = 1024, 16
-_LEADS = 8  # The period between scans of hinted items is this part of the time between a hint and its request.
+_LEADS = 4  # The period between scans of hinted items is this part of the time between a hint and its request.
 
 
 class LookTimes:
@@ -25,10 +25,13 @@ class LookTimes:
         self._counted = 0
         self._counted_from_s = now_s
 
-    def happened(self, now_s: float) -> None:
+    def happened(self, now_s: float) -> bool:
+        """Count an event. Returns whether enough have happened for a scan now."""
         self.events += 1
-        if self.events >= self._events_due:
-            self.next_s = now_s
+        if self.events < self._events_due:
+            return False
+        self.next_s = now_s
+        return True
 
     def hinted(self, now_s: float) -> None:
         self.hinted_s = min(self.hinted_s, now_s + self.hinted_every_s)

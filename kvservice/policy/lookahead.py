@@ -41,6 +41,7 @@ class LookaheadPolicy(Placement):
     def __init__(self, dram_kept_free: float = 1 / 32) -> None:
         self.dram_kept_free = dram_kept_free
         self._known_bytes = np.zeros(1024, np.int64)  # By row: size of the items that count in S_kv, else 0.
+        self._known = self._known_bytes.data
         self._known_count = 0
         self._known_sum_bytes = 0
         self._largest_bytes = 0
@@ -54,35 +55,43 @@ class LookaheadPolicy(Placement):
         self._know(front_row, int(items.size_bytes[front_row]))
 
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
-        if items.queue_seq[row] < items.conditions.served + self.prefetch_window(items):
+        if self.look_at_s <= now_s or not items.conditions.ssd_capacity_bytes:
+            return  # It looks at once, or has nothing to read.
+        if items.at.queue_seq[row] < items.conditions.served + self.prefetch_window(items):
             self.look_at_s = now_s
 
     def used(self, items: ItemTable, row: int, now_s: float) -> None:
         self._running.add(row)
-        self.look_at_s = now_s  # The window moved.
+        if items.conditions.ssd_capacity_bytes:
+            self.look_at_s = now_s  # The window moved.
 
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         self._running.discard(row)
-        self._know(row, int(items.size_bytes[row]))
+        self._know(row, items.at.size_bytes[row])
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
-        seq = int(items.queue_seq[row])
-        if tier == TierName.DRAM and seq != NOT_QUEUED and seq < self._looked_to_seq:
-            self._looked_to_seq = seq
+        if tier is TierName.DRAM:
+            seq = items.at.queue_seq[row]
+            if seq != NOT_QUEUED and seq < self._looked_to_seq:
+                self._looked_to_seq = seq
 
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
         self._running.discard(row)
         self._know(row, 0)
 
     def _know(self, row: int, size_bytes: int) -> None:
-        if row >= len(self._known_bytes):
+        if row >= len(self._known):
             more = np.zeros(max(row + 1, 2 * len(self._known_bytes)) - len(self._known_bytes), np.int64)
             self._known_bytes = np.concatenate([self._known_bytes, more])
-        before = int(self._known_bytes[row])
-        self._known_bytes[row] = size_bytes
+            self._known = self._known_bytes.data
+        before = self._known[row]
+        if before == size_bytes:
+            return
+        self._known[row] = size_bytes
         self._known_sum_bytes += size_bytes - before
         self._known_count += (size_bytes > 0) - (before > 0)
-        self._largest_bytes = max(self._largest_bytes, size_bytes)
+        if size_bytes > self._largest_bytes:
+            self._largest_bytes = size_bytes
 
     # Windows
 
@@ -95,8 +104,8 @@ class LookaheadPolicy(Placement):
         return self._sessions_in(self._prefetch_bytes(items) + items.conditions.ssd_capacity_bytes)
 
     def _prefetch_bytes(self, items: ItemTable) -> int:
-        capacity_bytes, dram_bytes = items.conditions.dram_capacity_bytes, items.dram_bytes
-        running_bytes = sum(int(dram_bytes[row]) for row in self._running)
+        capacity_bytes, dram_bytes = items.conditions.dram_capacity_bytes, items.at.dram_bytes
+        running_bytes = sum([dram_bytes[row] for row in self._running])
         return max(0, capacity_bytes - int(capacity_bytes * self.dram_kept_free) - running_bytes)
 
     def _sessions_in(self, size_bytes: int) -> int:

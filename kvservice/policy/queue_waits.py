@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from kvservice.policy.items import grown
 from kvservice.policy.survival import BIN_COUNT, Floats, bin_of, places_of
 
 _MEMORY = 1024.0  # Requests after which a wait's weight has fallen to 1/e.
@@ -16,27 +13,23 @@ _LEAST = 1e-3
 class QueueWaits:
     """The distribution of recent waits, with exponentially decreasing weights."""
 
-    def __init__(self, row_count: int) -> None:
-        self._since_s = np.full(row_count, math.nan)
+    def __init__(self) -> None:
+        self._since_s: dict[int, float] = {}  # Of the items that wait.
         self._waits = [0.0] * BIN_COUNT
         self._weight = 1.0  # Weight of the next wait. It grows, instead of all other weights decreasing.
         self._shorter: Floats = np.ones(BIN_COUNT + 1)
-
-    def grow(self, row_count: int) -> None:
-        self._since_s = grown(self._since_s, row_count, math.nan)
 
     def queued(self, row: int, now_s: float) -> None:
         self._since_s[row] = now_s
 
     def served(self, row: int, now_s: float) -> None:
-        wait_s = now_s - self._since_s.item(row)
-        if wait_s == wait_s:
-            self._waits[bin_of(wait_s)] += self._weight
+        since_s = self._since_s.pop(row, None)
+        if since_s is not None:
+            self._waits[bin_of(now_s - since_s)] += self._weight
             self._weight *= 1 + 1 / _MEMORY
-            self._since_s[row] = math.nan
 
     def forgotten(self, row: int) -> None:
-        self._since_s[row] = math.nan
+        self._since_s.pop(row, None)
 
     def learn(self) -> None:
         """Update `shorter` with the waits that were recorded since the last call."""

@@ -154,6 +154,15 @@ class ReturnTimes:
     def _weight(self, row: int) -> float:
         return self._at.value[row] / (self._mean_value or 1.0)
 
+    def is_waiting(self, row: int) -> bool:
+        """Whether the item has an age."""
+        since_s = self._at.since_s[row]
+        return since_s == since_s
+
+    def class_and_factor(self, row: int) -> tuple[int, float]:
+        """The item's class, and its factor."""
+        return self._at.in_class[row], self._at.factor[row]
+
     def hazard(self, row: int, now_s: float) -> float:
         """The item's hazard at its age, in returns per second; 0 if it is not waiting."""
         age_s = now_s - self.since_s.item(row)

@@ -32,7 +32,6 @@ class S3FifoPolicy(Placement):
 
     name: ClassVar[str] = "s3fifo"
     whole_items: ClassVar[bool] = True
-    newcomers_may_leave: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._queues = {tier: _Queues() for tier in (TierName.DRAM, TierName.SSD)}
@@ -69,6 +68,14 @@ class S3FifoPolicy(Placement):
         queues.look(resident_bytes, items.in_use, capacity_bytes // _SMALL_PART)
         return queues.rank(rows)
 
+    def next_to_leave(self, items: ItemTable, tier: TierName, may_leave: memoryview[int], begins: bool) -> int:
+        capacity_bytes, resident_bytes = _of_tier(items, tier)
+        queues = self._queues[tier]
+        if begins:
+            queues.grow(items.row_count)
+            queues.count_small(resident_bytes)
+        return queues.next_to_leave(may_leave, resident_bytes.data, items.at.in_use, capacity_bytes // _SMALL_PART)
+
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         return not items.unwanted_on_ssd[row]  # SSD evicted it: only a new use justifies evicting another item.
 
@@ -95,6 +102,7 @@ class _Queues:
         self._newest = [NO_ROW] * 4
         self._over_share_seq = 0  # The small queue exceeds its share by its items up to this `seq`.
         self._ghost_bytes = 0
+        self._small_bytes = 0  # Since `count_small`, without items that entered the queue after it.
         self._rows = 0
         self._queues = self._freqs = np.empty(0, np.int8)
         self._seqs = self._sizes = self._olders = self._newers = np.empty(0, np.int64)
@@ -162,6 +170,9 @@ class _Queues:
             return
         gone = resident_bytes[row] == 0
         if self._queue[row] == _SMALL:
+            left_bytes = resident_bytes.item(row)
+            self._small_bytes -= self._size[row] - left_bytes
+            self._size[row] = left_bytes
             self._sift(row, self._seq[row], items, resident_bytes)
             if self._freq[row] <= 1:
                 if gone:
@@ -212,13 +223,13 @@ class _Queues:
         self._link(row, _MAIN)
 
     def _remember(self, row: int, size_bytes: int, share_bytes: int) -> None:
-        self._size[row] = size_bytes
-        self._link(row, _GHOST)
+        self._link(row, _GHOST, size_bytes)
         while self._ghost_bytes > share_bytes:
             self._unlink(self._oldest[_GHOST])
 
-    def _link(self, row: int, queue: int) -> None:
+    def _link(self, row: int, queue: int, size_bytes: int = 0) -> None:
         newest = self._newest[queue]
+        self._size[row] = size_bytes
         self._queue[row], self._seq[row] = queue, self._next_seq
         self._next_seq += 1
         self._older[row], self._newer[row] = newest, NO_ROW
@@ -228,7 +239,7 @@ class _Queues:
         else:
             self._newer[newest] = row
         if queue == _GHOST:
-            self._ghost_bytes += self._size[row]
+            self._ghost_bytes += size_bytes
 
     def _unlink(self, row: int) -> None:
         queue = self._queue[row]
@@ -246,8 +257,57 @@ class _Queues:
         self._queue[row] = _NOWHERE
         if queue == _GHOST:
             self._ghost_bytes -= self._size[row]
+        elif queue == _SMALL:
+            self._small_bytes -= self._size[row]
 
     # Ranking
+
+    def count_small(self, resident_bytes: NDArray[np.int64]) -> None:
+        """Count the small queue's bytes anew: items have entered it, and those in it may have got more bytes."""
+        small = (self._queues[: len(resident_bytes)] == _SMALL).nonzero()[0]
+        self._sizes[small] = sizes = resident_bytes[small]
+        self._small_bytes = int(sizes.sum())
+
+    def next_to_leave(
+        self,
+        may_leave: memoryview[int],
+        resident: memoryview[int],
+        in_use: memoryview[int],
+        share_bytes: int,
+    ) -> int:
+        """The row that `rank` puts first, of those with `may_leave[row] >= 0`; NO_ROW if there is none."""
+        freq, newer = self._freq, self._newer
+        excess_bytes = self._small_bytes - share_bytes
+        self._over_share_seq = 0
+        promoted = NO_ROW  # It moves from the small queue to the main queue.
+        at = self._oldest[_SMALL]
+        while at != NO_ROW and excess_bytes >= 0:
+            if not in_use[at]:
+                self._over_share_seq = self._seq[at]
+                if may_leave[at] >= 0:
+                    if freq[at] <= 1:
+                        return at
+                    if promoted == NO_ROW:
+                        promoted = at
+                excess_bytes -= resident[at]
+            at = newer[at]
+        rest_of_small = at
+        found, found_freq = promoted, 0 if promoted != NO_ROW else _FREQ_MAX + 1
+        at = self._oldest[_MAIN]
+        while at != NO_ROW:
+            if may_leave[at] >= 0 and (freq[at] < found_freq or not freq[at]):
+                found, found_freq = at, freq[at]
+                if not found_freq:
+                    return at  # It is older than what is promoted.
+            at = newer[at]
+        at = rest_of_small
+        while at != NO_ROW and found == NO_ROW:
+            if may_leave[at] >= 0:
+                found = at
+            at = newer[at]
+        if found == NO_ROW and self._newcomer != NO_ROW and may_leave[self._newcomer] >= 0:
+            return self._newcomer
+        return found
 
     def look(self, resident_bytes: NDArray[np.int64], in_use: NDArray[np.int32], share_bytes: int) -> None:
         """Update by how much the small queue exceeds its share."""

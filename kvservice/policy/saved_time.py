@@ -39,24 +39,27 @@ class SavedTime(NamedTuple):
         link = 1 / conditions.link_bytes_per_s
         return cls(1 / computed_per_s, conditions.demand_wait_s * both, both * (1 / read_per_s + link), link)
 
-    def per_byte(self, size: int, value: float, lost: bool, has_ssd: bool) -> float:
+    def per_byte(self, size: int, value: float, has_ssd: bool) -> tuple[float, float]:
         """What a use saves per byte of an item, in seconds, or in `value` if the rates are not known.
 
-        `lost`: an evicted item is gone, because the tier is the SSD, or there is none.
+        First for an item in DRAM that SSD has too, then for one that is lost when it is evicted: an item on SSD, or
+        any item if there is no SSD.
         """
         if not self.computed:
-            return value / size
+            return value / size, value / size
         if not has_ssd:
-            return max(self.computed - self.link, 0.0)
+            saved = max(self.computed - self.link, 0.0)
+            return saved, saved
         from_ssd = min(self.computed, self.wait_s / size + self.read)
-        return max(self.computed - from_ssd if lost else from_ssd - self.link, 0.0)
+        return max(from_ssd - self.link, 0.0), max(self.computed - from_ssd, 0.0)
 
-    def per_bytes(self, sizes: Ints, values: Floats, lost: bool, has_ssd: bool) -> Floats:
+    def per_bytes(self, sizes: Ints, values: Floats, has_ssd: bool) -> tuple[Floats, Floats]:
         """`per_byte` of several items. All arrays have the shape [items]."""
         if not self.computed:
-            return values / sizes
+            each = values / sizes
+            return each, each
         if not has_ssd:
-            return np.full(len(sizes), max(self.computed - self.link, 0.0))
-        from_ssd = np.minimum(self.computed, self.wait_s / sizes + self.read)
-        saved: Floats = np.maximum(self.computed - from_ssd if lost else from_ssd - self.link, 0.0)
-        return saved
+            each = np.full(len(sizes), max(self.computed - self.link, 0.0))
+            return each, each
+        from_ssd = np.minimum(self.wait_s / sizes + self.read, self.computed)
+        return np.maximum(from_ssd - self.link, 0.0), np.maximum(self.computed - from_ssd, 0.0)

@@ -15,13 +15,13 @@ _SAME = 1e-3  # Hazards that change by less keep their indices.
 _LEVELS_PER_E = 2 / math.log(10)
 _PRICES = _LEAST_PRICE * np.exp(np.arange(_PRICE_COUNT) / _LEVELS_PER_E)
 
-HOLD, KEEP, FETCH, LATER = range(4)
+KEEP, HOLD, FETCH, LATER = range(4)
 
 
 class Scores:
     """Four indices by class, price and age, in returns per second.
 
-    HOLD is the worth of staying in DRAM if SSD has a copy, KEEP if eviction loses the item. FETCH is the worth of being
+    KEEP is the worth of staying in DRAM if eviction loses the item, HOLD if SSD has a copy. FETCH is the worth of being
     read from SSD now, LATER the highest FETCH at this age or any later one.
     """
 
@@ -41,12 +41,17 @@ class Scores:
             if not len(changed):
                 return
             self._hazards[changed] = every[changed]
-        hold, fetch = whittle_index(every[changed], _PRICES)
-        self._tables[HOLD, changed], self._tables[FETCH, changed] = hold, fetch
-        self._tables[LATER, changed] = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1]
-        self._tables[KEEP, changed] = gittins_index(every[changed])[:, None, :]
+        places: dict[bytes, int] = {}  # Of the different hazards: many classes begin alike.
+        same = [places.setdefault(row.tobytes(), len(places)) for row in every[changed]]
+        different = np.frombuffer(b"".join(places)).reshape(len(places), -1)
+        hold, fetch = whittle_index(different, _PRICES)
+        self._tables[HOLD, changed], self._tables[FETCH, changed] = hold[same], fetch[same]
+        self._tables[LATER, changed] = np.maximum.accumulate(fetch[..., ::-1], axis=-1)[..., ::-1][same]
+        self._tables[KEEP, changed] = gittins_index(different)[same, None, :]
         self._table = self._tables.reshape(-1)
+        self._view = self._table.data
         self._kind = self._tables[0].size
+        self._kinds = (np.arange(4) * self._kind).reshape(2, 2, 1)
 
     def rates(self, classes: Ints, ages_s: Floats, ready_s: Floats, prices: Floats) -> Floats:
         """The four indices, shape [4, items]. An item that is fetched now is in DRAM at age `ready_s`."""
@@ -57,17 +62,17 @@ class Scores:
         bins = places.astype(np.int64)
         places -= bins
         bins += begins
-        low = bins[_PLACE_OF_KIND] + self._kind * _KINDS
+        low = bins[:, None] + self._kinds  # KEEP and HOLD are read at the present age, the others at `ready_s`.
         rates: Floats = self._table[low]
-        rates += places[_PLACE_OF_KIND] * (self._table[low + 1] - rates)
-        return rates
+        low += 1
+        slopes = self._table[low]
+        slopes -= rates
+        slopes *= places[:, None]
+        rates += slopes
+        return rates.reshape(4, -1)
 
     def at_once(self, in_class: int, price: float) -> tuple[float, float]:
         """(HOLD, KEEP) of a class at age 0."""
         level = min(max(round(math.log(price / _LEAST_PRICE) * _LEVELS_PER_E), 0), _PRICE_COUNT - 1)
         begins = (in_class * _PRICE_COUNT + level) * BIN_COUNT
-        return self._table.item(begins), self._table.item(begins + KEEP * self._kind)
-
-
-_KINDS = np.arange(4)[:, None]
-_PLACE_OF_KIND = np.array((0, 0, 1, 1))  # HOLD and KEEP are read at the present age, the others at `ready_s`.
+        return self._view[begins + HOLD * self._kind], self._view[begins + KEEP * self._kind]

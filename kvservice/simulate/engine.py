@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.placement.core import PlacementCore
-from kvservice.placement.item_state import overrides
 from kvservice.placement.views import floats, ints
 from kvservice.policy.items import Conditions, ItemTable
-from kvservice.policy.placement import Placement
+from kvservice.policy.placement import Placement, overrides
 from kvservice.simulate.account import Account
 from kvservice.simulate.bounds import Bound
 from kvservice.simulate.inference_server import server_of

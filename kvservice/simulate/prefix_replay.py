@@ -30,7 +30,7 @@ class PrefixReplay(TurnReplay):
 
     def rows(self, turn: int) -> Sequence[int]:
         """The rows on the request's path, from the first block on."""
-        return self._path[self._begins[turn] : self._begins[turn + 1]]
+        return self._path[self._begins[turn] : self._begins[turn + 1]].tolist()
 
     def enqueue(self, turn: int, number: int, now_s: float) -> None:
         """The request joins the queue as the `number`th of all requests."""
@@ -39,24 +39,27 @@ class PrefixReplay(TurnReplay):
 
     def dispatch(self, turn: int, now_s: float) -> int:
         """The request leaves the queue: count its hits per tier. Returns the bytes to read from SSD."""
-        core, account = self._core, self._account
+        core, account, reading = self._core, self._account, self._core.reading
         path = self.rows(turn)
+        all_blocks, uses, block_bytes = self._blocks, self._uses, self._block_bytes
         total = known = on_time = late = ssd = 0
         hits = True
+        core.hold(*path)
         for row in path:
-            asked_for = row in core.reading
+            asked_for = row in reading
             if asked_for:
                 self._store.stop_read(row)
-            core.hold(row)
-            blocks = self._blocks[row]
+            blocks = all_blocks[row]
             total += blocks
-            if self._uses[row]:
+            if uses[row]:
                 known += blocks
                 if hits:
-                    in_dram = self._dram[row] // self._block_bytes
-                    on_ssd = max(0, self._ssd[row] // self._block_bytes - in_dram)
+                    in_dram = self._dram[row] // block_bytes
+                    on_ssd = self._ssd[row] // block_bytes - in_dram
                     on_time += in_dram
-                    if on_ssd:
+                    if on_ssd <= 0:
+                        on_ssd = 0
+                    else:
                         if asked_for:
                             late += on_ssd
                         else:
@@ -85,11 +88,11 @@ class PrefixReplay(TurnReplay):
         core, store = self._core, self._store
         path = self.rows(turn)
         answer = self._output[turn]
+        blocks, block_bytes, sizes, last_turn = self._blocks, self._block_bytes, self._size, self._last_turn
         for row in reversed(path):
-            size = self._blocks[row] * self._block_bytes
-            was = self._size[row]
-            is_last = self._last_turn[row] == turn
-            if is_last:
+            size = blocks[row] * block_bytes
+            was = sizes[row]
+            if last_turn[row] == turn:
                 if was:
                     self._account.live(-was, now_s)
             elif not was:
@@ -100,9 +103,9 @@ class PrefixReplay(TurnReplay):
                 store.store_on_ssd(row, size, now_s)
             elif not self._in_use[row] or store.make_room(size - self._dram[row], now_s):
                 core.saved(row, size, now_s)
-        for row in path:
-            core.release(row)
+        core.release(*path)
         core.stored(path, now_s)
         store.evict_to_capacity(now_s)
-        for row in path:
-            store.write_behind(row)
+        if store.has_ssd:
+            for row in path:
+                store.write_behind(row)

@@ -30,7 +30,7 @@ class StoreModel:
         self.core = core
         self.channel = SsdChannel(machine.ssd_bytes_per_s, self, start_s)
         self.writes_dropped_bytes = 0
-        self._has_ssd = machine.ssd_bytes > 0
+        self.has_ssd = machine.ssd_bytes > 0
         self._to_write = bools(np.zeros(items.row_count, np.bool_))
         self._size = ints(items.size_bytes)
         self._dram = ints(items.dram_bytes)
@@ -53,7 +53,7 @@ class StoreModel:
 
     def write_behind(self, row: int) -> None:
         """Queue a copy of the bytes that SSD does not have."""
-        if self._has_ssd and not self._to_write[row] and self._dram[row] > self._ssd[row]:
+        if self.has_ssd and not self._to_write[row] and self._dram[row] > self._ssd[row]:
             self._to_write[row] = True
             self.channel.write(row)
 
@@ -86,7 +86,7 @@ class StoreModel:
             return True
         for row, keep_bytes, _ in core.victims(_DRAM, wanted_bytes, worth, now_s):
             have = self._dram[row]
-            if self._has_ssd:
+            if self.has_ssd:
                 if self.channel.write_row == row:
                     self._end_write_early()
                 if self._ssd[row] < have:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,9 +90,9 @@ def replayed(log: list[tuple[str, tuple[Any, ...], Conditions, Any]], core: Plac
             assert getattr(core, name)(*positional, **named) == answer, (number, name)
         items = core.items
         assert core.dram.used_bytes == items.dram_bytes.sum() + items.coming_bytes.sum()
-        assert core.ssd.used_bytes == items.ssd_bytes.sum() + np.asarray(core._write_bytes).sum()
+        assert core.ssd.used_bytes == items.ssd_bytes.sum() + sum(core._write_bytes.values())
         for space, column in ((core.dram, items.dram_bytes), (core.ssd, items.ssd_bytes)):
-            assert all(column[row] and not core._holds[row] for row in space.rows)
+            assert all(column[row] and row not in core._holds for row in space.rows)
 
 
 @settings(max_examples=60, deadline=None)

@@ -49,10 +49,10 @@ def test_however_events_come_it_looks_neither_without_end_nor_too_seldom(over_s:
 
 def test_hints_are_looked_at_several_times_before_their_requests_come() -> None:
     looks = looked(LookTimes(0.0), events=1000, over_s=1.0, rows=100_000)
-    assert looks.hinted_every_s == pytest.approx(2.0 / 8)
+    assert looks.hinted_every_s == pytest.approx(2.0 / 4)
     looks.plan(True, False, 1.0)
     looks.hinted(1.0)
-    assert looks.hinted_s == pytest.approx(1.25)
+    assert looks.hinted_s == pytest.approx(1.5)
 
 
 # What may be read ahead
@@ -119,7 +119,7 @@ def test_a_store_that_does_not_count_its_reads_has_no_allowance_to_keep() -> Non
 
 
 def waited(*waits_s: float) -> QueueWaits:
-    waits = QueueWaits(1)
+    waits = QueueWaits()
     for number, wait_s in enumerate(waits_s):
         waits.queued(0, 100.0 * number)
         waits.served(0, 100.0 * number + wait_s)
@@ -128,7 +128,7 @@ def waited(*waits_s: float) -> QueueWaits:
 
 
 def test_before_anything_waited_nothing_is_expected_to() -> None:
-    assert QueueWaits(1).shorter(np.array([0.01, 10.0])) == pytest.approx(1.0)
+    assert QueueWaits().shorter(np.array([0.01, 10.0])) == pytest.approx(1.0)
 
 
 def test_the_share_of_waits_that_are_over_before_a_read_is() -> None:
@@ -146,7 +146,7 @@ def test_the_last_waits_count_most() -> None:
 
 
 def test_who_was_forgotten_did_not_wait() -> None:
-    waits = QueueWaits(1)
+    waits = QueueWaits()
     waits.queued(0, 0.0)
     waits.forgotten(0)
     waits.served(0, 100.0)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvservice.blocks import TierName
+from kvservice.blocks import NO_ROW, TierName
 from kvservice.policy import Placement, S3FifoPolicy
 from kvservice.policy.items import Conditions, ItemTable
-from tests.contracts.placement import PlacementContract
+from tests.contracts.placement import PlacementContract, played
 from tests.items import SmallMover
 
 
@@ -193,6 +193,19 @@ def test_an_end_that_leaves_keeps_the_rest_in_its_place() -> None:
     table.dram_bytes[0] = 4
     policy.left(table, 0, TierName.DRAM, 0.0)
     assert (policy.retention(table, rows, TierName.DRAM, 0.0) == before).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_next_to_leave_is_the_one_of_the_lowest_score(seed: int) -> None:
+    mover = played(S3FifoPolicy(), seed=seed)
+    for tier in (TierName.DRAM, TierName.SSD):
+        held = mover.idle_in(tier)
+        for rows in (held, held[::3], held[:0]):
+            places = np.full(mover.table.row_count, NO_ROW, np.int32)
+            places[rows] = np.arange(len(rows))
+            worth = mover.policy.retention(mover.table, rows, tier, mover.now_s)
+            first = rows[worth.argmin()] if len(rows) else NO_ROW
+            assert mover.policy.next_to_leave(mover.table, tier, places.data, begins=True) == first
 
 
 def test_it_has_state_for_rows_that_the_table_got_later() -> None:
