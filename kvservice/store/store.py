@@ -261,6 +261,7 @@ class BlockStore:
         self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
         self._hints = HintExchange(
             blocks,
+            self._lifecycle.tails,
             dram,
             self._sessions,
             self._leases,

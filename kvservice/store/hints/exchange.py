@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, BlockTable, Rows
+from kvservice.blocks import NO_ROW, BlockTable, Rows, Tails
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.policy.base import Hint, hint_kind
@@ -239,6 +239,7 @@ class HintExchange:
     def __init__(
         self,
         blocks: BlockTable,
+        tails: Tails,
         dram: Tier,
         sessions: Sessions,
         leases: Leases,
@@ -250,6 +251,7 @@ class HintExchange:
         settings: HintLimits,
     ) -> None:
         self._blocks = blocks
+        self._tails = tails
         self._dram = dram
         self._sessions = sessions
         self._leases = leases
@@ -456,8 +458,18 @@ class HintExchange:
         return len(rows)
 
     def _rows(self, stream: HintStream, subject: HintSubject) -> Rows:
-        """The rows of the leading stored blocks that belong to the caller's tenant."""
-        return stored_rows(self._blocks, stream.caller, self._keys(stream.caller, subject))
+        """The rows of the leading stored blocks that belong to the caller's tenant.
+
+        Keys that an engine knows are of whole blocks: the newest partial block that continues them belongs to them.
+        """
+        blocks, keys = self._blocks, self._keys(stream.caller, subject)
+        rows = stored_rows(blocks, stream.caller, keys)
+        if not subject.packed_keys or not len(rows) or blocks.key_of(int(rows[-1])) != keys[-1]:
+            return rows
+        tail = next(self._tails.newest_first(keys[-1]), NO_ROW)
+        if tail == NO_ROW or blocks.tenant[tail] != stream.caller.tenant.number:
+            return rows
+        return np.append(rows, stored_rows(blocks, stream.caller, [blocks.key_of(tail)]))
 
     def _keys(self, caller: Caller, subject: HintSubject) -> list[bytes]:
         if subject.packed_keys:

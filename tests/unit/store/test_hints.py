@@ -298,6 +298,21 @@ async def test_hints_promote_no_more_than_their_share_and_no_faster_than_their_r
         assert await promoted() == 5, "the share: 20 blocks"
 
 
+async def test_a_request_named_by_its_whole_blocks_reads_the_partial_block_after_them_too(
+    opened: OpenStore, client: Client, stream: HintStream
+) -> None:
+    chain, other = some_chain(3, tail_tokens=2), some_chain(3, seed=1, tail_tokens=2)
+    for number, each in enumerate((chain, other)):
+        await stored_session(opened, client, f"chat-{number}", each)
+    stream.put("request-0", keys_of(chain[:3]), None, 0, "")
+    stream.put("request-1", keys_of(other[:2]), None, 0, "")
+    await until(lambda: whole_in_dram(opened, chain) and whole_in_dram(opened, other[:2]))
+    await opened.settle()
+    assert not any(TierName.DRAM in opened.residency(key) for key in other.keys[2:]), (
+        "it reads a beginning of the history"
+    )
+
+
 async def test_an_error_of_ours_ends_no_engines_hints(
     opened: OpenStore, client: Client, stream: HintStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
