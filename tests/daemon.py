@@ -50,7 +50,8 @@ class DaemonProcess:
     ) -> None:
         """`settings` are the daemon's, with two underscores for the dot: ``ssd__capacity_bytes=0``.
 
-        `program` runs instead of the daemon, with the daemon's arguments.
+        `program` runs instead of the daemon, with the daemon's arguments. ``-m MODULE`` is started with its imports
+        done (see ``process_starter``); give ``-c ...`` where the time or the memory of the imports matters.
         """
         self.folder = folder
         self.store = folder / "store"
