@@ -261,7 +261,7 @@ class _Queues:
     # Ranking
 
     def count_small(self, resident_bytes: NDArray[np.int64]) -> None:
-        """Count the small queue's bytes anew: items have entered it, and those in it may have got more bytes."""
+        """Count the small queue's bytes again: items have entered it, and those in it may have got more bytes."""
         small = (self._queues[: len(resident_bytes)] == _SMALL).nonzero()[0]
         self._sizes[small] = sizes = resident_bytes[small]
         self._small_bytes = int(sizes.sum())
