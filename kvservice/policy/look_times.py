@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 #: A scan follows after one event per so many scanned items, but not after fewer events than this.
-LOOKS, LOOKS_ALONE = (24, 32), (32, 64)
+LOOKS, LOOKS_ALONE = (24, 32), (4, 64)
 #: The period between scans, as parts of a typical return time: at least 1/1024, at most 1/16.
 _OFTEN, _SELDOM = 1024, 16
 _LEADS = 4  # The period between scans of hinted items is this part of the time between a hint and its request.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import Rows, TierName
 from kvservice.policy.base import Promotion
-from kvservice.policy.items import NOT_QUEUED, ItemTable
+from kvservice.policy.items import NOT_QUEUED, ItemTable, grown
 from kvservice.policy.placement import Placement, inputs_of
 
 _NO_LIMIT = sys.maxsize
@@ -40,7 +40,7 @@ class LookaheadPolicy(Placement):
 
     def __init__(self, dram_kept_free: float = 1 / 32) -> None:
         self.dram_kept_free = dram_kept_free
-        self._known_bytes = np.zeros(1024, np.int64)  # By row: size of the items that count in S_kv, else 0.
+        self._known_bytes = np.zeros(0, np.int64)  # By row: size of the items that count in S_kv, else 0.
         self._known = self._known_bytes.data
         self._known_count = 0
         self._known_sum_bytes = 0
@@ -51,8 +51,8 @@ class LookaheadPolicy(Placement):
     # Events
 
     def split(self, items: ItemTable, row: int, front_row: int, now_s: float) -> None:
-        self._know(row, int(items.size_bytes[row]))
-        self._know(front_row, int(items.size_bytes[front_row]))
+        self._know(items, row, int(items.size_bytes[row]))
+        self._know(items, front_row, int(items.size_bytes[front_row]))
 
     def queued(self, items: ItemTable, row: int, now_s: float) -> None:
         if self.look_at_s <= now_s or not items.conditions.ssd_capacity_bytes:
@@ -67,7 +67,7 @@ class LookaheadPolicy(Placement):
 
     def stored(self, items: ItemTable, row: int, now_s: float) -> None:
         self._running.discard(row)
-        self._know(row, items.at.size_bytes[row])
+        self._know(items, row, items.at.size_bytes[row])
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         if tier is TierName.DRAM:
@@ -77,12 +77,11 @@ class LookaheadPolicy(Placement):
 
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
         self._running.discard(row)
-        self._know(row, 0)
+        self._know(items, row, 0)
 
-    def _know(self, row: int, size_bytes: int) -> None:
+    def _know(self, items: ItemTable, row: int, size_bytes: int) -> None:
         if row >= len(self._known):
-            more = np.zeros(max(row + 1, 2 * len(self._known_bytes)) - len(self._known_bytes), np.int64)
-            self._known_bytes = np.concatenate([self._known_bytes, more])
+            self._known_bytes = grown(self._known_bytes, items.row_count, 0)
             self._known = self._known_bytes.data
         before = self._known[row]
         if before == size_bytes:
