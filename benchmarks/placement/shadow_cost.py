@@ -8,7 +8,8 @@ import tracemalloc
 import numpy as np
 
 from kvservice.blocks import NO_ROW
-from kvservice.placement.block_items import IN_DRAM, ON_SSD, BlockChanges, BlockItems
+from kvservice.placement.block_items import BlockItems
+from kvservice.placement.item_tree import IN_DRAM, ON_SSD, BlockChanges
 from kvservice.placement.shadow import ShadowStore
 from kvservice.policy import PLACEMENTS
 from kvservice.policy.items import Conditions

@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from kvservice.blocks import NO_ROW, BlockTable, Rows, TierName
-from kvservice.placement.block_items import IN_DRAM, ON_SSD, BlockChanges, BlockItems
+from kvservice.placement.block_items import BlockItems
+from kvservice.placement.item_tree import IN_DRAM, ON_SSD, BlockChanges
 from kvservice.policy.base import Hint
 from kvservice.policy.items import grown
 

@@ -21,7 +21,8 @@ from kvservice.blocks import BlockTable, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.placement.block_events import BlockEvents, Note
-from kvservice.placement.block_items import NO_ITEM, BlockItems
+from kvservice.placement.block_items import BlockItems
+from kvservice.placement.item_tree import NO_ITEM
 from kvservice.policy.items import NOT_QUEUED, Conditions
 from kvservice.policy.placement import Placement
 from kvservice.store.mover.ranking import Ranked, RecencyRanking, Valuation
