@@ -87,8 +87,10 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """With `lru`, which reads nothing ahead into an empty DRAM tier."""
     folder = tmp_path_factory.mktemp("damage")
-    with DaemonProcess(folder, dram__capacity_bytes=24 * MIB, ssd__capacity_bytes=64 * MIB) as process:
+    sizes = {"dram__capacity_bytes": 24 * MIB, "ssd__capacity_bytes": 64 * MIB}
+    with DaemonProcess(folder, mover__policy="lru", **sizes) as process:
         yield process
 
 

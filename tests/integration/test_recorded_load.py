@@ -23,7 +23,9 @@ from tests.integration.known_blocks import SMALL, new_chain, save
 
 NewDaemon = Callable[..., DaemonProcess]
 # The verb, also where the installed program is of another checkout.
-KVCTL = "import typer; from kvservice_client.cli.trace import trace; typer.run(trace)"
+# Programs that are started in the background, as tests may be, ignore SIGINT.
+KVCTL = """import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
+import typer; from kvservice_client.cli.trace import trace; typer.run(trace)"""
 
 
 @contextmanager
