@@ -89,8 +89,9 @@ KINDS = [
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """With `lru`, which reads nothing ahead into an empty DRAM tier."""
     folder = tmp_path_factory.mktemp("damage")
-    sizes = {"dram__capacity_bytes": 24 * MIB, "ssd__capacity_bytes": 64 * MIB}
-    with DaemonProcess(folder, mover__policy="lru", **sizes) as process:
+    with DaemonProcess(
+        folder, dram__capacity_bytes=24 * MIB, ssd__capacity_bytes=64 * MIB, mover__policy="lru"
+    ) as process:
         yield process
 
 
