@@ -325,6 +325,10 @@ class BlockTable:
         column: NDArray[np.uint64] = self.arrived_ms[self._position[tier]]
         return column
 
+    def only_in(self, tier: TierName) -> Rows:
+        """The visible blocks that are in this tier, and in no slower one."""
+        return np.flatnonzero(self.resident(tier) & ~self.resident_slower(tier) & self.live[: self.row_end])
+
     @property
     def unwanted_on_ssd(self) -> NDArray[np.bool_]:
         """The column of `unwanted` for the second tier, as policies read it."""

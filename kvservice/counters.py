@@ -93,7 +93,7 @@ HELP: dict[str, str] = {
     "hints_unknown": "Hints about a session that does not exist for the client that sent them.",
     "hints_invalid": "Hints that were ignored because a field of them is not valid.",
     "hints_over_limit": "Hints that were ignored because a limit of the hints settings was reached.",
-    "policy_failures": "Decisions that the placement policy was late with or failed at: blocks left by recency then.",
+    "policy_failures": "Decisions that the placement policy was late with or failed at: recency decided.",
     "read_ahead_blocks": "Blocks copied from a slower tier to DRAM because the policy expects their next use.",
     "read_ahead_bytes": "Bytes of these blocks.",
     "read_ahead_unused_blocks": "Those of these blocks that left DRAM before a request used them.",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import resource
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from socketserver import ThreadingMixIn
@@ -43,8 +41,8 @@ class Heartbeat:
     """Measures the event loop's delay: how much later than due each of its beats runs.
 
     A beat is due every 5 ms while the loop works, and every 50 ms while it is idle. A callback that blocks an idle
-    loop delays the next beat all the same. The time for which the loop's thread waited for a processor or for the
-    interpreter lock is measured too: on a busy machine most of it is the machine's delay, not the daemon's.
+    loop delays the next beat all the same. The time for which the loop's thread waited for a processor is measured
+    too: it is the machine's delay, not the daemon's.
     """
 
     def __init__(self, clock: Clock, registry: CollectorRegistry | None = None) -> None:
@@ -61,7 +59,7 @@ class Heartbeat:
         )
         self._own_delay = Histogram(
             _PREFIX + "event_loop_own_delay_seconds",
-            "The same without the time for which its thread waited for a processor or the interpreter lock.",
+            "The same without the time for which the event loop's thread waited for a processor.",
             buckets=buckets,
             registry=registry,
         )
@@ -70,15 +68,12 @@ class Heartbeat:
         with _ProcessorWait() as processor_wait:
             beat_s = _IDLE_BEAT_S
             while True:
-                queued_s, used_s, waits = processor_wait.total_s(), time.thread_time(), _waits()
+                waited_s, used_s = processor_wait.total_s(), time.thread_time()
                 due = self._clock.monotonic_s() + beat_s
                 await self._clock.sleep(beat_s)
                 late_s = max(0.0, self._clock.monotonic_s() - due)
                 self._delay.observe(late_s)
-                own_s = own_delay_s(
-                    late_s, time.thread_time() - used_s, processor_wait.total_s() - queued_s, _waits() - waits
-                )
-                self._own_delay.observe(own_s)
+                self._own_delay.observe(max(0.0, late_s - (processor_wait.total_s() - waited_s)))
                 self.latest_ms = max(self.latest_ms, late_s * 1000)
                 if due >= self._window_ends_s:
                     self._recent_ms = [self._recent_ms[1], 0.0]
@@ -95,19 +90,6 @@ class Heartbeat:
 def next_beat_s(beat_s: float, used_s: float) -> float:
     """When the next beat is due, in seconds: soon if the loop's thread used the processor for long in the last beat."""
     return _BEAT_S if used_s > _BUSY_SHARE * beat_s else _IDLE_BEAT_S
-
-
-def own_delay_s(late_s: float, used_s: float, queued_s: float, waits: int) -> float:
-    """The part of a delay for which the loop's thread ran, or waited in a call that blocks.
-
-    `used_s` and `queued_s` are its seconds on a processor and in line for one, and `waits` how often it waited for
-    anything else, all since the beat before. It waits for the interpreter lock in steps of the switch interval.
-    """
-    return max(min(late_s, used_s), late_s - queued_s - waits * sys.getswitchinterval(), 0.0)
-
-
-def _waits() -> int:
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 class _ProcessorWait:

@@ -54,7 +54,7 @@ def event_loop(quick: bool) -> Section:
         f"{sessions:,} sessions of {_START_BLOCKS} blocks, then {_TURNS_PER_S} turns per second for {for_s:g} s, each "
         "a lookup, a lease and a save of one block, of sessions in random order; DRAM has an eighth of the blocks. "
         "Delays are of the daemon's heartbeats. Its own are those without the time for which its thread waited for a "
-        "processor or the interpreter lock.",
+        "processor.",
     )
     rows = []
     for policy in ("lru", "foresight"):

@@ -54,7 +54,7 @@ def _stored(chain: np.ndarray[tuple[int], np.dtype[np.int64]], *, in_dram: bool)
     parents = np.concatenate([[NO_ROW], chain[:-1]])
     tiers, is_whole = same * (ON_SSD | (IN_DRAM if in_dram else 0)), same.astype(np.bool_)
     return BlockChanges(
-        chain, 0 * same, is_whole, tiers, _BLOCK_BYTES * same, 16 * same, is_whole, parents, chain, chain
+        chain, 0 * same, is_whole, ~is_whole, tiers, _BLOCK_BYTES * same, 16 * same, is_whole, parents, chain, chain
     )
 
 

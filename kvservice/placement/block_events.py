@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,7 @@ class BlockEvents:
         self._block_tokens_of = block_tokens_of
         self._now_s = now_s
         self._notes: list[Note] = [partial(BlockItems.leases_are, leases=blocks.leases[: blocks.row_end].copy())]
+        self._evicted: set[int] = set()  # Rows among them whose block has left with an eviction.
         self._changed: dict[int, bool] = {}  # Blocks with changes that are not among them yet, and whether they live.
         self._known = np.full(blocks.row_capacity, -1, np.int64)  # By row: the generation that was noted last.
         self._is_open = True
@@ -45,17 +47,21 @@ class BlockEvents:
         notes, self._notes = self._notes, []
         return notes
 
-    def fill(self) -> Iterator[None]:
-        """Note the blocks that are in the table already, each after the one that it continues. Iterate it in pauses."""
+    async def fill(self, pause: Callable[[], Awaitable[object]]) -> None:
+        """Note the blocks that are in the table already, each after the one that it continues. Awaits `pause` after
+        every hundred blocks.
+        """
         rows = self._blocks.live_rows()
         parents = np.full(self._blocks.row_end, NO_ROW)
         for start in range(0, len(rows), _FILL_ROWS):
-            yield
+            await pause()
             part = rows[start : start + _FILL_ROWS]
             found = self._blocks.rows_of_keys(self._blocks.parent_key[part].tolist())
             parents[part] = np.where(found < len(parents), found, NO_ROW)  # Later rows were stored meanwhile.
-        for part in np.array_split(_by_depth(rows, parents), len(rows) // _FILL_ROWS + 1):
-            yield
+        ordered = await asyncio.to_thread(_by_depth, rows, parents)  # A tenth of a second for half a million.
+        for start in range(0, len(ordered), _FILL_ROWS):
+            await pause()
+            part = ordered[start : start + _FILL_ROWS]
             for row in part[self._blocks.live[part]].tolist():
                 self._note_change(row)
 
@@ -100,6 +106,8 @@ class BlockEvents:
 
     def _note_change(self, row: int) -> None:
         is_live = bool(self._blocks.live[row])
+        if not is_live and self._blocks.unwanted[:, row].any():
+            self._evicted.add(row)
         if self._changed.get(row, is_live) != is_live or len(self._changed) == _CHANGED_MAX:
             self._note_changes()  # The row may have another block now, which comes after its parent.
         self._changed[row] = is_live
@@ -110,6 +118,7 @@ class BlockEvents:
         rows = np.fromiter(self._changed, np.int64, len(self._changed))
         self._changed.clear()
         changes = self._changes(rows)
+        self._evicted.clear()
         self._notes.append(partial(BlockItems.changed, changes=changes, now_s=self._now_s()))
 
     def _changes(self, rows: Rows) -> BlockChanges:
@@ -135,6 +144,7 @@ class BlockEvents:
             rows,
             generations,
             live,
+            np.array([row in self._evicted for row in rows.tolist()], np.bool_),
             tiers,
             blocks.size_bytes[rows].astype(np.int64),
             tokens,

@@ -82,9 +82,14 @@ class BlockItems(ItemTree):
     def reads(self, now_s: float) -> list[Promotion] | None:
         """All reads that the policy wants and that have not begun; None if they are those of the last call.
 
-        A read stays wanted until it begins (`coming`), or until the item is used, leaves the queue or is gone.
+        A read stays wanted until it begins (`coming`), a guess also only until its deadline, and both until the item is
+        used, leaves the queue, is evicted by a client, or is gone.
         """
         if now_s >= self.policy.look_at_s:
+            late = [item for item, promotion in self._wanted.items() if promotion.deadline_s < now_s]
+            for item in late:
+                if self.items.queue_seq[item] == NOT_QUEUED:
+                    self.unwant(item)  # The user was expected before now. The policy may want it again.
             for promotion in self.policy.promotions(self.items, self._queue, now_s):
                 self._wanted[promotion.row] = promotion
                 self._wants_changed = True
@@ -97,6 +102,11 @@ class BlockItems(ItemTree):
         """The read has begun, or is not needed any more."""
         if self._wanted.pop(item, None) is not None:
             self._wants_changed = True
+
+    def _unwant_all(self, rows: Rows) -> None:
+        if self._wanted:
+            for item in np.unique(self._item_of[rows]).tolist():
+                self.unwant(item)
 
     def wanted_on_ssd(self, rows: Rows, now_s: float) -> NDArray[np.bool_]:
         """Which of these blocks in DRAM are copied to SSD, for which other blocks are evicted there."""
@@ -165,8 +175,8 @@ class BlockItems(ItemTree):
             del self._stored[item]
             if self._leases[self._first_row[item]]:
                 continue  # `released` adds it again.
-            if item in self._answers:
-                self.items.answer_tokens[item] = self._answers[item]
+            if (answer_tokens := self._answers.pop(item, 0)) > 0:
+                self.items.answer_tokens[item] = answer_tokens
             if self.items.in_use[item]:
                 self._core.answered(item, self.items.answer_tokens.item(item), now_s)
             self.items.used_at_s[item] = now_s
@@ -207,6 +217,8 @@ class BlockItems(ItemTree):
         self._now_s = now_s
         item = self.item_of(int(rows[-1])) if len(rows) else NO_ITEM
         if item != NO_ITEM:
+            if hint is Hint.ENDED:
+                self.unwant(item)
             self._core.hinted(item, hint, now_s, kind)
 
     def answered(self, rows: Rows, answer_tokens: int, now_s: float) -> None:
@@ -215,20 +227,21 @@ class BlockItems(ItemTree):
         if item == NO_ITEM:
             return
         items = self.items
-        if items.in_use[item]:
+        ended_s = items.used_at_s.item(item)
+        if item in self._stored or items.in_use[item]:
             self._answers[item] = answer_tokens
-        elif not now_s - items.used_at_s[item] > _REPORTED_WITHIN_S:  # NaN: it has not been reported to the policy yet.
-            self._answers[item] = answer_tokens
-            self._stored[item] = None
+        elif items.queue_seq[item] == NOT_QUEUED and now_s - ended_s <= _REPORTED_WITHIN_S:
+            items.answer_tokens[item] = answer_tokens
+            self._core.stored((item,), ended_s)  # Its age stays.
 
     def evicted(self, rows: Rows) -> None:
         """A client has evicted these blocks from DRAM: they stay away until the next request for them."""
+        self._unwant_all(rows)
         self._flags[rows] |= EVICTED
 
     def coming(self, rows: Rows, is_coming: bool) -> None:
         if is_coming:  # What begins is not wanted any more.
-            for item in np.unique(self._item_of[rows]).tolist():
-                self.unwant(item)
+            self._unwant_all(rows)
         super().coming(rows, is_coming)
 
     def ask_again(self, now_s: float) -> None:

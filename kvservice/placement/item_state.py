@@ -308,8 +308,8 @@ class ItemState:
             if self._tells_arrived:
                 self.policy.arrived(self.items, item, _SSD, now_s)
 
-    def left(self, item: int, tier: TierName, size_bytes: int, now_s: float) -> None:
-        """`tier` has evicted the item's last `size_bytes`."""
+    def left(self, item: int, tier: TierName, size_bytes: int, now_s: float, *, was_evicted: bool = True) -> None:
+        """`tier` has evicted the item's last `size_bytes`; or else they were discarded, and that says nothing of it."""
         if tier is _DRAM:
             self._dram[item] = keeps = self._dram[item] - size_bytes
             space = self.dram
@@ -322,11 +322,12 @@ class ItemState:
         else:
             self._ssd[item] = keeps = self._ssd[item] - size_bytes
             space = self.ssd
-            self._unwanted[item] = True
+            if was_evicted:
+                self._unwanted[item] = True
         space.used_bytes -= size_bytes
         if not keeps:
             space.discard(item)
-        if self._tells_left:
+        if was_evicted and self._tells_left:
             self.policy.left(self.items, item, tier, now_s)
         if not (self._dram[item] or self._ssd[item]):
             self.forget_if_gone(item, now_s)

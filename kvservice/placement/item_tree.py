@@ -42,6 +42,7 @@ class BlockChanges(NamedTuple):
     rows: Rows
     generations: NDArray[np.int64]  # Of the row: it differs for the next block that uses the row.
     live: NDArray[np.bool_]  # Lookups find it.
+    was_evicted: NDArray[np.bool_]  # It, or the block that had the row before, left with its last copy's eviction.
     tiers: NDArray[np.int64]  # IN_DRAM and ON_SSD, as bits.
     size_bytes: NDArray[np.int64]
     token_count: NDArray[np.int64]
@@ -76,7 +77,7 @@ class ItemTree:
         self._free: list[int] = []
         self._end = 0  # Items at and above it were never used.
         self._stored: dict[int, None] = {}  # Items that have got blocks, for `BlockItems.settle`.
-        self._unscored: dict[int, None] = {}  # Items that were forgotten, and are back: for `settle`, too.
+        self._unscored: dict[int, None] = {}  # Items that are new or back, and unknown to the policy until `settle`.
         self._headless: dict[int, None] = {}  # Items whose first block has left, within `changed`.
         self._now_s = -math.inf  # The time of the event that is being handled.
 
@@ -125,14 +126,15 @@ class ItemTree:
         self._now_s = now_s
         self._need_rows(int(changes.rows.max(initial=-1)) + 1)
         columns = (column.tolist() for column in changes)
-        for row, generation, live, tiers, size, tokens, whole, parent, shard, key in zip(*columns, strict=True):
+        for row, generation, live, was_evicted, tiers, *fixed in zip(*columns, strict=True):
             item = self._item_of.item(row)
             if item != NO_ITEM and (not live or generation != self._generation.item(row)):
-                self._leave(row, item)
+                self._leave(row, item, was_evicted=was_evicted)
                 item = NO_ITEM
             if not live:
                 continue
             if item == NO_ITEM:
+                size, tokens, whole, parent, shard, key = fixed
                 self._generation[row], self._size_bytes[row] = generation, size
                 self._flags[row] = _WHOLE if whole else 0
                 item = self._join(row, parent, shard)
@@ -204,6 +206,7 @@ class ItemTree:
                 self._grow_items()
             self._end += 1
         self._core.created(item)
+        self._unscored[item] = None
         self._parent[item], self._children[item], self._block_count[item] = parent, 0, 0
         self._end_depth[item], self._first_row[item] = -1, NO_ROW
         if parent != NO_ITEM:
@@ -213,6 +216,8 @@ class ItemTree:
     def _split(self, item: int, depth: int) -> int:
         """Give the item's blocks up to this depth to a new item, its front. Returns the front."""
         front = self._new_item(int(self._parent[item]))
+        if item not in self._unscored:
+            del self._unscored[front]
         if self._parent[item] != NO_ITEM:
             self._children[self._parent[item]] -= 1
         rows = np.flatnonzero(self._item_of[: self._row_end] == item)
@@ -234,9 +239,9 @@ class ItemTree:
         self._was_split(item, front)
         return front
 
-    def _leave(self, row: int, item: int) -> None:
+    def _leave(self, row: int, item: int, *, was_evicted: bool) -> None:
         """The block is not stored any more."""
-        self._count(row, item, 0)
+        self._count(row, item, 0, was_evicted=was_evicted)
         self._comes_no_more(row, item)
         self._item_of[row] = NO_ITEM
         self._block_count[item] -= 1
@@ -263,7 +268,7 @@ class ItemTree:
 
     # Bytes
 
-    def _count(self, row: int, item: int, tiers: int) -> None:
+    def _count(self, row: int, item: int, tiers: int, *, was_evicted: bool = True) -> None:
         """Count the block's bytes in the tiers that it is in now."""
         before = self._flags.item(row)
         if tiers == before & _IN_TIERS:
@@ -274,7 +279,7 @@ class ItemTree:
             if not (tiers ^ before) & bit:
                 continue
             if not tiers & bit:
-                self._core.left(item, tier, size, self._now_s)
+                self._core.left(item, tier, size, self._now_s, was_evicted=was_evicted)
                 continue
             self._wake(item)
             coming = items.coming_bytes.item(item)

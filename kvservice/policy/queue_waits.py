@@ -14,7 +14,7 @@ class QueueWaits:
     """The distribution of recent waits, with exponentially decreasing weights."""
 
     def __init__(self) -> None:
-        self._since_s: dict[int, float] = {}  # Of the items that wait.
+        self._since_s: dict[int, float] = {}  # Of the items that were queued, and not served since.
         self._waits = [0.0] * BIN_COUNT
         self._weight = 1.0  # Weight of the next wait. It grows, instead of all other weights decreasing.
         self._shorter: Floats = np.ones(BIN_COUNT + 1)

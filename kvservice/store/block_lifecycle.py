@@ -247,6 +247,7 @@ class BlockLifecycle:
             self._counters.lost_unwritten_blocks += len(last_copies)
         else:
             self._counters.evicted_ssd_blocks += len(rows)
+        blocks.unwanted[blocks.position(tier), last_copies] = True  # For the listeners: it was no discard.
         why = Reason.EVICTED if eviction is not None else Reason.EVICTED_ON_REQUEST
         for part, last_copy in ((demoted, False), (last_copies, True)):
             self.history.note_rows(blocks, part, why, tier=tier, last_copy=last_copy, eviction=eviction)

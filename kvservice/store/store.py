@@ -333,6 +333,7 @@ class BlockStore:
                 clock,
                 self._loop_budget,
             ),
+            self._write_behind,
         )
         if self._first_policy is not None:
             self._policy.use(self._first_policy)

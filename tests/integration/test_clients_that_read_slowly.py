@@ -23,7 +23,7 @@ _BLOCKS = 192  # 36 MiB for each reader.
 # One frame that is being built, one that waits for its turn, one in gRPC's buffers, and their overhead.
 _FRAMES_PER_READER_MAX = 4
 _LATE_S = 0.02
-_ROUNDS = 5
+_ROUNDS = 10
 
 
 @contextmanager

@@ -42,9 +42,11 @@ _WINDOW_ENTRIES = 1024  # Of all queues, per tick: the windows.
 _OTHER_ENTRIES = 512  # Of all queues, per tick: readiness of entries behind the windows.
 _KEYS_PER_TICK = 4096  # Of each queue: the window, and the entries behind it.
 _ENTRIES_A_TURN = 32  # They take half a millisecond of the event loop, and more if they have hundreds of blocks.
+_TAILS_MAX = 16  # So many of the newest partial blocks after a key are looked at, which may be of other tenants.
 _EXPECTED_MAX = 1024  # Typing persons and running tools, per client.
 _CLIENTS_WORTH = 16  # All hints together have at most so many entries and keys as the queues of so many clients.
 _ENDED_MAX = 1024  # Reports of what has ended that wait to be acted on, of all clients.
+_ANSWERS_MAX = _ENDED_MAX // 2
 _BATCH = 256
 _LEAD_S = 10.0  # An expected request counts as queued this long before it is due,
 _LATE_S = 60.0  # and until this long after.
@@ -269,6 +271,7 @@ class HintExchange:
         self._next_s = 0.0  # When an expectation begins or ends to count.
         self._work = asyncio.Event()
         self._ended: deque[_Ended] = deque()
+        self._answers = 0  # Of them: lengths of answers.
         self._is_telling = False
 
     def start(self) -> None:
@@ -327,12 +330,16 @@ class HintExchange:
         return known
 
     def queue_ended(self, ended: _Ended) -> None:
-        """Tell placement soon."""
-        if len(self._ended) == _ENDED_MAX or not self.totals.add(ended.subject):
+        """Tell placement soon. Reports of answers, which are many, leave places for the others."""
+        is_answer = ended.answer_tokens is not None
+        if (is_answer and self._answers == _ANSWERS_MAX) or len(self._ended) == _ENDED_MAX:
             self.counters.hints_over_limit += 1
-            return
-        self._ended.append(ended)
-        if not self._is_telling:
+        elif self.totals.add(ended.subject):
+            self._ended.append(ended)
+            self._answers += is_answer
+        else:
+            self.counters.hints_over_limit += 1
+        if self._ended and not self._is_telling:
             self._is_telling = True
             self._tasks.start(self._tell_ended(), "turns and sessions that have ended")
 
@@ -359,8 +366,8 @@ class HintExchange:
         now_s = self.now_s()
         streams = list(self._streams.values())
         if state != self._evaluated or self._placement.pause_over() or now_s >= self._next_s:
-            self._evaluated = state
             await self._evaluate_windows(streams, now_s)
+            self._evaluated = state
             for stream in streams:
                 stream.unevaluated = len(stream.queue)
         for stream in streams:
@@ -466,10 +473,10 @@ class HintExchange:
         rows = stored_rows(blocks, stream.caller, keys)
         if not subject.packed_keys or not len(rows) or blocks.key_of(int(rows[-1])) != keys[-1]:
             return rows
-        tail = next(self._tails.newest_first(keys[-1]), NO_ROW)
-        if tail == NO_ROW or blocks.tenant[tail] != stream.caller.tenant.number:
-            return rows
-        return np.append(rows, stored_rows(blocks, stream.caller, [blocks.key_of(tail)]))
+        for tail in islice(self._tails.newest_first(keys[-1]), _TAILS_MAX):
+            if blocks.tenant[tail] == stream.caller.tenant.number:
+                return np.append(rows, stored_rows(blocks, stream.caller, [blocks.key_of(tail)]))
+        return rows
 
     def _keys(self, caller: Caller, subject: HintSubject) -> list[bytes]:
         if subject.packed_keys:
@@ -487,14 +494,22 @@ class HintExchange:
                 batch = [self._ended.popleft() for _ in range(min(_BATCH, len(self._ended)))]
                 for each in batch:
                     self.totals.remove(each.subject)
-                for each in batch:
-                    if each.answer_tokens is not None:
-                        await self.loop_budget.slot()
-                        self._placement.answered(self._rows(each.stream, each.subject), each.answer_tokens)
-                await self._drop_batch([each for each in batch if each.answer_tokens is None])
+                    self._answers -= each.answer_tokens is not None
+                try:
+                    await self._tell_batch(batch)
+                except Exception:  # An error of ours: the next batches count all the same.
+                    log.exception("reports of what has ended could not be evaluated")
                 await self._clock.sleep((_SHARE_OF_TIME - 1) * (self.now_s() - began_s))
         finally:
             self._is_telling = False
+
+    async def _tell_batch(self, batch: Sequence[_Ended]) -> None:
+        for each in batch:
+            if each.answer_tokens is not None:
+                await self.loop_budget.slot()
+                self._placement.answered(self._rows(each.stream, each.subject), each.answer_tokens)
+        if dropped := [each for each in batch if each.answer_tokens is None]:
+            await self._drop_batch(dropped)
 
     async def _drop_batch(self, batch: Sequence[_Ended]) -> None:
         """Rank blocks as the first to be evicted, except those that other sessions name or other clients use."""

@@ -23,6 +23,7 @@ from kvservice.store.mover.learned_counts import LearnedCounts
 from kvservice.store.mover.ranking import Ranked, Ranking, RecencyRanking, Valuation
 from kvservice.store.mover.read_ahead import ReadAhead
 from kvservice.store.mover.shadow_run import ShadowRun
+from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class ActivePolicy:
         window: HintPlacement,
         read_ahead: Callable[[ItemRanking], ReadAhead],
         shadow: Callable[[Placement], ShadowRun],
+        write_behind: WriteBehind | None,
     ) -> None:
         """`window` acts on the engines' queues for policies that do not. `read_ahead` makes what reads for a policy,
         and `shadow` what runs a policy beside it.
@@ -86,6 +88,7 @@ class ActivePolicy:
         self._hinted: dict[tuple[int, float], None] = {}
         self._has_new = False  # A policy that has not got the engines' queues yet.
         self._make_shadow = shadow
+        self._write_behind = write_behind
         self._shadowing: asyncio.Task[None] | None = None
         self._tasks.start(self._keep_forever(), "what policies have learned")
 
@@ -121,6 +124,8 @@ class ActivePolicy:
         """As `use`, while the store runs: what the present policy has learned is kept for its return."""
         await self.keep_learned()
         self.use(policy)
+        if self._write_behind is not None:  # The new policy may want on SSD what the last one had refused.
+            self._tasks.start(self._write_behind.add_all(), "copies that the last policy refused")
 
     def run_shadow(self, policy: Placement | None) -> None:
         """Run this policy beside the present one from now on, without any effect; None ends that."""
@@ -183,7 +188,11 @@ class ActivePolicy:
                 return ranked
 
     async def wanted_on_ssd(self, rows: Rows) -> NDArray[np.bool_]:
-        return await self._ranking.wanted_on_ssd(rows)
+        while True:
+            ranking = self._ranking
+            wanted = await ranking.wanted_on_ssd(rows)
+            if ranking is self._ranking:
+                return wanted
 
     # What operators ask
 

@@ -55,6 +55,7 @@ class ReadAhead:
         self._tasks = tasks
         self._loop_budget = loop_budget
         self._plan: list[WantedRead] = []  # The most urgent read last.
+        self._ahead_bytes: dict[int, int] = {}  # Row -> bytes of the plan up to its read's end, when it was made.
         self._begun: set[int] = set()  # Items whose reads have begun since the policy was last asked.
         self._reading: asyncio.Task[None] | None = None
         self._look_soon = asyncio.Event()
@@ -71,25 +72,23 @@ class ReadAhead:
     def stop(self) -> None:
         """Begin no more reads: another policy decides now. One that runs is not stopped. Cancel `run` as well."""
         self._plan.clear()
+        self._ahead_bytes.clear()
 
     def coming_s(self, rows: Rows) -> float | None:
         """Seconds until rows that are not in DRAM will be there; None if some of them are not about to be read."""
         if self._promoter is None:
             return None
-        ahead_bytes, missing = 0, {row for row in rows.tolist() if not self._promoter.is_promoting(row)}
-        for read in reversed(self._plan):
-            if not missing:
-                break
-            ahead_bytes += int(self._blocks.size_bytes[read.rows].sum())
-            missing.difference_update(read.rows.tolist())
-        if missing:
-            return None
+        ahead_bytes = 0
+        for row in rows.tolist():
+            if not self._promoter.is_promoting(row):
+                if (ahead := self._ahead_bytes.get(row)) is None:
+                    return None
+                ahead_bytes = max(ahead_bytes, ahead)
         return (self._promoter.pending_bytes + ahead_bytes) / self._ranking.conditions.ssd_bytes_per_s
 
     async def run(self) -> None:
         """Forever: first group the blocks that an earlier daemon has stored, then read ahead."""
-        for _ in self._ranking.events.fill():
-            await self._loop_budget.slot()
+        await self._ranking.events.fill(self._loop_budget.slot)
         while True:
             self._measure()
             self._look_soon.clear()
@@ -102,7 +101,8 @@ class ReadAhead:
             except Exception:
                 log.exception("the policy %s failed", self._ranking.name)
                 self._counters.policy_failures += 1
-                pause_s = _PAUSE_AFTER_ERROR_S
+                await self._clock.sleep(_PAUSE_AFTER_ERROR_S)
+                pause_s = 0.0
             self.looks += 1
             self._count_unused()
             await self._sleep(pause_s)
@@ -117,7 +117,13 @@ class ReadAhead:
 
     def _follow(self, reads: list[WantedRead]) -> None:
         reads = [read for read in reads if read.item not in self._begun]
-        self._plan = sorted(reads, key=lambda read: read.deadline_s)[::-1]  # As in `reads` where they are equal.
+        reads.sort(key=lambda read: (not read.is_queued, read.deadline_s))  # As in `reads` where they are equal.
+        ahead_bytes = 0
+        self._ahead_bytes = {}
+        for read in reads:
+            ahead_bytes += int(self._blocks.size_bytes[read.rows].sum())
+            self._ahead_bytes.update(dict.fromkeys(read.rows.tolist(), ahead_bytes))
+        self._plan = reads[::-1]
         if self._plan and self._promoter is not None and self._reading is None:
             self._reading = self._tasks.start(self._read(self._promoter), "read ahead")
 

@@ -71,8 +71,7 @@ class ShadowRun:
             self.events.close()  # Else notes would grow without bound, because nothing takes them.
 
     async def _run(self) -> None:
-        for _ in self.events.fill():
-            await self._loop_budget.slot()
+        await self.events.fill(self._loop_budget.slot)
         await self._ranking.on_thread(lambda items, now_s: self._store.begin(items.items, now_s))
         self.since_ms = self._clock.wall_ms()
         while True:

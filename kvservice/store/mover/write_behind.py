@@ -41,6 +41,7 @@ _UNRECORDED_MAX = 1024
 _COMMIT_AFTER_S = 0.2
 _COMMIT_AFTER_BYTES = 512 << 20
 _CHOSEN_TOGETHER = 64  # A question to the policy takes a fifth of a millisecond, whether about one block or many.
+_ADDED_A_TURN = 512
 _AWAITED_AT_ONCE = 16  # The begin and the end of a write take a tenth of a millisecond of the event loop.
 _ENDED_A_TURN = 32
 _PAUSE_AFTER_FAILURE_S = 1.0
@@ -83,6 +84,7 @@ class WriteBehind:
         self._queue: deque[tuple[int, int]] = deque()  # (row, generation)
         self._marks: set[tuple[int, int]] = set()  # Those in the queue: however long writes fail, each is in it once.
         self._queued = asyncio.Event()
+        self._unasked: set[tuple[int, int]] = set()  # Of the queue: what is written without the policy's consent.
         self._wanted: deque[tuple[int, int]] = deque()  # The next blocks to write, of those that were queued first.
         self._choosing = asyncio.Lock()
         self._pending = 0  # Queued, wanted or running.
@@ -108,15 +110,25 @@ class WriteBehind:
             self._tasks.start(self._write_forever(), f"write-behind {number}")
         self._tasks.start(self._record_forever(), "write-behind records")
 
-    def add(self, rows: Sequence[int]) -> None:
-        """Queue blocks of the upper tier for their copy in the tier below."""
+    def add(self, rows: Sequence[int], *, ask: bool = True) -> None:
+        """Queue blocks of the upper tier for their copy in the tier below. Without `ask`, the policy cannot refuse."""
         for row in rows:
             mark = (row, int(self._blocks.generation[row]))
+            if not ask:
+                self._unasked.add(mark)
             if mark not in self._marks:
                 self._marks.add(mark)
                 self._queue.append(mark)
                 self._pending += 1
         self._queued.set()
+
+    async def add_all(self, *, ask: bool = True) -> None:
+        """Queue all blocks of the upper tier that no tier below has, also those that were refused or failed before."""
+        rows = self._blocks.only_in(self._above)
+        for start in range(0, len(rows), _ADDED_A_TURN):
+            part = rows[start : start + _ADDED_A_TURN]
+            self.add(part[self._blocks.live[part]].tolist(), ask=ask)
+            await asyncio.sleep(0)
 
     def add_missing(self, row: int) -> None:
         """Queue a block that was promoted past the tier below, because only a slower one had it."""
@@ -189,7 +201,9 @@ class WriteBehind:
         wanted = [mark for mark in marks if self._needs_copy(*mark)]
         if wanted and self._above == self._blocks.first_tier:  # The policy decides about the first two tiers.
             is_wanted = await self._ranking.wanted_on_ssd(np.array([row for row, _ in wanted]))
+            is_wanted |= np.array([mark in self._unasked for mark in wanted])
             wanted = list(compress(wanted, is_wanted.tolist()))
+        self._unasked.difference_update(marks)
         self._wanted.extend(wanted)
         await self._are_less(len(marks) - len(wanted))
 

@@ -10,9 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-
-from kvservice.blocks import BlockTable, Rows
+from kvservice.blocks import BlockTable
 from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.mover.write_behind import WriteBehind
@@ -114,19 +112,11 @@ class Drain:
             await self._clock.sleep(_LOOK_EVERY_S)
         if self._write_behind is None:
             return
-        rows = self._only_in_dram()
-        for start in range(0, len(rows), _ROWS_A_TURN):  # Blocks whose writes failed before are tried again at once.
-            self._write_behind.add(rows[start : start + _ROWS_A_TURN].tolist())
-            await asyncio.sleep(0)
+        await self._write_behind.add_all(ask=False)
         await self._write_behind.idle()
 
-    def _only_in_dram(self) -> Rows:
-        blocks = self._blocks
-        first = blocks.first_tier
-        return np.flatnonzero(blocks.resident(first) & ~blocks.resident_slower(first) & blocks.live[: blocks.row_end])
-
     def _progress(self, done: bool) -> DrainProgress:
-        rows = self._only_in_dram()
+        rows = self._blocks.only_in(self._blocks.first_tier)
         return DrainProgress(
             uploads=self._claims.object_count,
             loads=self._admission.loads_open,

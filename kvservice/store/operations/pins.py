@@ -137,7 +137,7 @@ class Pins:
         blocks = self._blocks
         last_copies = [row for row in rows.tolist() if blocks.live[row] and blocks.tiers_of(row) == [blocks.first_tier]]
         blocks.unwanted_on_ssd[last_copies] = False
-        self._write_behind.add(last_copies)
+        self._write_behind.add(last_copies, ask=False)
 
 
 def _sizes(blocks: BlockTable, rows: Rows) -> list[int]:

@@ -138,6 +138,8 @@ class Sessions:
         counts = Counter(key for some in keys for key in set(some))
         found = {key for key, count in counts.items() if count > 1}
         wanted, examined = counts.keys() - found, 0
+        if not wanted:
+            return found
         own_names = {(self._index.layout_id(fingerprint), session_id) for fingerprint, session_id in own}
         for name in list(self._manifests):
             manifest = self._manifests.get(name)

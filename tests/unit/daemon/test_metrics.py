@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
-from kvservice.metrics import Heartbeat, next_beat_s, own_delay_s
+from kvservice.metrics import Heartbeat, next_beat_s
 from tests.clock import FakeClock
 from tests.stores import until
 
@@ -40,19 +40,3 @@ def test_the_loop_is_measured_often_only_while_it_works() -> None:
 
     assert next_beat_s(idle_s, used_s=0.0001) == idle_s, "a beat of its own does not keep the loop awake"
     assert next_beat_s(idle_s, used_s=0.02) == next_beat_s(0.005, used_s=0.004) == idle_s / 10
-
-
-@pytest.mark.parametrize(
-    ("what", "used_s", "queued_s", "waits", "own_s"),
-    [
-        ("it ran", 0.1, 0.0, 20, 0.1),
-        ("it was in a call that blocks", 0.001, 0.0, 2, 0.09),
-        ("other processes ran", 0.001, 0.098, 3, 0.001),
-        ("other threads had the interpreter lock", 0.001, 0.05, 12, 0.001),
-    ],
-    ids=lambda each: each if isinstance(each, str) else "",
-)
-def test_a_delay_is_the_loops_own_as_far_as_it_ran_or_blocked(
-    what: str, used_s: float, queued_s: float, waits: int, own_s: float
-) -> None:
-    assert own_delay_s(0.1, used_s, queued_s, waits) == pytest.approx(own_s)

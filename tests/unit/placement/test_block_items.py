@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -105,32 +107,32 @@ def test_the_shards_of_a_block_are_in_its_item() -> None:
     assert store.runs() == {tuple(row for pair in zip(one, two, strict=True) for row in pair)}
 
 
-def test_blocks_of_an_earlier_daemon_are_grouped() -> None:
+async def test_blocks_of_an_earlier_daemon_are_grouped() -> None:
     known = Store()
     prompt = list(range(12))
     for number in range(5):
         known.save([*prompt, *range(100 * number, 100 * number + 4 * number + 4)])
     listed = known.runs()
     events = BlockEvents(known.blocks, lambda layout_id: 4, lambda: 0.0)
-    for _ in events.fill():
-        pass
+    await events.fill(partial(asyncio.sleep, 0))
     items = BlockItems(PLACEMENTS["lru"](), Conditions(GIB, GIB, 1e9))
     for note in events.take():
         note(items)
     assert {tuple(items.rows_of(item).tolist()) for item in items.live_items()} == listed
 
 
-def test_a_block_whose_parent_is_saved_again_meanwhile_is_grouped() -> None:
+async def test_a_block_whose_parent_is_saved_again_meanwhile_is_grouped() -> None:
     known = Store()
     known.discard(known.save(range(12))[0])
     known.blocks._free.clear()
     events = BlockEvents(known.blocks, lambda layout_id: 4, lambda: 0.0)
-    filling = events.fill()
-    next(filling)
+    begun = asyncio.Event()
+    filling = asyncio.create_task(events.fill(begun.wait))
+    await asyncio.sleep(0)
     rows = known.save(range(12))
     assert rows[0] == known.blocks.row_end - 1, "it is behind all others"
-    for _ in filling:
-        pass
+    begun.set()
+    await filling
     items = BlockItems(PLACEMENTS["lru"](), Conditions(GIB, GIB, 1e9))
     for note in events.take():
         note(items)
@@ -276,6 +278,43 @@ def test_the_length_of_an_answer_is_what_was_stored_during_the_lease_or_what_the
     assert (items.answer_tokens[item], items.used_at_s[item]) == (3, age_s), "a late report changes nothing"
 
 
+def test_repeated_reports_of_an_answer_make_no_item_younger() -> None:
+    store = Store("foresight")
+    rows = store.save(range(40))
+    store.use(rows)
+    store.items.settle(store.now_s)
+    item, items, ended_s = store.items.item_of(rows[0]), store.items.items, store.now_s
+    for _ in range(20):
+        store.now_s += 4
+        store.events.answered(np.array(rows), 100)
+        store.items.settle(store.now_s)
+    assert items.used_at_s[item] == ended_s
+    assert items.answer_tokens[item] == 100
+    assert not store.items._answers
+
+
+def test_a_discarded_block_does_not_count_as_evicted_from_ssd_and_an_evicted_one_does() -> None:
+    for evicts in (False, True):
+        store = Store("foresight")
+        rows = store.save(range(18))  # The last block is partial.
+        for row in rows:
+            store.blocks.set_extent(row, TierName.SSD, Extent(0, row * SIZE, SIZE))
+        item = store.items.item_of(rows[0])
+        if evicts:
+            store.blocks.unwanted[1, rows[-1]] = True
+        store.discard(rows[-1])
+        assert store.items.items.unwanted_on_ssd[item] == evicts
+
+
+def test_what_no_policy_has_scored_yet_is_wanted_on_ssd() -> None:
+    store = Store("foresight")
+    rows = np.array(store.save(range(16)))
+    store.events.looked_up(rows)
+    store.events.leased(rows)
+    store.items.settle(store.now_s)
+    assert store.items.wanted_on_ssd(rows, store.now_s).all(), "it is leased already, and has no age yet"
+
+
 class OneRead(LruPolicy):
     """Wants one read at its first look, and nothing at later ones."""
 
@@ -308,10 +347,23 @@ def test_a_read_stays_wanted_until_it_begins_or_its_item_is_used() -> None:
     store.use(rows)
     assert store.items.reads(store.now_s) == [], "the request reads it itself"
 
-    store, rows = wanting()
-    for row in rows:
-        store.discard(row)
-    assert store.items.reads(store.now_s) == []
+    def discard(store: Store, rows: list[int]) -> None:
+        for row in rows:
+            store.discard(row)
+
+    def be_late(store: Store, rows: list[int]) -> None:
+        store.now_s += 6
+
+    ends: list[Callable[[Store, list[int]], None]] = [
+        discard,
+        be_late,
+        lambda store, rows: store.events.evicted(np.array(rows)),
+        lambda store, rows: store.events.hinted(np.array(rows), Hint.ENDED, 0),
+    ]
+    for end in ends:
+        store, rows = wanting()
+        end(store, rows)
+        assert store.items.reads(store.now_s) == []
 
 
 class Anything(RuleBasedStateMachine):

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from kvservice.blocks import TierName
+from kvservice.blocks import Rows, TierName
 from kvservice.policy import DAEMON_POLICIES, daemon_policy
 from kvservice.store.hints.queue_mirror import HintSubject
 from kvservice.store.leases import Client
@@ -123,6 +124,32 @@ async def test_a_ranking_of_the_policy_before_is_not_used(small: OpenStore) -> N
     await busy
     ranked = await asked
     assert len(set(ranked.scores.tolist())) == 4, "by recency every block has its own score; by item they share one"
+
+
+@pytest.mark.parametrize("mended_by", ["switch", "drain"])
+async def test_what_a_policy_has_refused_is_written_later(
+    small: OpenStore, monkeypatch: pytest.MonkeyPatch, mended_by: str
+) -> None:
+    client, policy = small.store.attach(CALLER, "engine"), daemon_policy("foresight")
+    assert policy is not None
+    await small.store._policy.switch(policy)
+    monkeypatch.setattr(small.store._policy.items, "wanted_on_ssd", _refuse)
+    await small.save(client, _CHAINS[0], _IMAGES)
+    await small.settle()
+    rows = small.blocks.rows_of_keys(_CHAINS[0].keys)
+    assert not small.blocks.lie_in(rows, TierName.SSD).any()
+
+    if mended_by == "switch":
+        await small.store.operators.set_policy(CALLER, "lru", "")
+    else:
+        async for progress in small.store.operators.drain(CALLER):
+            last = progress
+        assert (last.done, last.only_in_dram) == (True, 0)
+    await until(lambda: bool(small.blocks.lie_in(rows, TierName.SSD).all()))
+
+
+async def _refuse(rows: Rows) -> NDArray[np.bool_]:
+    return np.zeros(len(rows), np.bool_)
 
 
 async def test_what_ssd_evicts_while_the_policy_is_asked_is_not_written(small: OpenStore) -> None:
