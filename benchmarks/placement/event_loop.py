@@ -46,7 +46,7 @@ class _Facts:
 
 
 def event_loop(quick: bool) -> Section:
-    """100,000 sessions and 100 turns per second, with the policy that has no thread and with the one that scans most."""
+    """100,000 sessions and 100 turns per second, with the policy without a thread and with the one that scans most."""
     sessions, for_s = (_QUICK_SESSIONS, _QUICK_S) if quick else (_SESSIONS, _MEASURED_S)
     section = Section(
         "placement-event-loop",
