@@ -12,10 +12,10 @@ PYTHON ?= $(shell for each in python3 python3.13 python3.12 python3.11; do \
 	$$each -c '$(SUPPORTED)' 2>/dev/null && echo $$each && break; done)
 ARGS ?=
 MODEL ?=
-# The fast tests run in four processes, as those of daemons mostly wait. A file stays in one process, so that its tests
+# The fast tests run in three processes, as those of daemons mostly wait. A file stays in one process, so that its tests
 # share a daemon and a model.
 # ARGS='-n 0' runs them in one, as a debugger needs. The slow ones have the machine for themselves: some load it fully.
-IN_FOUR_PROCESSES := -n 4 --dist loadfile --no-loadscope-reorder
+IN_THREE_PROCESSES := -n 3 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 # Output goes to standard error: `make -s demo ARGS=--json` prints the demo's object and nothing else.
@@ -52,10 +52,10 @@ lint: .venv/installed-dev ## Style, types, and who may import whom
 	$(BIN)/hadolint Dockerfile
 
 test: .venv/installed-dev ## The fast tests, under 10 minutes on 2 cores
-	$(BIN)/python -m pytest $(IN_FOUR_PROCESSES) $(ARGS)
+	$(BIN)/python -m pytest $(IN_THREE_PROCESSES) $(ARGS)
 
 coverage: .venv/installed-dev ## The fast tests, and which lines of the four packages they run
-	$(BIN)/python -m pytest $(IN_FOUR_PROCESSES) --cov $(ARGS)
+	$(BIN)/python -m pytest $(IN_THREE_PROCESSES) --cov $(ARGS)
 
 test-slow: .venv/installed-dev ## The tests that need longer
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)

@@ -36,17 +36,20 @@ _SHARED_MEMORY = Path("/dev/shm")
 _DAEMON_WAIT_S = 10.0
 
 
-def hold_conversation(model: str, log: Callable[[str], None], window: int | None = None) -> Iterator[Turn]:
+def hold_conversation(
+    model: str, log: Callable[[str], None], window: int | None = None, *, always_load: bool = False
+) -> Iterator[Turn]:
     """Yields each turn of the script when it is answered. `log` is called with a line per event between turns.
 
     With a `window`, in tokens, the conversation overflows it, there are no other readers, and answers are compared to
-    those of a second engine, which is not killed and keeps the conversation in its memory.
+    those of a second engine, which is not killed and keeps the conversation in its memory. `always_load`: also where
+    computing is faster, as for a tiny model.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvservice-demo-")))
 
         def start_engine() -> EngineProcess:
-            wait_s = _DAEMON_WAIT_S if window else None
+            wait_s = _DAEMON_WAIT_S if window or always_load else None
             return stack.enter_context(EngineProcess(str(folder / "kvservice.sock"), model, wait_s))
 
         log("Two engines load the model: one with the daemon, and one that keeps the history in its memory."

@@ -28,6 +28,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
         yield process
 
 
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """With `lru`, which reads nothing ahead: the load finds the damage."""
+    with DaemonProcess(tmp_path_factory.mktemp("damage"), mover__policy="lru") as process:
+        yield process
+
+
 @pytest.fixture
 def client(daemon: DaemonProcess) -> Iterator[Client]:
     """A client of an empty store."""
