@@ -23,15 +23,13 @@ _PLACES = 12  # Blocks damaged in each test, each at another random place.
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    folder = tmp_path_factory.mktemp("damage")
-    with DaemonProcess(folder, dram__capacity_bytes=24 * MIB, ssd__capacity_bytes=64 * MIB) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """With `lru`, which reads nothing ahead: the load finds the damage."""
-    with DaemonProcess(tmp_path_factory.mktemp("damage"), mover__policy="lru") as process:
+    with DaemonProcess(
+        tmp_path_factory.mktemp("damage"),
+        dram__capacity_bytes=24 * MIB,
+        ssd__capacity_bytes=64 * MIB,
+        mover__policy="lru",
+    ) as process:
         yield process
 
 

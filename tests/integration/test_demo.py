@@ -79,8 +79,8 @@ def first_turns(folder: Path, model: Path, count: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
         patch.setenv("OMP_NUM_THREADS", "1")  # Another test runs on the other core.
-        turns: Any = hold_conversation(str(model), log=print, always_load=True)  # A generator: closing it ends its processes.
-        with closing(turns):
+        turns: Any = hold_conversation(str(model), log=print, always_load=True)
+        with closing(turns):  # That ends the processes of this generator.
             return report.as_object(list(islice(turns, count)), overflow=False)
 
 
