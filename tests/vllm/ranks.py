@@ -241,7 +241,8 @@ def found_tokens(scheduler: SchedulerRole, request: Request, own_tokens: int = 0
 def saves_of(scheduler: SchedulerRole, request: Request, page_ids: list[int]) -> StepOrders:
     """The orders after a request has ended whose prompt was computed."""
     scheduler.on_new(request)
-    scheduler.orders_of_step(SimpleNamespace(num_scheduled_tokens={request.request_id: request.num_tokens}))
+    tokens = {request.request_id: request.num_tokens}
+    scheduler.orders_of_step(SimpleNamespace(num_scheduled_tokens=tokens, preempted_req_ids=None))
     request.num_computed_tokens = request.num_tokens
     scheduler.finished(request, (page_ids,))
     return scheduler.take_orders()
