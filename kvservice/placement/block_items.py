@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from heapq import nsmallest
 from itertools import islice
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvservice.policy.items import NOT_QUEUED, Conditions
 from kvservice.policy.placement import Placement
 
 _SETTLED = 2048
+_GIVEN = 64  # Reads are given to the mover so many at a time: thousands may be wanted, and change often.
 _REPORTED_WITHIN_S = 5.0  # After the end of an answer, an engine's report of its length counts.
 _RATE_WEIGHT = 0.05  # Of the last request, in the mean time between two that leave a queue.
 
@@ -30,6 +32,7 @@ class BlockItems(ItemTree):
         self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
         self._wanted: dict[int, Promotion] = {}  # By item: the reads that the policy wants and that have not begun.
         self._wants_changed = False  # Since the last answer of `reads`.
+        self._gone = 0  # How many of them are done since then.
         self._served_at_s = math.nan  # When a request was last served while others waited.
 
     def _was_split(self, item: int, front: int) -> None:
@@ -80,7 +83,7 @@ class BlockItems(ItemTree):
     # Questions to the policy
 
     def reads(self, now_s: float) -> list[Promotion] | None:
-        """All reads that the policy wants and that have not begun; None if they are those of the last call.
+        """The most urgent reads that the policy wants and that have not begun; None if they are those of the last call.
 
         A read stays wanted until it begins (`coming`), a guess also only until its deadline, and both until the item is
         used, leaves the queue, is evicted by a client, or is gone.
@@ -95,13 +98,24 @@ class BlockItems(ItemTree):
                 self._wants_changed = True
         if not self._wants_changed:
             return None
-        self._wants_changed = False
-        return list(self._wanted.values())
+        self._wants_changed, self._gone = False, 0
+        return nsmallest(_GIVEN, self._wanted.values(), self._urgency)
+
+    def _urgency(self, promotion: Promotion) -> tuple[bool, float]:
+        return self.items.queue_seq.item(promotion.row) == NOT_QUEUED, promotion.deadline_s
 
     def unwant(self, item: int) -> None:
         """The read has begun, or is not needed any more."""
         if self._wanted.pop(item, None) is not None:
             self._wants_changed = True
+
+    def _is_done(self, item: int) -> None:
+        """The read begins, or a request reads the item: the mover sees that itself. It needs further reads once half of
+        those that it was given are done.
+        """
+        if self._wanted.pop(item, None) is not None:
+            self._gone += 1
+            self._wants_changed |= self._gone >= _GIVEN // 2
 
     def _unwant_all(self, rows: Rows) -> None:
         if self._wanted:
@@ -129,7 +143,7 @@ class BlockItems(ItemTree):
             if item == NO_ITEM or items.in_use[item]:
                 continue  # A request that looks up twice, or in several processes, is one use.
             self._wake(item)
-            self.unwant(item)
+            self._is_done(item)
             self._answers.pop(item, None)
             if items.queue_seq[item] == NOT_QUEUED:
                 self._core.queued((item,), conditions.served, now_s)
@@ -240,8 +254,9 @@ class BlockItems(ItemTree):
         self._flags[rows] |= EVICTED
 
     def coming(self, rows: Rows, is_coming: bool) -> None:
-        if is_coming:  # What begins is not wanted any more.
-            self._unwant_all(rows)
+        if is_coming and self._wanted:
+            for item in np.unique(self._item_of[rows]).tolist():
+                self._is_done(item)
         super().coming(rows, is_coming)
 
     def ask_again(self, now_s: float) -> None:

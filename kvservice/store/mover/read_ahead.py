@@ -199,7 +199,8 @@ class ReadAhead:
             return
         conditions = self._ranking.conditions
         pending_bytes = self._promoter.pending_bytes
-        planned_bytes = sum(int(self._blocks.size_bytes[read.rows].sum()) for read in self._plan)
+        rows = np.concatenate([read.rows for read in self._plan]) if self._plan else np.zeros(0, np.int64)
+        planned_bytes = int(self._blocks.size_bytes[rows].sum())
         if self._promoter.bytes_per_s:
             conditions.ssd_bytes_per_s = self._promoter.bytes_per_s
         conditions.read_backlog_s = (pending_bytes + planned_bytes) / conditions.ssd_bytes_per_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar
@@ -341,11 +342,11 @@ def test_a_read_stays_wanted_until_it_begins_or_its_item_is_used() -> None:
     for _ in range(3):
         assert store.items.reads(store.now_s) is None, "nothing new, and the read is still wanted"
     store.events.coming(np.array(rows), True)
-    assert store.items.reads(store.now_s) == [], "it has begun"
+    assert not store.items.reads(store.now_s), "it has begun"
 
     store, rows = wanting()
     store.use(rows)
-    assert store.items.reads(store.now_s) == [], "the request reads it itself"
+    assert not store.items.reads(store.now_s), "the request reads it itself"
 
     def discard(store: Store, rows: list[int]) -> None:
         for row in rows:
@@ -364,6 +365,25 @@ def test_a_read_stays_wanted_until_it_begins_or_its_item_is_used() -> None:
         store, rows = wanting()
         end(store, rows)
         assert store.items.reads(store.now_s) == []
+
+
+class ManyReads(LruPolicy):
+    """Wants to read each item, the first one first, and does not say so again."""
+
+    def promotions(self, items: ItemTable, queue: Sequence[int], now_s: float) -> list[Promotion]:
+        self.look_at_s = math.inf
+        return [Promotion(item, now_s + 5 + item, 1.0) for item in range(200)]
+
+
+def test_of_many_reads_the_most_urgent_are_given_and_the_next_ones_when_half_of_them_are_done() -> None:
+    store = Store(policy=ManyReads())
+    rows = [store.save(range(100 * number, 100 * number + 4)) for number in range(200)]
+    store.items.ask_again(store.now_s)
+    assert [read.row for read in store.items.reads(store.now_s) or ()] == list(range(64))
+    for item in range(32):
+        assert store.items.reads(store.now_s) is None
+        store.events.coming(np.array(rows[item]), True)
+    assert [read.row for read in store.items.reads(store.now_s) or ()] == list(range(32, 96))
 
 
 class Anything(RuleBasedStateMachine):
