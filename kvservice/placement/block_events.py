@@ -118,7 +118,7 @@ class BlockEvents:
         rows = np.fromiter(self._changed, np.int64, len(self._changed))
         self._changed.clear()
         changes = self._changes(rows)
-        self._evicted.clear()
+        self._evicted.difference_update(rows.tolist())  # The row that is noted next may be in it already.
         self._notes.append(partial(BlockItems.changed, changes=changes, now_s=self._now_s()))
 
     def _changes(self, rows: Rows) -> BlockChanges:

@@ -307,6 +307,19 @@ def test_a_discarded_block_does_not_count_as_evicted_from_ssd_and_an_evicted_one
         assert store.items.items.unwanted_on_ssd[item] == evicts
 
 
+def test_of_many_blocks_that_leave_at_once_each_counts_as_evicted() -> None:
+    store = Store("foresight")
+    rows = [store.save(range(100 * number, 100 * number + 8)) for number in range(150)]
+    for each in rows:
+        for row in each:
+            store.blocks.set_extent(row, TierName.SSD, Extent(0, row * SIZE, SIZE))
+    items = [store.items.item_of(each[0]) for each in rows]
+    for each in rows:
+        store.blocks.unwanted[1, each[1]] = True
+        store.discard(each[1])
+    assert store.items.items.unwanted_on_ssd[items].all()
+
+
 def test_what_no_policy_has_scored_yet_is_wanted_on_ssd() -> None:
     store = Store("foresight")
     rows = np.array(store.save(range(16)))
