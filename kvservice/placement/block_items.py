@@ -32,7 +32,6 @@ class BlockItems(ItemTree):
         self._queue: list[int] = []  # Items that queued requests will read, in the order of the queue.
         self._wanted: dict[int, Promotion] = {}  # By item: the reads that the policy wants and that have not begun.
         self._wants_changed = False  # Since the last answer of `reads`.
-        self._gone = 0  # How many of them are done since then.
         self._served_at_s = math.nan  # When a request was last served while others waited.
 
     def _was_split(self, item: int, front: int) -> None:
@@ -82,8 +81,9 @@ class BlockItems(ItemTree):
 
     # Questions to the policy
 
-    def reads(self, now_s: float) -> list[Promotion] | None:
-        """The most urgent reads that the policy wants and that have not begun; None if they are those of the last call.
+    def reads(self, now_s: float, left: int = 0) -> list[Promotion] | None:
+        """The most urgent reads that the policy wants and that have not begun. None if the `left` ones of the last
+        answer, which the caller has not begun, are all or enough.
 
         A read stays wanted until it begins (`coming`), a guess also only until its deadline, and both until the item is
         used, leaves the queue, is evicted by a client, or is gone.
@@ -96,26 +96,19 @@ class BlockItems(ItemTree):
             for promotion in self.policy.promotions(self.items, self._queue, now_s):
                 self._wanted[promotion.row] = promotion
                 self._wants_changed = True
-        if not self._wants_changed:
+        needs_more = left < min(_GIVEN // 2, len(self._wanted))
+        if not self._wants_changed and not needs_more:
             return None
-        self._wants_changed, self._gone = False, 0
+        self._wants_changed = False
         return nsmallest(_GIVEN, self._wanted.values(), self._urgency)
 
     def _urgency(self, promotion: Promotion) -> tuple[bool, float]:
         return self.items.queue_seq.item(promotion.row) == NOT_QUEUED, promotion.deadline_s
 
     def unwant(self, item: int) -> None:
-        """The read has begun, or is not needed any more."""
+        """The caller of `reads` may not begin it any more."""
         if self._wanted.pop(item, None) is not None:
             self._wants_changed = True
-
-    def _is_done(self, item: int) -> None:
-        """The read begins, or a request reads the item: the mover sees that itself. It needs further reads once half of
-        those that it was given are done.
-        """
-        if self._wanted.pop(item, None) is not None:
-            self._gone += 1
-            self._wants_changed |= self._gone >= _GIVEN // 2
 
     def _unwant_all(self, rows: Rows) -> None:
         if self._wanted:
@@ -143,7 +136,7 @@ class BlockItems(ItemTree):
             if item == NO_ITEM or items.in_use[item]:
                 continue  # A request that looks up twice, or in several processes, is one use.
             self._wake(item)
-            self._is_done(item)
+            self._wanted.pop(item, None)
             self._answers.pop(item, None)
             if items.queue_seq[item] == NOT_QUEUED:
                 self._core.queued((item,), conditions.served, now_s)
@@ -256,7 +249,7 @@ class BlockItems(ItemTree):
     def coming(self, rows: Rows, is_coming: bool) -> None:
         if is_coming and self._wanted:
             for item in np.unique(self._item_of[rows]).tolist():
-                self._is_done(item)
+                self._wanted.pop(item, None)
         super().coming(rows, is_coming)
 
     def ask_again(self, now_s: float) -> None:

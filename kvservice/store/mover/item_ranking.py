@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -55,7 +56,7 @@ class WantedRead(NamedTuple):
 class Look(NamedTuple):
     """What the policy wants now."""
 
-    reads: list[WantedRead] | None  # All that have not begun; None if they are those of the last look.
+    reads: list[WantedRead] | None  # As of `BlockItems.reads`.
     next_s: float  # When to look again.
 
 
@@ -141,14 +142,15 @@ class ItemRanking:
         by_recency = await self._by_recency.lowest(tier, rows, count_max)
         return by_recency._replace(scores=np.full(len(by_recency.rows), np.finfo(np.float64).max))
 
-    async def look(self, used_bytes: int) -> Look:
-        """What the policy wants to be read ahead now, if it is time to ask it. DRAM has `used_bytes` in use.
+    async def look(self, used_bytes: int, left: int) -> Look:
+        """What the policy wants to be read ahead now. DRAM has `used_bytes` in use, and `left` reads of the last looks have
+        not begun.
 
         What is in use and belongs to no block is reserved for loads and saves: the policy has so much less DRAM.
         """
         conditions = self.conditions
         began_s = self._clock.monotonic_s()
-        look, known_bytes = await self.on_thread(_look)
+        look, known_bytes = await self.on_thread(partial(_look, left=left))
         self._look_s = self._clock.monotonic_s() - began_s
         reserved = max(0, used_bytes - known_bytes)
         self._reserved_bytes += _RESERVED_WEIGHT * (reserved - self._reserved_bytes)
@@ -195,9 +197,9 @@ def _explain(items: BlockItems, row: int, tiers: Sequence[TierName], now_s: floa
     ]
 
 
-def _look(items: BlockItems, now_s: float) -> tuple[Look, int]:
+def _look(items: BlockItems, now_s: float, left: int) -> tuple[Look, int]:
     """What the policy wants, and the bytes of DRAM that its items have, or will have after its reads."""
-    promotions, policy, table = items.reads(now_s), items.policy, items.items
+    promotions, policy, table = items.reads(now_s, left), items.policy, items.items
     known_bytes = int(table.dram_bytes.sum() + table.coming_bytes.sum())
     if promotions is None:
         return Look(None, policy.look_at_s), known_bytes

@@ -94,7 +94,7 @@ class ReadAhead:
             self._look_soon.clear()
             self._begun.clear()
             try:
-                look = await self._ranking.look(self._dram.used_bytes)
+                look = await self._ranking.look(self._dram.used_bytes, len(self._plan))
                 pause_s = min(max(look.next_s - self._clock.monotonic_s(), _LEAST_S), _EVERY_S)
                 if look.reads is not None:
                     self._follow(look.reads)

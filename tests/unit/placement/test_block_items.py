@@ -353,7 +353,7 @@ def test_a_read_stays_wanted_until_it_begins_or_its_item_is_used() -> None:
 
     store, rows = wanting()
     for _ in range(3):
-        assert store.items.reads(store.now_s) is None, "nothing new, and the read is still wanted"
+        assert store.items.reads(store.now_s, 1) is None, "nothing new, and the read is still wanted"
     store.events.coming(np.array(rows), True)
     assert not store.items.reads(store.now_s), "it has begun"
 
@@ -393,10 +393,10 @@ def test_of_many_reads_the_most_urgent_are_given_and_the_next_ones_when_half_of_
     rows = [store.save(range(100 * number, 100 * number + 4)) for number in range(200)]
     store.items.ask_again(store.now_s)
     assert [read.row for read in store.items.reads(store.now_s) or ()] == list(range(64))
-    for item in range(32):
-        assert store.items.reads(store.now_s) is None
+    for item in range(33):
+        assert store.items.reads(store.now_s, 64 - item) is None
         store.events.coming(np.array(rows[item]), True)
-    assert [read.row for read in store.items.reads(store.now_s) or ()] == list(range(32, 96))
+    assert [read.row for read in store.items.reads(store.now_s, 31) or ()] == list(range(33, 97))
 
 
 class Anything(RuleBasedStateMachine):
