@@ -143,8 +143,8 @@ class ItemRanking:
         return by_recency._replace(scores=np.full(len(by_recency.rows), np.finfo(np.float64).max))
 
     async def look(self, used_bytes: int, left: int) -> Look:
-        """What the policy wants to be read ahead now. DRAM has `used_bytes` in use. The caller has `left` reads of earlier
-        looks that have not begun.
+        """What the policy wants to be read ahead now. DRAM has `used_bytes` in use. `left` reads of earlier looks have
+        not begun.
 
         What is in use and belongs to no block is reserved for loads and saves: the policy has so much less DRAM.
         """
