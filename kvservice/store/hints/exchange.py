@@ -332,13 +332,12 @@ class HintExchange:
     def queue_ended(self, ended: _Ended) -> None:
         """Tell placement soon. Reports of answers, which are many, leave places for the others."""
         is_answer = ended.answer_tokens is not None
-        if (is_answer and self._answers == _ANSWERS_MAX) or len(self._ended) == _ENDED_MAX:
+        is_full = len(self._ended) == _ENDED_MAX or (is_answer and self._answers == _ANSWERS_MAX)
+        if is_full or not self.totals.add(ended.subject):
             self.counters.hints_over_limit += 1
-        elif self.totals.add(ended.subject):
+        else:
             self._ended.append(ended)
             self._answers += is_answer
-        else:
-            self.counters.hints_over_limit += 1
         if self._ended and not self._is_telling:
             self._is_telling = True
             self._tasks.start(self._tell_ended(), "turns and sessions that have ended")
