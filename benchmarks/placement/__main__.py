@@ -14,7 +14,7 @@ def main() -> int:
     parser = parser_of("python -m benchmarks.placement", __doc__, EXPERIMENTS, "shorter runs")
     scale = "all times are longer and all rates lower by this factor: for a slow or busy machine"
     parser.add_argument("--time-scale", type=float, default=1.0, metavar="FACTOR", help=scale)
-    parser.add_argument("--seeds", type=int, default=3, metavar="NUMBER", help="of `agreement`")
+    parser.add_argument("--seeds", type=int, default=3, metavar="NUMBER", help="of `unqueued` and `agreement`")
     arguments = checked(parser, "experiment", list(EXPERIMENTS))
     options = Options(arguments.quick, arguments.time_scale, arguments.seeds)
     commit()
@@ -25,7 +25,7 @@ def main() -> int:
         command = f"python -m benchmarks.placement {name}"
         command += " --quick" if options.quick else ""
         command += f" --time-scale {options.time_scale:g}" if options.time_scale != 1 else ""
-        command += f" --seeds {options.seeds}" if name == "agreement" and options.seeds != 3 else ""
+        command += f" --seeds {options.seeds}" if name in {"unqueued", "agreement"} and options.seeds != 3 else ""
         markdown = section.markdown(command, time.monotonic() - began)
         print(markdown, end="\n\n", flush=True)
         if arguments.write is not None:

@@ -58,6 +58,7 @@ class Scenario:
             service_turns_per_s=self.service_turns_per_s,
             prefill_tokens_per_s=self.prefill_tokens_per_s,
             always_load=True,
+            reports_answers=self.sends_queue,
         )
 
 

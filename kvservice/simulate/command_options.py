@@ -369,6 +369,14 @@ class RateOptions:
             rich_help_panel=_MACHINE,
         ),
     ] = False
+    unreported_answers: Annotated[
+        bool,
+        typer.Option(
+            "--unreported-answers",
+            help="No engine reports how long an answer was: policies know what later requests add to a history.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = False
     overflow_drops: Annotated[
         bool,
         typer.Option(
@@ -419,6 +427,7 @@ class RateOptions:
             batch=self.batch or 24,
             blocking_loads=self.blocking_loads,
             always_load=self.always_load,
+            reports_answers=not self.unreported_answers,
             overflow_keeps=not self.overflow_drops,
             session_ttl_s=math.inf if self.session_ttl_s is None else self.session_ttl_s,
             gpus=self.gpus,

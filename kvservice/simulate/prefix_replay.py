@@ -16,6 +16,7 @@ class PrefixReplay(TurnReplay):
     """`TurnReplay` of a workload of shared prefixes. A request's hit ends at the first block that no tier holds."""
 
     def _prepare(self, workload: Workload, machine: Machine) -> None:
+        self._reports_answers = machine.reports_answers
         self._block_tokens = workload.block_tokens
         self._block_bytes = workload.block_tokens * machine.kv_bytes_per_token
         self._begins = ints(workload.path_begins)
@@ -87,7 +88,7 @@ class PrefixReplay(TurnReplay):
         """The answer has ended: store the path in DRAM, and evict to capacity."""
         core, store = self._core, self._store
         path = self.rows(turn)
-        answer = self._output[turn]
+        answer = self._output[turn] if self._reports_answers else 0  # New blocks are items of their own.
         blocks, block_bytes, sizes, last_turn = self._blocks, self._block_bytes, self._size, self._last_turn
         for row in reversed(path):
             size = blocks[row] * block_bytes

@@ -19,6 +19,7 @@ class SessionReplay(TurnReplay):
         self._kv_bytes = machine.kv_bytes_per_token
         self._context = workload.context_tokens
         self._overflow_keeps = machine.overflow_keeps
+        self._reports_answers = machine.reports_answers
         self._session = ints(workload.session)
         self._new = ints(workload.new_tokens)
         self._queue_seq = ints(self._items.queue_seq)
@@ -85,7 +86,10 @@ class SessionReplay(TurnReplay):
         size = tokens * self._kv_bytes
         self._tokens[row] = tokens
         self._account.live(-old if is_last else size - old, now_s)
-        core.answered(row, output, now_s)
+        if self._reports_answers:
+            core.answered(row, output, now_s)
+        else:  # The daemon counts what the request adds to a history that it has; of a first request it knows nothing.
+            core.answered(row, self._new[turn] + output if old else 0, now_s)
         if self._bypass[row]:
             self._bypass[row] = False
             store.store_on_ssd(row, size, now_s)

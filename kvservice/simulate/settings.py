@@ -23,6 +23,7 @@ class Machine:
     batch: int = 24  # Sequences that decode at the same time.
     blocking_loads: bool = False  # True: the GPU waits for the KV of the request that it has started.
     always_load: bool = False  # True: what is on SSD is read, also where computing it again takes less time.
+    reports_answers: bool = True  # False: no engine tells the store how long an answer was (see docs/hints.md).
     overflow_keeps: bool = True  # False: stored keys contain positions, so that a cut loses the session's KV.
     session_ttl_s: float = float("inf")  # A session ends when it is idle for longer.
     gpus: int = 1

@@ -366,6 +366,25 @@ class KeepsOut(LruPolicy):
         return False
 
 
+class AnswersSeen(LruPolicy):
+    """Records the lengths of answers that a policy may know."""
+
+    name: ClassVar[str] = "answers-seen"
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def stored(self, items: ItemTable, row: int, now_s: float) -> None:
+        self.tokens.append(int(items.answer_tokens[row]))
+
+
+@pytest.mark.parametrize(("reports", "seen"), [(True, [20, 20]), (False, [0, 50])])
+def test_unreported_answers_are_what_a_later_request_adds_to_its_history(reports: bool, seen: list[int]) -> None:
+    policy = AnswersSeen()
+    simulate(sessions(Request(A, 0.0), Request(A, 10.0)), machine(reports_answers=reports), policy)
+    assert policy.tokens == seen
+
+
 def test_what_a_policy_does_not_want_in_dram_goes_past_it() -> None:
     turns = sessions(Request(A, 0.0), Request(B, 10.0), Request(A, 20.0), Request(B, 40.0), Request(A, 50.0))
     result = simulate(turns, machine(dram_bytes=60), KeepsOut())

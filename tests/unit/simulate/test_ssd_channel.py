@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from kvservice.simulate.ssd_channel import DEFERRED_LIMIT_S, PRESSING_S, SsdChannel
 
 SIZES = {row: 1 + 3 * row for row in range(6)}
+#: So no act comes at the very end of a transfer, where rounding would decide what is first.
+_QUARTER_S = 0.2501
 
 
 class Log:
@@ -125,7 +127,7 @@ class Act(NamedTuple):
 acts = st.lists(
     st.builds(
         Act,
-        st.integers(0, 24).map(lambda quarters: quarters / 4),
+        st.integers(0, 24).map(lambda quarters: quarters * _QUARTER_S),
         st.sampled_from(["read_now", "defer_write", "promote", "promote", "cancel", "write", "write"]),
         st.sampled_from(sorted(SIZES)),
         st.integers(0, 50),
@@ -146,7 +148,7 @@ def test_what_is_worked_out_late_is_what_happens_event_by_event(acts: list[Act])
         if act.what == "read_now":
             lazy.advance(now_s)
             plain.read_now(SIZES[act.row])
-            assert lazy.read_now(SIZES[act.row]) == now_s + sum(plain.demands)
+            assert lazy.read_now(SIZES[act.row]) == pytest.approx(now_s + sum(plain.demands))
         elif act.what == "defer_write":
             lazy.advance(now_s)
             lazy.defer_write(act.row)
@@ -172,7 +174,9 @@ def test_what_is_worked_out_late_is_what_happens_event_by_event(acts: list[Act])
         assert lazy.read_backlog_s() == pytest.approx(backlog_s)
     lazy.advance(now_s + 1000)
     plain.advance(now_s + 1000)
-    assert lazy_log.noted == plain_log.noted
+    for lazily, plainly in zip(lazy_log.noted, plain_log.noted, strict=True):
+        assert lazily[:3] == plainly[:3]
+        assert lazily[3] == pytest.approx(plainly[3])
 
 
 @pytest.mark.parametrize("slices", [1, 7, 1000])
