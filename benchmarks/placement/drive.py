@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.placement.load import BLOCK_BYTES, BLOCK_TOKENS, LAYOUT, Scenario
+from benchmarks.placement.load import BLOCK_TOKENS, LAYOUT, Scenario
 from kvservice.simulate.workload import Workload
 from kvservice_client import BlockChain, Client, Lease, QueuedRequest, block_chain
 
@@ -58,10 +58,10 @@ class _Running:
 
 @dataclass(slots=True)
 class Played:
-    """All turns in the order of their dispatch, and means over the time after the warm-up."""
+    """All turns in the order of their dispatch, and what DRAM held on average once the warm-up was over."""
 
     turns: list[Turn] = field(default_factory=list)
-    loading_bytes: float = 0.0  # Of them, copies from SSD for requests that run: no policy may evict them.
+    dram_used_bytes: float = 0.0
     ssd_used_bytes: float = 0.0
     counters: dict[str, float] = field(default_factory=dict)  # Of the daemon: growth since the end of the warm-up.
     refused: int = 0  # Blocks that a save could not store.
@@ -97,7 +97,7 @@ class Player:
                 heapq.heappush(self._events, (float(self._first_at_s[number]), 0, number))
         self._began = time.monotonic()
         ended, free_at_s, warm = 0, 0.0, None
-        used: list[tuple[float, float]] = []
+        used: list[tuple[int, int]] = []
         busy_s = 1 / self._scenario.service_turns_per_s
         with ThreadPoolExecutor(_THREADS) as pool:
             while ended < len(self._turns):
@@ -126,12 +126,11 @@ class Player:
                     played.turns.append(self._turns[number])
                     if len(played.turns) >= self._scenario.warmup_turns and len(played.turns) % 8 == 0:
                         status = self._client.admin.status()
-                        loading = sum(self._turns[each].on_ssd for each in self._running)
-                        used.append((float(loading * BLOCK_BYTES), status.ssd.used_bytes))
+                        used.append((status.dram.used_bytes, status.ssd.used_bytes))
                         warm = warm or dict(status.counters)
         status = self._client.admin.status()
         played.refused = self._refused
-        played.loading_bytes, played.ssd_used_bytes = map(float, np.mean(used, axis=0))
+        played.dram_used_bytes, played.ssd_used_bytes = map(float, np.mean(used, axis=0))
         played.counters = {name: value - (warm or {}).get(name, 0.0) for name, value in status.counters.items()}
         return played
 

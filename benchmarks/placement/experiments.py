@@ -39,9 +39,9 @@ _ABOUT = (
     "64 conversations on a daemon of its own per run (gRPC and shared memory, 20 MiB of DRAM for blocks of 64 KiB, an "
     "SSD file behind a limit of 16 MB/s), think times of 8 s on average that follow the answers, a first-come "
     "first-served queue and a server that begins a turn at a fixed rate. The simulator gets the same turns, the DRAM "
-    "that an eviction leaves in use without what running loads have read to it, and the rate of a load alone on the "
-    "daemon. Without a queue it knows of answers what the daemon knows: the tokens that a later request adds. Shares "
-    "are in percent of turns with history, counted at the dispatch."
+    "that the daemon used on average, and the rate of a load alone on the daemon. Without a queue it knows of answers "
+    "what the daemon knows: the tokens that a later request adds. Shares are in percent of turns with history, counted "
+    "at the dispatch."
 )
 
 

@@ -73,8 +73,7 @@ def run(scenario: Scenario, policy: str, seed: int) -> Run:
     ssd_is_full = played.counters.get("evicted_ssd_blocks", 0) > 0
     machine = replace(
         scenario.machine(
-            round(scenario.dram_bytes * (1 - _FREE_HIGH) - played.loading_bytes),
-            round(played.ssd_used_bytes) if ssd_is_full else scenario.ssd_bytes,
+            round(played.dram_used_bytes), round(played.ssd_used_bytes) if ssd_is_full else scenario.ssd_bytes
         ),
         ssd_bytes_per_s=rate,
     )
