@@ -49,7 +49,7 @@ from kvservice.store.hints.exchange import HintLimits
 from kvservice.store.hints.queue_mirror import QueueLimits
 from kvservice.store.miss_reasons import MissReasons
 from kvservice.store.mover.evictor import Watermarks
-from kvservice.store.mover.learned_counts import LearnedCounts
+from kvservice.store.mover.learned_counts import LEARNED_NAME, LearnedCounts
 from kvservice.store.recovery import recover
 from kvservice.store.sessions.sessions import SessionLimits
 from kvservice.store.store import BlockStore, StoreLimits
@@ -291,7 +291,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
             **{TierName(tier.name): Watermarks(tier.free_low, tier.free_high) for tier in settings.tiers.below_ssd},
         },
         history=history,
-        learned=LearnedCounts(path / "learned"),
+        learned=LearnedCounts(path / LEARNED_NAME),
     )
     directory = ResidencyDirectory(
         blocks,

@@ -201,9 +201,14 @@ class DaemonProcess:
 
     def check(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """``kvservice check`` on the stopped store."""
+        return self.command("check", *arguments, str(self.store))
+
+    @staticmethod
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        """``kvservice`` with these arguments, until it ends. Its standard input is no terminal."""
         return process_starter.run(
             "kvservice",
-            ["check", *arguments, str(self.store)],
+            list(arguments),
             environment={**os.environ, "PYTHONPATH": python_path()},
             timeout=_TIMEOUT_S,
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from kvservice import effective_config
 from kvservice.config import ConfigError, Settings
 from kvservice.config_sources import SETTINGS, environment_name, load_settings
 from kvservice.policy import PLACEMENTS
@@ -36,6 +38,36 @@ def test_flags_go_before_the_environment_before_the_file_before_the_defaults(tmp
     server = load_settings(["--server.clients_max", "3"], environ).server
 
     assert (server.clients_max, server.loads_max, server.keys_max, server.transfer_slots) == (3, 2, 1, 4)
+
+
+def test_config_prints_a_file_that_gives_the_same_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiers = '[{"name": "archive", "path": "/nfs/kv", "capacity_bytes": "1TiB"}]'
+    flags = ["--ssd.paths", '/drives/"a":/drives/b', "--tiers.below_ssd", tiers, "--mover.dram_free_low", "0.01"]
+
+    assert effective_config.main(flags, {"KVSERVICE_LOG__FORMAT": "text"}) == 0
+    file = written(tmp_path, capsys.readouterr().out)
+
+    assert load_settings(["--config", file], {}) == load_settings([*flags, "--log.format", "text"], {})
+
+
+def test_config_names_the_source_of_each_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, "[server]\nclients_max = 1\nloads_max = 1\n")
+    environ = {"KVSERVICE_CONFIG": file, "KVSERVICE_SERVER__LOADS_MAX": "2"}
+
+    assert effective_config.main(["--json", "--server.saves_max=3"], environ) == 0
+    printed = json.loads(capsys.readouterr().out)
+
+    assert printed["server.clients_max"] == {"value": 1, "source": file}
+    assert printed["server.loads_max"] == {"value": 2, "source": "KVSERVICE_SERVER__LOADS_MAX"}
+    assert printed["server.saves_max"] == {"value": 3, "source": "--server.saves_max"}
+    assert printed["server.keys_max"] == {"value": 16384, "source": "default"}
+    assert list(printed) == list(SETTINGS)
+
+
+@pytest.mark.parametrize("flags", [["--nope", "1"], ["--ssd.io_threads", "many"], ["--config", "/nowhere"]])
+def test_config_refuses_what_serve_refuses(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert effective_config.main(flags, {}) == 2
+    assert capsys.readouterr().err == f"kvservice config: {refusal(flags)}\n"
 
 
 def test_the_flag_names_another_file_than_the_environment(tmp_path: Path) -> None:
