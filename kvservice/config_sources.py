@@ -94,6 +94,10 @@ def _from_flags(argv: Sequence[str], prog: str) -> dict[str, Any]:
     values, unknown = _flag_parser(prog).parse_known_args(argv)
     if unknown:
         given_name = unknown[0].partition("=")[0]
+        if not given_name.startswith("-"):
+            raise ConfigError(
+                f"{given_name!r} among the flags belongs to no setting; put a value with a space in quotes"
+            )
         raise _unknown(given_name, given_name.lstrip("-"), "among the flags", written=flag_name)
     return vars(values)
 

@@ -44,6 +44,7 @@ from kvservice.rpc.hints import HintService
 from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
+from kvservice.start_checks import check_start
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.hints.exchange import HintLimits
 from kvservice.store.hints.queue_mirror import QueueLimits
@@ -126,6 +127,7 @@ class Daemon:
 
         Raises ConfigError, HostLimit, StoreError, StoreMismatch, AddressUnusable, OSError.
         """
+        check_start(settings)
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
             files, clock = files or FileCalls(), clock or SystemClock()
@@ -147,8 +149,18 @@ class Daemon:
         if self._certificates is not None:
             self._tasks.start(self._certificates.watch(self.counters, self._clock), "TLS files")
         self._tasks.start(self.directory.keep(), "residency directory")
+        facts, server = self.store.facts(), self.settings.server
         ports = {"port": self.port, "metrics_port": self.metrics_port}
-        log.info("serving", extra={**ports, "blocks": self.store.facts().blocks, "pid": os.getpid()})
+        known = {
+            "version": __version__,
+            "store": str(self.settings.store.path.absolute()),
+            "address": server.address,
+            "unix_socket": str(self.settings.unix_socket_path or ""),
+            "tls": self._certificates is not None,
+            "policy": self.settings.mover.policy,
+            "tiers": {tier.name: tier.configured_bytes for tier in facts.tiers},
+        }
+        log.info("serving", extra={**ports, "blocks": facts.blocks, "pid": os.getpid(), **known})
 
     async def drain(self) -> None:
         """Refuse new saves and wait for running loads and saves. Returns when they have ended or the time is over."""

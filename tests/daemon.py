@@ -54,6 +54,7 @@ class DaemonProcess:
         done (see ``process_starter``); give ``-c ...`` where the time or the memory of the imports matters.
         """
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.store = folder / "store"
         self.shared_memory = Path(tempfile.mkdtemp(prefix="kvservice-test-", dir="/dev/shm"))
         self.port = port

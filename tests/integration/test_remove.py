@@ -22,6 +22,8 @@ def test_a_store_goes_with_its_drives_and_its_shared_memory(
     new_daemon: Callable[..., DaemonProcess], tmp_path: Path
 ) -> None:
     drives = [tmp_path / "a", tmp_path / "b"]
+    for drive in drives:
+        drive.mkdir()
     daemon = used(new_daemon, ssd__paths=":".join(map(str, drives)))
     arena = daemon.arena_folder
     assert daemon.stop() == 0

@@ -88,6 +88,25 @@ def test_sizes_are_written_as_people_write_them(tmp_path: Path, text: str, size_
     assert load_settings([], {"KVSERVICE_DRAM__CAPACITY_BYTES": str(size_bytes)}).dram.capacity_bytes == size_bytes
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("4GBB", "'4GBB' is no size: give bytes, or a number with KiB, MiB, GiB"),
+        ("-5", "'-5' is no size"),
+        ("many", "'many' is no size"),
+        ("99999999999TiB", "99999999999TiB is more than 1 EiB"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_with_the_units_there_are(text: str, why: str) -> None:
+    assert refusal(["--dram.capacity_bytes", text]).startswith(f"dram.capacity_bytes among the flags: {why}")
+
+
+def test_a_value_in_two_words_is_not_taken_for_a_setting() -> None:
+    assert refusal(["--dram.capacity_bytes", "4", "GB"]) == (
+        "'GB' among the flags belongs to no setting; put a value with a space in quotes"
+    )
+
+
 def test_several_drives_are_a_list_or_joined_by_colons(tmp_path: Path) -> None:
     drives = (Path("/drives/a"), Path("/drives/b"))
     file = written(tmp_path, "[ssd]\npaths = ['/drives/a', '/drives/b']\n")
