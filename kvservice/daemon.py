@@ -148,7 +148,7 @@ class Daemon:
             self._tasks.start(self._certificates.watch(self.counters, self._clock), "TLS files")
         self._tasks.start(self.directory.keep(), "residency directory")
         ports = {"port": self.port, "metrics_port": self.metrics_port}
-        log.info("serving", extra={**ports, "blocks": self.store.facts().blocks, "pid": os.getpid()})
+        log.info("serving", extra={**ports, "blocks": self.store.status.facts().blocks, "pid": os.getpid()})
 
     async def drain(self) -> None:
         """Refuse new saves and wait for running loads and saves. Returns when they have ended or the time is over."""

@@ -31,7 +31,7 @@ class AdminService:
         self._counters = counters
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
-        facts, counts = self._store.facts(), self._store.block_counts()
+        facts, counts = self._store.status.facts(), self._store.status.block_counts()
         tiers = [
             pb.TierStatus(
                 name=tier.name,
@@ -49,7 +49,7 @@ class AdminService:
             store_id=facts.store_id,
             boot_epoch=self._store.boot_epoch,
             started_at=timestamp(facts.started_at_ms),
-            state="draining" if self._store.draining else "serving",
+            state="draining" if facts.is_draining else "serving",
             dram=_without_name(tiers, TierName.DRAM),
             ssd=_without_name(tiers, TierName.SSD),
             tiers=tiers,

@@ -1,11 +1,11 @@
-"""The operators' verbs, for ``kvctl``: the second half of the store's facade.
+"""The operators' verbs, for ``kvctl``.
 
 Called on the event loop's thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.counters import Counters
@@ -25,7 +25,7 @@ from kvservice.store.sessions.sessions import Sessions
 from kvservice.store.tasks import parts_of
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES
-from kvservice_api.layout import Layout, Shard
+from kvservice_api.layout import Shard
 
 DISCARD_KEYS_MAX = 65536  # In one call.
 _FINGERPRINT_BYTES = 32
@@ -42,7 +42,6 @@ class Operators:
         listings: Listings,
         explain: Explain,
         requests: Requests,
-        find_layout: Callable[[bytes], tuple[int, Layout]],
         pins: Pins,
         scrub: Scrub,
         drain: Drain,
@@ -57,7 +56,6 @@ class Operators:
         self._listings = listings
         self._explain = explain
         self._requests = requests
-        self._find_layout = find_layout
         self._pins = pins
         self._scrub = scrub
         self._drain = drain
@@ -170,7 +168,7 @@ class Operators:
         rows = blocks.live_rows()
         if fingerprint is not None:
             self._listed_layout(fingerprint)  # Raises InvalidRequest for an invalid fingerprint.
-            rows = rows[blocks.layout_id[rows] == self._find_layout(fingerprint)[0]]
+            rows = rows[blocks.layout_id[rows] == self._index.find_layout(fingerprint)[0]]
         marks = blocks.generation[rows]
         discarded = 0
         for part in parts_of(range(len(rows))):
@@ -192,5 +190,5 @@ class Operators:
             raise InvalidRequest(
                 f"duration_ms must be from 1 ms to {TRACE_MAX_S / 86400:.0f} days", field="duration_ms"
             )
-        layout_id = self._find_layout(fingerprint)[0] if fingerprint else None
+        layout_id = self._index.find_layout(fingerprint)[0] if fingerprint else None
         return self._trace.record(caller, layout_id, duration_s)

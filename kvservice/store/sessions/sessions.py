@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -27,12 +27,13 @@ from kvservice.index.session_records import Manifest
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Reason
+from kvservice.store.operations.trace import TraceRecorder
 from kvservice.store.prefix_match import Run, match_prefix, runs_of
 from kvservice.store.sessions import manifests
 from kvservice.store.sessions.manifests import SessionAppend, StoredSession
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
-from kvservice_api.layout import Layout, Shard
+from kvservice_api.layout import Shard
 from kvservice_api.session_ids import checked_session_id
 
 log = logging.getLogger(__name__)
@@ -80,12 +81,13 @@ class Sessions:
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
-        find_layout: Callable[[bytes], tuple[int, Layout]],
+        loop_budget: LoopBudget,
+        trace: TraceRecorder,
         limits: SessionLimits,
     ) -> None:
-        """`find_layout` returns id and layout of a fingerprint, or raises UnknownLayout."""
         self._index = index
-        self._find_layout = find_layout
+        self._trace = trace
+        self._loop_budget = loop_budget
         self._lifecycle = lifecycle
         self._clock = clock
         self._counters = counters
@@ -119,21 +121,32 @@ class Sessions:
 
     # Reading
 
-    def get(self, caller: Caller, fingerprint: bytes, session_id: str) -> Manifest:
-        """The session's manifest; counts as a use. Raises SessionNotFound."""
+    def get(self, caller: Caller, fingerprint: bytes, session_id: str, shard: Shard | None) -> SessionHistory:
+        """A session, and how much of it is stored; counts as a use. Raises UnknownLayout, SessionNotFound."""
+        _, layout = self._index.find_layout(fingerprint)
+        wanted = Shard.whole(layout) if shard is None else shard.check(layout)
         name = self._name(fingerprint, session_id)
-        return self._use(name, self._found(name))
+        return self.history(self._use(name, self._found(name)), wanted)
+
+    async def keys(self, caller: Caller, names: Sequence[tuple[bytes, str]]) -> tuple[list[bytes], int]:
+        """All keys of these sessions, pairs of a fingerprint and an id, and how many sessions do not exist."""
+        keys: list[bytes] = []
+        missing = 0
+        for name in names:
+            await self._loop_budget.slot()
+            manifest = self.peek(caller, *name)
+            missing += manifest is None
+            keys += [] if manifest is None else manifest.slices["key"].tolist()
+        return keys, missing
 
     def peek(self, caller: Caller, fingerprint: bytes, session_id: str) -> Manifest | None:
         """The session's manifest, if there is one. Does not count as a use."""
         layout_id = self._index.layout_id(fingerprint)
         return None if layout_id is None else self._current((layout_id, session_id))
 
-    async def named_elsewhere(
-        self, keys: Sequence[Sequence[bytes]], own: Set[tuple[bytes, str]], pause: Callable[[], Awaitable[None]]
-    ) -> set[bytes]:
+    async def named_elsewhere(self, keys: Sequence[Sequence[bytes]], own: Set[tuple[bytes, str]]) -> set[bytes]:
         """The keys that occur in several of these lists, or that sessions name which are not among `own`: pairs of a
-        layout's fingerprint and a session id. Awaits `pause` after every few thousand keys.
+        layout's fingerprint and a session id.
         """
         counts = Counter(key for some in keys for key in set(some))
         found = {key for key, count in counts.items() if count > 1}
@@ -148,7 +161,7 @@ class Sessions:
                 examined += len(manifest.slices)
             if examined > _KEYS_A_TURN:
                 examined = 0
-                await pause()
+                await self._loop_budget.slot()
         return found
 
     def find_by_id(self, caller: Caller, session_id: str) -> list[Manifest]:
@@ -200,8 +213,11 @@ class Sessions:
 
     async def append(
         self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: SessionAppend
-    ) -> Manifest:
-        """Add a turn; revision 0 begins the session. Returns once it is on disk."""
+    ) -> StoredSession:
+        """Add a turn; revision 0 begins the session. Returns once it is on disk.
+
+        Raises InvalidRequest, UnknownLayout, SessionNotFound, SessionChanged, SessionsFull, StorageFailed, IndexFull.
+        """
         name = self._name(fingerprint, session_id)
         layout = self._index.layouts[name[0]]
 
@@ -211,7 +227,9 @@ class Sessions:
                 return manifests.begun(session_id, name[0], layout, turn, self._clock.wall_ms())
             return manifests.appended(self._expected(name, now, expected_revision), layout, turn)
 
-        return await self._change(name, change)
+        after = await self._change(name, change)
+        self._trace.appended(turn)
+        return after
 
     async def truncate(
         self,
@@ -220,8 +238,8 @@ class Sessions:
         session_id: str,
         expected_revision: int,
         keep: Sequence[tuple[int, int]],
-    ) -> Manifest:
-        """Keep only these token ranges, (first, count) each."""
+    ) -> StoredSession:
+        """Keep only these token ranges, (first, count) each. Raises as `append`."""
         name = self._name(fingerprint, session_id)
         return await self._change(
             name, lambda now: manifests.truncated(self._expected(name, now, expected_revision), keep)
@@ -229,8 +247,8 @@ class Sessions:
 
     async def fork(
         self, caller: Caller, fingerprint: bytes, session_id: str, new_id: str, expected_revision: int
-    ) -> Manifest:
-        """A copy under `new_id`. `expected_revision` 0 accepts any revision."""
+    ) -> StoredSession:
+        """A copy under `new_id`. `expected_revision` 0 accepts any revision. Raises as `append`."""
         name, new_name = self._name(fingerprint, session_id), self._name(fingerprint, new_id, "new_session_id")
         if name == new_name:
             raise InvalidRequest("new_session_id is the session's own id", field="new_session_id")
@@ -269,7 +287,7 @@ class Sessions:
         if len(self._gone) > _GONE_MAX:
             del self._gone[next(iter(self._gone))]
 
-    async def _change(self, name: Name, change: Callable[[Manifest | None], Manifest]) -> Manifest:
+    async def _change(self, name: Name, change: Callable[[Manifest | None], Manifest]) -> StoredSession:
         """Replace a session by the result of `change`, on disk first. If that fails, the session is unchanged."""
 
         async def work() -> Manifest:
@@ -289,7 +307,7 @@ class Sessions:
                 await self._put(name, after)
                 return after
 
-        return await self._shielded(work(), "change of a session")
+        return self.stored(await self._shielded(work(), "change of a session"))
 
     async def _shielded(self, work: Coroutine[Any, Any, T], what: str) -> T:
         """Run a change to its end, also if its caller is cancelled, so that memory and disk stay equal."""
@@ -438,7 +456,7 @@ class Sessions:
 
     def _name(self, fingerprint: bytes, session_id: str, field: str = "session_id") -> Name:
         checked_session_id(session_id, field)
-        return self._find_layout(fingerprint)[0], session_id
+        return self._index.find_layout(fingerprint)[0], session_id
 
     def _current(self, name: Name) -> Manifest | None:
         manifest = self._manifests.get(name)

@@ -44,7 +44,7 @@ def records_pinned(opened: OpenStore, tier: TierName) -> dict[bytes, int]:
 
 async def test_a_pinned_block_leaves_dram_for_its_copy_on_ssd_and_never_ssd(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=8 * BLOCK + HEADER, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     pinned = await saved(opened, client, 2)
     assert (await opened.store.operators.pin(CALLER, pinned, HOUR_MS)).pinned == 2
     for seed in range(1, 8):
@@ -56,7 +56,7 @@ async def test_a_pinned_block_leaves_dram_for_its_copy_on_ssd_and_never_ssd(open
 
 async def test_a_pinned_block_that_only_dram_holds_stays_there(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=6 * BLOCK + HEADER, ssd_bytes=0, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     pinned = await saved(opened, client, 2, on_ssd=False)
     await opened.store.operators.pin(CALLER, pinned, HOUR_MS)
     for seed in range(1, 6):
@@ -70,7 +70,7 @@ async def test_a_pinned_block_that_only_dram_holds_stays_there(open_store: Calla
 
 async def test_where_everything_is_pinned_saves_are_refused(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 4, on_ssd=False)
     await opened.store.operators.pin(CALLER, keys, HOUR_MS)
     chain = some_chain(1, seed=5)
@@ -84,7 +84,7 @@ async def test_where_everything_is_pinned_saves_are_refused(open_store: Callable
 
 async def test_a_block_that_is_pinned_once_it_was_chosen_to_leave_stays(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     first, second, third, _ = [(await saved(opened, client, 1, seed=seed, on_ssd=False))[0] for seed in range(4)]
     await saved(opened, client, 1, seed=4, on_ssd=False)
     assert opened.hits([first]) == 0, "all four are ranked now"
@@ -99,7 +99,7 @@ async def test_many_pinned_blocks_do_not_hide_the_others_from_eviction(
 ) -> None:
     monkeypatch.setattr(evictor, "_VICTIMS_AHEAD", 2)
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=ssd_bytes, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     pinned = await saved(opened, client, 4, seed=1, on_ssd=bool(ssd_bytes))
     await saved(opened, client, 4, seed=2, on_ssd=bool(ssd_bytes))
     await opened.store.operators.pin(CALLER, pinned, HOUR_MS)
@@ -111,7 +111,7 @@ async def test_watermarks_do_not_evict_pinned_blocks(open_store: Callable[..., A
     opened: OpenStore = await open_store(
         dram_bytes=10 * BLOCK + HEADER, ssd_bytes=10 * BLOCK + HEADER, limits=ALL, watermarks=Watermarks(0.5, 0.6)
     )
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 3)
     await opened.store.operators.pin(CALLER, keys, HOUR_MS)
     for seed in range(1, 6):
@@ -127,8 +127,8 @@ async def test_an_eviction_on_request_leaves_what_a_pin_keeps(
     keys = await saved(opened, client, 2)
     await opened.store.operators.pin(CALLER, keys[:1], HOUR_MS)
     other = TierName.SSD if tier == TierName.DRAM else TierName.DRAM
-    await opened.store.evict(CALLER, keys, other)
-    outcome = await opened.store.evict(CALLER, keys, tier)
+    await opened.store.moves.evict(CALLER, keys, other)
+    outcome = await opened.store.moves.evict(CALLER, keys, tier)
     assert outcome.held == (tier == TierName.SSD or opened.residency(keys[0]) == {TierName.DRAM})
     assert opened.residency(keys[0]) >= {TierName.SSD}, "the copy on SSD is the one that a pin keeps"
     assert opened.residency(keys[1]) == set()
@@ -148,7 +148,7 @@ async def test_a_pin_has_a_block_written_to_ssd_that_the_policy_had_dropped_ther
     opened: OpenStore, client: Client
 ) -> None:
     keys = await saved(opened, client, 1)
-    await opened.store.evict(CALLER, keys, TierName.SSD)
+    await opened.store.moves.evict(CALLER, keys, TierName.SSD)
     await opened.settle()
     assert opened.residency(keys[0]) == {TierName.DRAM}
     await opened.store.operators.pin(CALLER, keys, HOUR_MS)
@@ -169,7 +169,7 @@ async def test_a_pin_is_in_the_index_when_it_is_answered_and_survives_a_kill(
     await opened.kill()
 
     opened = files.open()
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     for seed in (7, 8, 9):
         await saved(opened, client, 2, seed=seed, on_ssd=False)
     assert opened.hits(keys) == 2
@@ -177,14 +177,14 @@ async def test_a_pin_is_in_the_index_when_it_is_answered_and_survives_a_kill(
 
     files.clock.advance(seconds=3601)
     opened = files.open()
-    await saved(opened, opened.store.attach(CALLER, "test"), 4, seed=10, on_ssd=False)
+    await saved(opened, opened.store.leases.attach(CALLER, "test"), 4, seed=10, on_ssd=False)
     assert opened.hits(keys) == 0, "its time has passed, though no call noticed it yet"
     await opened.close()
 
 
 async def _first_saved(opened: OpenStore) -> list[bytes]:
-    await opened.store.open_layout(CALLER, LAYOUT)
-    client = opened.store.attach(CALLER, "test")
+    await opened.store.layouts.open(CALLER, LAYOUT)
+    client = opened.store.leases.attach(CALLER, "test")
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain))
     return list(chain.keys)
@@ -242,7 +242,7 @@ async def test_what_is_not_there_is_counted(opened: OpenStore, client: Client) -
 async def test_pins_take_a_share_of_ssd_at_most_all_or_none_of_a_request(open_store: Callable[..., Any]) -> None:
     limits = StoreLimits(pin_fraction_max=0.5)
     opened: OpenStore = await open_store(ssd_bytes=8 * BLOCK + HEADER, limits=limits)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 6)
     with pytest.raises(PinsFull, match="ssd"):
         await opened.store.operators.pin(CALLER, keys[:5], HOUR_MS)
@@ -260,7 +260,7 @@ async def test_pins_take_a_share_of_ssd_at_most_all_or_none_of_a_request(open_st
 async def test_pins_take_a_share_of_dram_at_most_where_there_is_no_ssd(open_store: Callable[..., Any]) -> None:
     limits = StoreLimits(pin_fraction_max=0.5)
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=0, limits=limits)
-    keys = await saved(opened, opened.store.attach(CALLER, "test"), 6, on_ssd=False)
+    keys = await saved(opened, opened.store.leases.attach(CALLER, "test"), 6, on_ssd=False)
     with pytest.raises(PinsFull, match="dram"):
         await opened.store.operators.pin(CALLER, keys[:5], HOUR_MS)
     assert (await opened.store.operators.pin(CALLER, keys[:4], HOUR_MS)).pinned == 4
@@ -272,7 +272,7 @@ async def test_two_pins_at_one_time_do_not_both_take_the_last_space(
 ) -> None:
     monkeypatch.setattr(pins, "_ROWS_BEFORE_A_THREAD", 0 if in_thread else 1000)
     opened: OpenStore = await open_store(ssd_bytes=8 * BLOCK + HEADER, limits=StoreLimits(pin_fraction_max=0.5))
-    keys = await saved(opened, opened.store.attach(CALLER, "test"), 6)
+    keys = await saved(opened, opened.store.leases.attach(CALLER, "test"), 6)
     both = [opened.store.operators.pin(CALLER, part, HOUR_MS) for part in (keys[:3], keys[3:])]
     outcomes = await asyncio.gather(*both, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [PinOutcome, PinsFull]
@@ -302,9 +302,9 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
     keys = await saved(opened, client, 1)
     if first_pinned:
         await opened.store.operators.pin(CALLER, keys, HOUR_MS)
-    await opened.store.evict(CALLER, keys, TierName.DRAM)
+    await opened.store.moves.evict(CALLER, keys, TierName.DRAM)
     with opened.commits_held(TierName.DRAM):
-        promoting = asyncio.create_task(opened.store.prefetch(CALLER, keys, within_s=0, wait=True))
+        promoting = asyncio.create_task(opened.store.moves.prefetch(CALLER, keys, within_s=0, wait=True))
         await until(lambda: bool(opened.block_lifecycle._placing))  # The commit of the record, with the old pin, runs.
         change: Any = (
             opened.store.operators.unpin(CALLER, keys)
@@ -337,9 +337,9 @@ async def test_a_block_discarded_while_its_pin_waits_for_a_copys_record_leaves_n
     opened: OpenStore, client: Client
 ) -> None:
     keys = await saved(opened, client, 1)
-    await opened.store.evict(CALLER, keys, TierName.DRAM)
+    await opened.store.moves.evict(CALLER, keys, TierName.DRAM)
     with opened.commits_held(TierName.DRAM):
-        promoting = asyncio.create_task(opened.store.prefetch(CALLER, keys, within_s=0, wait=True))
+        promoting = asyncio.create_task(opened.store.moves.prefetch(CALLER, keys, within_s=0, wait=True))
         await until(lambda: bool(opened.block_lifecycle._placing))
         pinning = asyncio.create_task(opened.store.operators.pin(CALLER, keys, HOUR_MS))
         await until(lambda: bool(opened.blocks.pinned(0).any()))
@@ -383,7 +383,7 @@ async def test_thousands_of_keys_are_pinned_by_one_request(open_store: Callable[
     opened: OpenStore = await open_store(
         dram_bytes=700 * BLOCK, ssd_bytes=800 * BLOCK, map_bytes=4 << 20, limits=LIMITS
     )
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = [*await saved(opened, client, 250, seed=1), *await saved(opened, client, 100, seed=2)]
     outcome = await opened.store.operators.pin(CALLER, keys, HOUR_MS)
     assert outcome.pinned == 350

@@ -46,11 +46,11 @@ async def turns(opened: OpenStore, client: Client, seed: int, count: int) -> int
             await opened.save(client, chain, _IMAGES)
         else:
             if random.random() < 0.3:
-                await opened.store.prefetch(CALLER, chain.keys, within_s=0.0, wait=False)
+                await opened.store.moves.prefetch(CALLER, chain.keys, within_s=0.0, wait=False)
             layers = await opened.load(lease)
             assert sum(map(len, layers)) == sum(map(len, _IMAGES[: len(lease.rows)]))
             found += len(lease.rows) == _BLOCKS
-            await opened.store.release(caller_of(client), lease.lease_id)
+            await opened.store.leases.release(caller_of(client), lease.lease_id)
         await asyncio.sleep(0)
     return found
 
@@ -69,7 +69,7 @@ async def leases_known(opened: OpenStore) -> tuple[list[int], list[int]]:
 
 
 async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenStore) -> None:
-    operators, client = small.store.operators, small.store.attach(CALLER, "engine")
+    operators, client = small.store.operators, small.store.leases.attach(CALLER, "engine")
     held = _CHAINS[0]
     await small.save(client, held, _IMAGES, on_ssd=True)
     lease = small.lookup(client, held.keys, ttl_s=300)
@@ -95,7 +95,7 @@ async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenS
     known, real = await leases_known(small)
     assert known == real
     assert sum(real) == _BLOCKS
-    await small.store.release(caller_of(client), lease.lease_id)
+    await small.store.leases.release(caller_of(client), lease.lease_id)
     known, real = await leases_known(small)
     assert known == real
     assert not any(real), "a lease that began before the switch ends under the new policy"
@@ -108,7 +108,7 @@ async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenS
 
 async def test_a_ranking_of_the_policy_before_is_not_used(small: OpenStore) -> None:
     """It was asked for before the switch, and answers after it."""
-    client, policy = small.store.attach(CALLER, "engine"), small.store._policy
+    client, policy = small.store.leases.attach(CALLER, "engine"), small.store._policy
     for chain in _CHAINS[:5]:
         await small.save(client, chain, _IMAGES, on_ssd=True)
     await small.store.operators.set_policy(CALLER, "fifo", "")
@@ -130,7 +130,7 @@ async def test_a_ranking_of_the_policy_before_is_not_used(small: OpenStore) -> N
 async def test_what_a_policy_has_refused_is_written_later(
     small: OpenStore, monkeypatch: pytest.MonkeyPatch, mended_by: str
 ) -> None:
-    client, policy = small.store.attach(CALLER, "engine"), daemon_policy("foresight")
+    client, policy = small.store.leases.attach(CALLER, "engine"), daemon_policy("foresight")
     assert policy is not None
     await small.store._policy.switch(policy)
     monkeypatch.setattr(small.store._policy.items, "wanted_on_ssd", _refuse)
@@ -154,7 +154,7 @@ async def _refuse(rows: Rows) -> NDArray[np.bool_]:
 
 async def test_what_ssd_evicts_while_the_policy_is_asked_is_not_written(small: OpenStore) -> None:
     await small.store.operators.set_policy(CALLER, "foresight", "")
-    client = small.store.attach(CALLER, "engine")
+    client = small.store.leases.attach(CALLER, "engine")
     may_go_on, items = threading.Event(), small.store._policy.items
     assert items is not None
     busy = asyncio.create_task(items.on_thread(lambda items, now_s: may_go_on.wait()))
@@ -180,7 +180,7 @@ async def test_an_unknown_policy_is_refused_and_changes_nothing(small: OpenStore
 
 
 async def test_an_empty_request_shows_what_the_policy_knows(small: OpenStore) -> None:
-    client = small.store.attach(CALLER, "engine")
+    client = small.store.leases.attach(CALLER, "engine")
     since_ms = (await small.store.operators.policy(CALLER)).since_ms
     small.files.clock.advance(seconds=60)
     await small.store.operators.set_policy(CALLER, "lookahead", "")
@@ -196,10 +196,10 @@ async def test_an_empty_request_shows_what_the_policy_knows(small: OpenStore) ->
 
 async def test_a_new_policy_gets_the_queue_that_there_is(small: OpenStore) -> None:
     """Engines send changes of their queues alone."""
-    operators, client = small.store.operators, small.store.attach(CALLER, "engine")
+    operators, client = small.store.operators, small.store.leases.attach(CALLER, "engine")
     for chain in _CHAINS[:2]:
         await small.save(client, chain, _IMAGES, on_ssd=True)
-    with small.store.hints(caller_of(client)) as stream:
+    with small.store.hints.open(caller_of(client)) as stream:
         for name, chain in zip("ab", _CHAINS[:2], strict=True):
             stream.put(name, HintSubject(LAYOUT.fingerprint, "", b"".join(chain.keys)), None, 0, "")
         for name in ("lookahead", "foresight", "lru", "lookahead"):
@@ -222,7 +222,7 @@ async def test_a_policy_that_fails_is_logged_once_and_the_store_works(
     for method in ("retention", "wants_on_ssd"):
         monkeypatch.setattr(type(policy), method, fail)
     await small.store._policy.switch(policy)
-    client = small.store.attach(CALLER, "engine")
+    client = small.store.leases.attach(CALLER, "engine")
     with caplog.at_level(logging.ERROR):
         for chain in _CHAINS:
             assert not (await small.save(client, chain, _IMAGES)).refused
@@ -247,7 +247,11 @@ async def test_no_report_of_an_engine_lasts(small: OpenStore) -> None:
 async def test_a_policy_whose_thread_is_stuck_can_be_replaced(open_store: Callable[..., Any]) -> None:
     clock = HandClock()
     opened: OpenStore = await open_store(clock=clock, policy=daemon_policy("foresight"))
-    client, stuck, may_go_on = opened.store.attach(CALLER, "engine"), opened.store._policy.items, threading.Event()
+    client, stuck, may_go_on = (
+        opened.store.leases.attach(CALLER, "engine"),
+        opened.store._policy.items,
+        threading.Event(),
+    )
     assert stuck is not None
     busy = asyncio.create_task(stuck.on_thread(lambda items, now_s: may_go_on.wait()))
     switching = asyncio.create_task(opened.store.operators.set_policy(CALLER, "fifo", ""))

@@ -57,7 +57,7 @@ async def test_a_shadow_that_fails_at_its_begin_keeps_no_notes(
     assert shadow is not None
     await until(lambda: len(opened.blocks.listeners) == listeners)
     shadow.events.take()
-    client = opened.store.attach(CALLER, "engine")
+    client = opened.store.leases.attach(CALLER, "engine")
     await opened.save(client, _CHAINS[0], _IMAGES)
     opened.lookup(client, _CHAINS[0].keys, ttl_s=300)
     assert not shadow.events.take()
@@ -66,15 +66,15 @@ async def test_a_shadow_that_fails_at_its_begin_keeps_no_notes(
 
 async def rounds(opened: OpenStore, clock: HandClock, count: int) -> PolicyFacts:
     """Each user returns after exactly the same time, after all the others."""
-    client = opened.store.attach(CALLER, "engine")
+    client = opened.store.leases.attach(CALLER, "engine")
     for _ in range(count):
         for chain in _CHAINS:
             lease = opened.lookup(client, chain.keys, ttl_s=300)
             if lease is None:
                 await opened.save(client, chain, _IMAGES, on_ssd=True)
             else:
-                await opened.store.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
-                await opened.store.release(caller_of(client), lease.lease_id)
+                await opened.store.moves.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
+                await opened.store.leases.release(caller_of(client), lease.lease_id)
             for _ in range(round(_AWAY_S / _SESSIONS)):
                 await looked(opened, clock)
     return await opened.store.operators.policy(CALLER)
@@ -106,16 +106,16 @@ async def test_a_better_policy_in_the_shadow_shows_it(opened: OpenStore, clock: 
 
 
 async def test_a_shadow_begins_with_what_the_tiers_have(opened: OpenStore, clock: HandClock) -> None:
-    client = opened.store.attach(CALLER, "engine")
+    client = opened.store.leases.attach(CALLER, "engine")
     for chain in _CHAINS[:3]:
         await opened.save(client, chain, _IMAGES, on_ssd=True)
-    await opened.store.evict(CALLER, _CHAINS[0].keys, TierName.DRAM)
+    await opened.store.moves.evict(CALLER, _CHAINS[0].keys, TierName.DRAM)
     await opened.store.operators.set_policy(CALLER, "", "fifo")
     await until(lambda: opened.store._policy.shadow is not None and opened.store._policy.shadow.looks > 0)
     for chain in _CHAINS[:2]:
         lease = opened.lookup(client, chain.keys)
         assert lease is not None
-        await opened.store.release(caller_of(client), lease.lease_id)
+        await opened.store.leases.release(caller_of(client), lease.lease_id)
     await looked(opened, clock)
     facts = await opened.store.operators.policy(CALLER)
     assert facts.shadow is not None and facts.shadow.requests == 2
@@ -131,7 +131,7 @@ async def test_a_shadow_of_lru_agrees_with_lru(open_store: Callable[..., Any], c
         clock=clock, dram_bytes=_SESSIONS * _SIZE // 2, ssd_bytes=16 * MIB, limits=PATIENT
     )
     await opened.store.operators.set_policy(CALLER, "", "lru")
-    client, random = opened.store.attach(CALLER, "engine"), np.random.default_rng(7)
+    client, random = opened.store.leases.attach(CALLER, "engine"), np.random.default_rng(7)
     popularity = 1 / np.arange(1, _SESSIONS + 1)
     for number in random.choice(_SESSIONS, 300, p=popularity / popularity.sum()).tolist():
         clock.advance(seconds=1)
@@ -139,8 +139,8 @@ async def test_a_shadow_of_lru_agrees_with_lru(open_store: Callable[..., Any], c
         if lease is None:
             await opened.save(client, _CHAINS[number], _IMAGES, on_ssd=True)
         else:
-            await opened.store.prefetch(CALLER, _CHAINS[number].keys, within_s=0.0, wait=True)
-            await opened.store.release(caller_of(client), lease.lease_id)
+            await opened.store.moves.prefetch(CALLER, _CHAINS[number].keys, within_s=0.0, wait=True)
+            await opened.store.leases.release(caller_of(client), lease.lease_id)
     facts = await opened.store.operators.policy(CALLER)
     assert facts.shadow is not None
     real, shadow = facts.shadow.real, facts.shadow.shadow
