@@ -391,6 +391,10 @@ class BlockIndex:
             )
         return layout_id, self.layouts[layout_id]
 
+    def block_tokens(self, layout_id: int) -> int:
+        """The tokens of a whole block."""
+        return self.layouts[layout_id].block_tokens
+
     async def put_layout(self, layout: Layout) -> int:
         """The layout's id in this store; a new layout gets one, and is durable on return.
 

@@ -214,7 +214,7 @@ class Leases:
         await self.drain_ended()
 
     def begin_release(self, caller: Caller, lease_id: int) -> None:
-        """End a lease; what it holds is let go in parts that fit into one iteration of the event loop each."""
+        """End a lease; its blocks are freed in parts that fit into one iteration of the event loop each."""
         lease = self._leases.get(lease_id)
         if lease is None:
             return

@@ -137,7 +137,7 @@ class BlockStore:
         self._policy = ActivePolicy(
             blocks,
             self._conditions,
-            self._block_tokens,
+            index.block_tokens,
             clock,
             counters,
             tasks,
@@ -317,9 +317,6 @@ class BlockStore:
     def _conditions(self) -> Conditions:
         return Conditions(int(self._dram.capacity_bytes * self._used_share), self._ssd_bytes, _SSD_BYTES_PER_S)
 
-    def _block_tokens(self, layout_id: int) -> int:
-        return self._index.layouts[layout_id].block_tokens
-
     def _read_ahead(self, items: ItemRanking) -> ReadAhead:
         return ReadAhead(
             items,
@@ -338,7 +335,7 @@ class BlockStore:
             self._blocks,
             policy,
             self._conditions(),
-            self._block_tokens,
+            self._index.block_tokens,
             lambda: self._promoter.bytes_per_s if self._promoter is not None else 0.0,
             self.clock,
             self._loop_budget,
