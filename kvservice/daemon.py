@@ -158,7 +158,7 @@ class Daemon:
         log.info("draining: running loads and saves may take %g s", timeout_s, extra={"timeout_s": timeout_s})
         try:
             async with self._clock.timeout(timeout_s):
-                await self.store.quiet()
+                await self.store.drain.quiet()
         except TimeoutError:
             log.warning("the drain timeout is over; running loads and saves are cancelled")
 

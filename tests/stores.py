@@ -271,7 +271,7 @@ class OpenStore:
 
     @property
     def scrub(self) -> Scrub:
-        return self.store._scrub
+        return self.store.scrub
 
     @property
     def sessions(self) -> Sessions:
@@ -287,7 +287,7 @@ class OpenStore:
 
     @property
     def drain(self) -> Drain:
-        return self.store._drain
+        return self.store.drain
 
     # Operations that many tests use
 

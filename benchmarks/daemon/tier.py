@@ -76,10 +76,11 @@ async def _measure(daemon: Daemon, block_count: int) -> dict[str, Any]:
         # The first pass over a new file converts its preallocated blocks: only the second one is counted.
         keys = await _fill(store, client, block_count, first_token=turn)
         started = time.perf_counter()
-        async for _ in store.operators.drain(_CALLER):  # It ends when all are written.
+        store.drain.begin(_CALLER)
+        async for _ in store.drain.progress(_CALLER):  # It ends when all are written.
             pass
         write_s = time.perf_counter() - started
-        store.operators.undrain(_CALLER)
+        store.drain.undo(_CALLER)
         await store.moves.evict(_CALLER, keys, TierName.DRAM)
         started = time.perf_counter()
         outcome = await store.moves.prefetch(_CALLER, keys, within_s=0, wait=True)

@@ -225,7 +225,7 @@ class BlockStore:
             secret=index.secret.key,
         )
         self._in_place_uploads = in_place = InPlaceUploads(uploads, dram, tasks, offered=limits.writes_in_place)
-        self._drain = drain = Drain(blocks, uploads.claims, admission, self._write_behind, tasks, clock)
+        self.drain = drain = Drain(blocks, uploads.claims, admission, self._write_behind, tasks, clock)
         self.saves = Saves(index, leases, admission, drain, uploads, in_place, trace, history)
 
         # Sessions and hints
@@ -249,28 +249,19 @@ class BlockStore:
 
         # Operators and metrics
 
-        self._explain = Explain(blocks, index, history, uploads.claims, clock, self._policy)
-        self._scrub = Scrub(lifecycle, dram, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second)
-        self.operators = Operators(
-            blocks,
-            index,
+        self.pins = Pins(
             lifecycle,
-            counters,
-            sessions,
-            Listings(blocks, index.layouts, sessions, clock, self.boot_epoch),
-            self._explain,
-            requests,
-            Pins(
-                lifecycle,
-                self._write_behind,
-                clock,
-                ttl_max_s=limits.pin_ttl_max_s,
-                fraction_max=limits.pin_fraction_max,
-            ),
-            self._scrub,
-            drain,
-            trace,
-            Policies(self._policy, blocks, counters, "lru" if policy is None else policy.name),
+            self._write_behind,
+            clock,
+            ttl_max_s=limits.pin_ttl_max_s,
+            fraction_max=limits.pin_fraction_max,
+        )
+        self.policies = Policies(self._policy, blocks, counters, "lru" if policy is None else policy.name)
+        self.scrub = Scrub(lifecycle, dram, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second)
+        self._explain = Explain(blocks, index, history, uploads.claims, clock, self._policy)
+        listings = Listings(blocks, index.layouts, sessions, clock, self.boot_epoch)
+        self.operators = Operators(
+            blocks, index, lifecycle, counters, sessions, listings, self._explain, requests, trace
         )
         self.status = Status(
             blocks,
@@ -369,12 +360,8 @@ class BlockStore:
 
     def begin_stop(self) -> None:
         """Refuse saves permanently. Blocks that are only in DRAM stay there, and the next start finds them."""
-        self._drain.begin_stop()
+        self.drain.begin_stop()
         self._trace.stop()
-
-    async def quiet(self) -> None:
-        """Wait until no load and no save runs."""
-        await self._drain.quiet()
 
     async def stop(self) -> None:
         """Finish short work, write recency, stop the rest. No upload or load may run any more."""

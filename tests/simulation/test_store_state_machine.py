@@ -329,9 +329,9 @@ class StoreMachine(StoreBesideModel):
         until_ms = 0
         try:
             if ttl_s:
-                until_ms = self.do(self.opened.store.operators.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
+                until_ms = self.do(self.opened.store.pins.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
             else:
-                self.do(self.opened.store.operators.unpin(CALLER, part.keys))
+                self.do(self.opened.store.pins.unpin(CALLER, part.keys))
         except PinsFull:
             assert not self.ample
             return

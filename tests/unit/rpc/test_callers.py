@@ -21,7 +21,11 @@ from kvservice.store.layouts import Layouts
 from kvservice.store.leases import Client, Leases
 from kvservice.store.lookups import Lookups
 from kvservice.store.mover.requested_moves import RequestedMoves
+from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.operators import Operators
+from kvservice.store.operations.pins import Pins
+from kvservice.store.operations.policies import Policies
+from kvservice.store.operations.scrub import Scrub
 from kvservice.store.sessions.sessions import Sessions
 from kvservice.store.status import Status
 from kvservice.store.tickets import Tickets
@@ -35,6 +39,7 @@ from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, StoreFiles, caller_of
 _SOURCES = Path(kvservice.__file__).parent
 # What others may use of a store: the operations of its public parts, plain values, and its start and end.
 _PARTS = {
+    "drain": Drain,
     "hints": HintExchange,
     "layouts": Layouts,
     "leases": Leases,
@@ -42,24 +47,31 @@ _PARTS = {
     "lookups": Lookups,
     "moves": RequestedMoves,
     "operators": Operators,
+    "pins": Pins,
+    "policies": Policies,
     "saves": Saves,
+    "scrub": Scrub,
     "sessions": Sessions,
     "status": Status,
     "tickets": Tickets,
 }
+# Their public methods are all for listeners, and none for other parts.
 _OFFERED_WHOLE = {
     "layouts",
     "loads",
     "lookups",
     "moves",
     "operators",
+    "pins",
+    "policies",
     "saves",
+    "scrub",
     "tickets",
-}  # For listeners, and no part.
+}
 _VALUES = {"boot_epoch", "clock", "limits", "store_id", "tier_names"}
 _READINGS = {("status", "arena"), ("status", "block_counts"), ("status", "facts"), ("leases", "is_attached")}
 _STARTS: dict[str, tuple[str, ...]] = {"store": (), "_store": (), **{f"_{name}": (name,) for name in _PARTS}}
-_LIFE = {"begin_stop", "quiet", "start", "stop"}
+_LIFE = {"begin_stop", "start", "stop"}
 
 
 # Where callers are made
@@ -144,7 +156,7 @@ def _read(*modules: str) -> set[tuple[str, ...]]:
 def test_listeners_and_metrics_use_the_operations_of_the_store_and_named_plain_values_and_nothing_else() -> None:
     plain = {(name,) for name in _VALUES} | _READINGS
     assert _read("metrics.py") == {("status", "facts")}
-    assert _read("daemon.py") <= plain | {(name,) for name in _LIFE}
+    assert _read("daemon.py") <= plain | {(name,) for name in _LIFE} | {("drain", "quiet")}
     used = _read("rpc/*.py") - plain
     assert used <= _operations(), "others are for the other parts of the store"
     assert used >= {way for way in _operations() if way[0] in _OFFERED_WHOLE}, "no listener offers them"
@@ -152,7 +164,7 @@ def test_listeners_and_metrics_use_the_operations_of_the_store_and_named_plain_v
 
 def _operations() -> set[tuple[str, ...]]:
     """The methods of a store's public parts whose first argument is a caller."""
-    found = set()
+    found: set[tuple[str, ...]] = set()
     for part, kind in _PARTS.items():
         for name, function in inspect.getmembers(kind, inspect.isfunction):
             parameters = list(inspect.signature(function).parameters.values())[1:]

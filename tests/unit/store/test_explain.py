@@ -104,7 +104,7 @@ async def test_an_eviction_after_a_pins_end_is_explained_by_the_expiry(open_stor
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
     client, clock = opened.store.leases.attach(CALLER, "test"), opened.files.clock
     pinned, other = await saved(opened, client, 2, on_ssd=False)
-    pin = await opened.store.operators.pin(CALLER, [pinned], 60_000)
+    pin = await opened.store.pins.pin(CALLER, [pinned], 60_000)
     clock.advance(seconds=100)
     await saved(opened, client, 4, seed=1, on_ssd=False)
     found = opened.explain.missing(CALLER, pinned)

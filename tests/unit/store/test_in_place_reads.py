@@ -195,7 +195,7 @@ async def test_the_end_of_the_client_ends_the_call(opened: OpenStore, client: Cl
     opened.store.leases.detach(CALLER, client)
     with pytest.raises(LeaseExpired, match="Attach"):
         await waiting
-    await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
+    await asyncio.wait_for(opened.store.drain.quiet(), 30)  # No load is open.
 
 
 async def test_what_does_not_lie_in_one_piece_in_dram_is_not_in_place(open_store: Callable[..., Any]) -> None:
@@ -220,7 +220,7 @@ async def test_what_does_not_lie_in_one_piece_in_dram_is_not_in_place(open_store
     assert lease is not None
     found = await anext(run(opened, lease))
     assert isinstance(found, NotInPlace) and "several shards" in found.why
-    await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
+    await asyncio.wait_for(opened.store.drain.quiet(), 30)  # No load is open.
 
 
 async def test_verified_is_what_this_daemon_has_seen(opened: OpenStore, client: Client) -> None:

@@ -69,7 +69,7 @@ async def leases_known(opened: OpenStore) -> tuple[list[int], list[int]]:
 
 
 async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenStore) -> None:
-    operators, client = small.store.operators, small.store.leases.attach(CALLER, "engine")
+    policies, client = small.store.policies, small.store.leases.attach(CALLER, "engine")
     held = _CHAINS[0]
     await small.save(client, held, _IMAGES, on_ssd=True)
     lease = small.lookup(client, held.keys, ttl_s=300)
@@ -80,7 +80,7 @@ async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenS
     while not all(task.done() for task in load):
         name = DAEMON_POLICIES[switches % len(DAEMON_POLICIES)]
         shadow = ("none", *DAEMON_POLICIES)[switches // 2 % 6]
-        facts = await operators.set_policy(CALLER, name, shadow)
+        facts = await policies.set(CALLER, name, shadow)
         switches += 1
         assert (facts.name, facts.configured, facts.shadow is None) == (name, "lru", shadow == "none")
         running = [small.store._policy.items, small.store._policy.shadow]
@@ -91,7 +91,7 @@ async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenS
     assert len(await small.load(lease)) == 2
     await small.settle()
 
-    await operators.set_policy(CALLER, "foresight", "none")
+    await policies.set(CALLER, "foresight", "none")
     known, real = await leases_known(small)
     assert known == real
     assert sum(real) == _BLOCKS
@@ -101,7 +101,7 @@ async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenS
     assert not any(real), "a lease that began before the switch ends under the new policy"
     assert await turns(small, client, 9, 20) >= 0, "decisions continue"
 
-    await operators.set_policy(CALLER, "lru", "")
+    await policies.set(CALLER, "lru", "")
     await until(lambda: placement_threads() == before)
     assert len(small.blocks.listeners) == listeners
 
@@ -111,7 +111,7 @@ async def test_a_ranking_of_the_policy_before_is_not_used(small: OpenStore) -> N
     client, policy = small.store.leases.attach(CALLER, "engine"), small.store._policy
     for chain in _CHAINS[:5]:
         await small.save(client, chain, _IMAGES, on_ssd=True)
-    await small.store.operators.set_policy(CALLER, "fifo", "")
+    await small.store.policies.set(CALLER, "fifo", "")
     assert policy.items is not None
     may_go_on = threading.Event()
     busy = asyncio.create_task(policy.items.on_thread(lambda items, now_s: may_go_on.wait()))
@@ -140,9 +140,10 @@ async def test_what_a_policy_has_refused_is_written_later(
     assert not small.blocks.lie_in(rows, TierName.SSD).any()
 
     if mended_by == "switch":
-        await small.store.operators.set_policy(CALLER, "lru", "")
+        await small.store.policies.set(CALLER, "lru", "")
     else:
-        async for progress in small.store.operators.drain(CALLER):
+        small.store.drain.begin(CALLER)
+        async for progress in small.store.drain.progress(CALLER):
             last = progress
         assert (last.done, last.only_in_dram) == (True, 0)
     await until(lambda: bool(small.blocks.lie_in(rows, TierName.SSD).all()))
@@ -153,7 +154,7 @@ async def _refuse(rows: Rows) -> NDArray[np.bool_]:
 
 
 async def test_what_ssd_evicts_while_the_policy_is_asked_is_not_written(small: OpenStore) -> None:
-    await small.store.operators.set_policy(CALLER, "foresight", "")
+    await small.store.policies.set(CALLER, "foresight", "")
     client = small.store.leases.attach(CALLER, "engine")
     may_go_on, items = threading.Event(), small.store._policy.items
     assert items is not None
@@ -171,43 +172,43 @@ async def test_what_ssd_evicts_while_the_policy_is_asked_is_not_written(small: O
 
 
 async def test_an_unknown_policy_is_refused_and_changes_nothing(small: OpenStore) -> None:
-    operators = small.store.operators
-    await operators.set_policy(CALLER, "s3fifo", "")
+    policies = small.store.policies
+    await policies.set(CALLER, "s3fifo", "")
     for name, shadow in (("belady", ""), ("lru", "belady"), ("none", ""), ("LRU", "")):
         with pytest.raises(InvalidRequest, match="choose among lru, fifo, s3fifo, lookahead, foresight"):
-            await operators.set_policy(CALLER, name, shadow)
-    assert (await operators.policy(CALLER)).name == "s3fifo"
+            await policies.set(CALLER, name, shadow)
+    assert (await policies.show(CALLER)).name == "s3fifo"
 
 
 async def test_an_empty_request_shows_what_the_policy_knows(small: OpenStore) -> None:
     client = small.store.leases.attach(CALLER, "engine")
-    since_ms = (await small.store.operators.policy(CALLER)).since_ms
+    since_ms = (await small.store.policies.show(CALLER)).since_ms
     small.files.clock.advance(seconds=60)
-    await small.store.operators.set_policy(CALLER, "lookahead", "")
+    await small.store.policies.set(CALLER, "lookahead", "")
     for chain in _CHAINS[:3]:
         await small.save(client, chain, _IMAGES)
-    facts = await small.store.operators.policy(CALLER)
+    facts = await small.store.policies.show(CALLER)
     assert (facts.name, facts.configured, facts.items, facts.blocks) == ("lookahead", "lru", 3, 3 * _BLOCKS)
     assert facts.since_ms == since_ms + 60_000
     assert (facts.queued, facts.read_ahead_bytes, facts.shadow) == (0, 0, None)
-    again = await small.store.operators.set_policy(CALLER, "lookahead", "")
+    again = await small.store.policies.set(CALLER, "lookahead", "")
     assert again.since_ms == facts.since_ms, "it decides already, and stays"
 
 
 async def test_a_new_policy_gets_the_queue_that_there_is(small: OpenStore) -> None:
     """Engines send changes of their queues alone."""
-    operators, client = small.store.operators, small.store.leases.attach(CALLER, "engine")
+    policies, client = small.store.policies, small.store.leases.attach(CALLER, "engine")
     for chain in _CHAINS[:2]:
         await small.save(client, chain, _IMAGES, on_ssd=True)
     with small.store.hints.open(caller_of(client)) as stream:
         for name, chain in zip("ab", _CHAINS[:2], strict=True):
             stream.put(name, HintSubject(LAYOUT.fingerprint, "", b"".join(chain.keys)), None, 0, "")
         for name in ("lookahead", "foresight", "lru", "lookahead"):
-            facts = await operators.set_policy(CALLER, name, "fifo")
+            facts = await policies.set(CALLER, name, "fifo")
             async with asyncio.timeout(30):
                 while name != "lru" and facts.queued < 2:
                     await asyncio.sleep(0.01)
-                    facts = await operators.policy(CALLER)
+                    facts = await policies.show(CALLER)
 
 
 async def test_a_policy_that_fails_is_logged_once_and_the_store_works(
@@ -254,7 +255,7 @@ async def test_a_policy_whose_thread_is_stuck_can_be_replaced(open_store: Callab
     )
     assert stuck is not None
     busy = asyncio.create_task(stuck.on_thread(lambda items, now_s: may_go_on.wait()))
-    switching = asyncio.create_task(opened.store.operators.set_policy(CALLER, "fifo", ""))
+    switching = asyncio.create_task(opened.store.policies.set(CALLER, "fifo", ""))
     while not switching.done():
         await asyncio.sleep(0.001)
         clock.advance(seconds=1)

@@ -306,7 +306,7 @@ async def test_a_load_that_is_cancelled_at_any_point_releases_its_blocks(
     await asyncio.gather(loading, return_exceptions=True)
     opened.leases.begin_release(caller_of(client), lease.lease_id)
     await until(lambda: not opened.blocks.holds.any())
-    await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
+    await asyncio.wait_for(opened.store.drain.quiet(), 30)  # No load is open.
     assert await opened.store.operators.discard(CALLER, chain.keys) == (4, 0)
     await until(lambda: opened.dram.used_bytes == 0)
     assert opened.unsettled() == ""
