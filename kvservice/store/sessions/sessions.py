@@ -1,7 +1,7 @@
 """Sessions: the manifest of each conversation, on disk before a change is answered.
 
-A manifest names blocks and does not hold them: they are stored, moved and evicted like others. Sessions add one rule
-for partial blocks, which no other conversation looks up: a partial block that no session names any more is dropped.
+A manifest names blocks and does not hold them: they are stored, moved and evicted like others, except for partial
+blocks (``partial_blocks.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -31,8 +31,9 @@ from kvservice.store.operations.trace import TraceRecorder
 from kvservice.store.prefix_match import Run, match_prefix, runs_of
 from kvservice.store.sessions import manifests
 from kvservice.store.sessions.manifests import SessionAppend, StoredSession
+from kvservice.store.sessions.partial_blocks import NamedPartialBlocks
 from kvservice.store.tasks import LoopBudget, Tasks
-from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
+from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull
 from kvservice_api.layout import Shard
 from kvservice_api.session_ids import checked_session_id
 
@@ -40,13 +41,11 @@ log = logging.getLogger(__name__)
 
 _EXPIRED_AT_A_TIME = 256
 _FLUSHED_AT_A_TIME = 64
-_DROPPED_A_TURN = 32  # They take a millisecond of the event loop.
 POSITIONS_MAX = 65536  # Explicit positions in one session.
 _NAMES_A_TURN = 4096
 _KEYS_A_TURN = 8192  # They take a millisecond of the event loop.
 _TICK_S = 1.0
 _GONE_MAX = 4096  # Ended sessions in the history.
-_LET_GO = "no session names it any more"  # The reason of a dropped partial block, for `explain`.
 
 T = TypeVar("T")
 
@@ -98,7 +97,7 @@ class Sessions:
         self._next_serial = 1
         self.changes = 0  # How often a session was begun, changed, used or deleted.
         self._arriving = 0  # New sessions that are not on disk yet.
-        self._named: Counter[bytes] = Counter()  # Partial block -> how many manifests name it.
+        self._partial_blocks = NamedPartialBlocks(index, lifecycle, tasks)
         self._touched: dict[Name, None] = {}  # Sessions that were used since their times were written.
         self._gone: dict[str, tuple[int, str]] = {}  # Session id -> when and why it ended, for error messages.
         self._locks: WeakValueDictionary[Name, asyncio.Lock] = WeakValueDictionary()
@@ -317,14 +316,14 @@ class Sessions:
         """Disk first, then memory. Blocks that `after` names count as named from now on, so that they are not
         dropped.
         """
-        before, named = self._manifests.get(name), self._partial_keys(after)
-        self._named.update(named)
+        before = self._manifests.get(name)
+        self._partial_blocks.add(after)
         is_new = self._current(name) is None
         self._arriving += is_new
         try:
             await self._index.put_session(after)
         except BaseException:
-            self._uncount(named)
+            self._partial_blocks.forget(after)
             raise
         finally:
             self._arriving -= is_new
@@ -332,10 +331,7 @@ class Sessions:
         self._install(name, after)
         self._touched.pop(name, None)
         if before is not None:
-            self._unname(self._partial_keys(before), Reason.DISCARDED)
-
-    def _partial_keys(self, manifest: Manifest) -> set[bytes]:
-        return manifests.partial_keys(manifest, self._index.layouts[manifest.layout_id])
+            self._partial_blocks.drop([before], Reason.DISCARDED)
 
     def _install(self, name: Name, manifest: Manifest) -> None:
         self.changes += 1
@@ -348,43 +344,12 @@ class Sessions:
     def _forget(self, names: Sequence[Name], why: Reason) -> None:
         """Delete sessions whose records are deleted."""
         self.changes += 1
-        named: list[bytes] = []
+        gone = []
         for name in names:
-            manifest = self._manifests.pop(name)
+            gone.append(self._manifests.pop(name))
             del self._serials[name]
             self._touched.pop(name, None)
-            named += self._partial_keys(manifest)
-        self._unname(named, why)
-
-    def _unname(self, keys: Iterable[bytes], why: Reason) -> None:
-        """One manifest fewer names these partial blocks. Blocks that no manifest names any more are dropped."""
-        if orphans := self._uncount(keys):
-            self._tasks.start(self._drop(orphans, why), "drop of partial blocks")
-
-    def _uncount(self, keys: Iterable[bytes]) -> list[bytes]:
-        """The keys that no manifest names any more."""
-        orphans = []
-        for key in keys:
-            self._named[key] -= 1
-            if not self._named[key]:
-                del self._named[key]
-                orphans.append(key)
-        return orphans
-
-    async def _drop(self, keys: Sequence[bytes], why: Reason) -> None:
-        for start in range(0, len(keys), _DROPPED_A_TURN):
-            try:
-                await self._lifecycle.discard(self._partial_rows(keys[start : start + _DROPPED_A_TURN]), why, _LET_GO)
-            except StorageFailed as error:  # They are invisible already; their records are removed later.
-                log.warning("partial blocks of sessions could not be dropped yet: %s", error.message)
-
-    def _partial_rows(self, keys: Sequence[bytes]) -> list[int]:
-        """The rows of these partial blocks that are stored and that still no manifest names."""
-        blocks, layouts = self._lifecycle.blocks, self._index.layouts
-        orphans = [key for key in keys if not self._named[key]]  # A session may name one again.
-        rows = [row for first in blocks.rows_of_keys(orphans).tolist() for row in blocks.shards_of(first)]
-        # Clients state which blocks are partial. A full block is not dropped, because other conversations can use it.
-        return [row for row in rows if blocks.token_count[row] < layouts[int(blocks.layout_id[row])].block_tokens]
+        self._partial_blocks.drop(gone, why)
 
     # Time
 
@@ -505,4 +470,4 @@ class Sessions:
         for manifest in sorted(found, key=lambda manifest: manifest.expires_at_ms):
             name = manifest.layout_id, manifest.session_id
             self._install(name, manifest)
-            self._named.update(self._partial_keys(manifest))
+            self._partial_blocks.add(manifest)
