@@ -38,14 +38,22 @@ class Admin:
         return self._connection.ask(ADMIN + "Status", pb.StatusRequest(), pb.StatusResponse, deadline)
 
     def list_blocks(
-        self, tier: Tier | str | None = None, layout_fingerprint: bytes = b"", timeout_s: float | None = None
+        self,
+        tier: Tier | str | None = None,
+        layout_fingerprint: bytes = b"",
+        timeout_s: float | None = None,
+        *,
+        key_prefix: str = "",
     ) -> Iterator[pb.StoredBlock]:
-        """All stored objects, page by page; `timeout_s` is for one page."""
+        """All stored objects, page by page; `timeout_s` is for one page. `key_prefix`: hexadecimal digits with which
+        the keys begin.
+        """
         request = arguments.message(
             pb.ListBlocksRequest,
             **arguments.tier_fields(tier),
             layout_fingerprint=layout_fingerprint,
             page_size=_PAGE_BLOCKS,
+            key_prefix=key_prefix,
         )
         while True:
             deadline = self._connection.deadline(timeout_s)
@@ -69,6 +77,28 @@ class Admin:
             deadline = self._connection.deadline(timeout_s)
             page = self._connection.ask(ADMIN + "ListSessions", request, pb.ListSessionsResponse, deadline)
             yield from page.sessions
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def list_layouts(self, timeout_s: float | None = None) -> Iterator[pb.StoredLayout]:
+        """All layouts that the store knows, page by page; `timeout_s` is for one page."""
+        request = pb.ListLayoutsRequest(page_size=_PAGE_BLOCKS)
+        while True:
+            deadline = self._connection.deadline(timeout_s)
+            page = self._connection.ask(ADMIN + "ListLayouts", request, pb.ListLayoutsResponse, deadline)
+            yield from page.layouts
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def list_clients(self, timeout_s: float | None = None) -> Iterator[pb.AttachedClient]:
+        """All attached clients, page by page; `timeout_s` is for one page."""
+        request = pb.ListClientsRequest(page_size=_PAGE_BLOCKS)
+        while True:
+            deadline = self._connection.deadline(timeout_s)
+            page = self._connection.ask(ADMIN + "ListClients", request, pb.ListClientsResponse, deadline)
+            yield from page.clients
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token

@@ -76,7 +76,7 @@ class AdminService:
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:
         caller, tiers = self._callers.of(context), self._tiers(request, [])
         blocks, token = await self._operators.list_blocks(
-            caller, request.page_token, request.page_size, request.layout_fingerprint, tiers
+            caller, request.page_token, request.page_size, request.layout_fingerprint, tiers, request.key_prefix
         )
         page = pb.ListBlocksResponse(next_page_token=token)
         for start in range(0, len(blocks), _BLOCKS_A_TURN):
@@ -167,6 +167,16 @@ class AdminService:
         return pb.ListSessionsResponse(
             sessions=[session_message(each, bytes_max=0) for each in sessions], next_page_token=token
         )
+
+    async def ListLayouts(self, request: pb.ListLayoutsRequest, context: Context) -> pb.ListLayoutsResponse:
+        caller = self._callers.of(context)
+        layouts, token = self._operators.list_layouts(caller, request.page_token, request.page_size)
+        return pb.ListLayoutsResponse(layouts=map(explained.stored_layout, layouts), next_page_token=token)
+
+    async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
+        caller = self._callers.of(context)
+        clients, token = self._operators.list_clients(caller, request.page_token, request.page_size)
+        return pb.ListClientsResponse(clients=map(explained.attached_client, clients), next_page_token=token)
 
     async def RecordTrace(self, request: pb.RecordTraceRequest, context: Context) -> None:
         caller = self._callers.of(context)

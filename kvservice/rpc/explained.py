@@ -9,12 +9,14 @@ from kvservice.rpc.messages import TIER_NUMBERS, known_timestamp, residency_runs
 from kvservice.rpc.session_messages import session_message
 from kvservice.store.types import (
     BlockFacts,
+    ClientFacts,
     DrainProgress,
     ExplainedBlock,
     ExplainedLookup,
     ExplainedRequest,
     ExplainedSession,
     Found,
+    LayoutFacts,
     LoadRecord,
     MissEvent,
     Missing,
@@ -44,6 +46,28 @@ def stored_block(facts: BlockFacts) -> pb.StoredBlock:
         hits=facts.hits,
         leases=facts.leases,
         pinned_until=known_timestamp(facts.pinned_until_ms),
+    )
+
+
+def stored_layout(facts: LayoutFacts) -> pb.StoredLayout:
+    return pb.StoredLayout(
+        fingerprint=facts.layout.fingerprint,
+        layout=facts.layout.to_proto(),
+        blocks=facts.blocks,
+        size_bytes=facts.size_bytes,
+    )
+
+
+def attached_client(facts: ClientFacts) -> pb.AttachedClient:
+    client = facts.client
+    return pb.AttachedClient(
+        name=client.name,
+        number=client.number,
+        attached_at=timestamp(client.attached_at_ms),
+        leases=len(client.leases),
+        leased_blocks=client.leased_rows,
+        sends_hints=facts.queued_requests is not None,
+        queued_requests=facts.queued_requests or 0,
     )
 
 

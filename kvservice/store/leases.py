@@ -40,6 +40,7 @@ class Client:
     client_id: bytes
     name: str
     number: int  # 1 or more; no two clients of this daemon's run have the same.
+    attached_at_ms: int = 0  # Of the wall clock.
     leases: set[int] = field(default_factory=set)
     leased_rows: int = 0  # A row counts once per lease and mention.
     on_detach: set[Callable[[], None]] = field(default_factory=set)  # Ends the client's other resources.
@@ -121,6 +122,11 @@ class Leases:
 
     # Clients
 
+    @property
+    def clients(self) -> Collection[Client]:
+        """Those that are attached, in the order in which they came."""
+        return self._clients.values()
+
     def attach(self, caller: Caller, name: str) -> Client:
         """A new client; detach it at its end. Raises InvalidRequest, Overloaded."""
         if len(name) > 200:
@@ -128,7 +134,7 @@ class Leases:
         if len(self._clients) >= self._clients_max:
             raise Overloaded(f"{self._clients_max} clients are attached, the most that this daemon takes")
         self._next_client_number += 1
-        client = Client(secrets.token_bytes(16), name, self._next_client_number)
+        client = Client(secrets.token_bytes(16), name, self._next_client_number, self._clock.wall_ms())
         self._clients[client.client_id] = client
         log.debug("a client is attached", extra={"client": name, "number": client.number})
         return client

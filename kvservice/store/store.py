@@ -261,7 +261,7 @@ class BlockStore:
         self._explain = Explain(blocks, index, history, uploads.claims, clock, self._policy)
         listings = Listings(blocks, index.layouts, sessions, clock, self.boot_epoch)
         self.operators = Operators(
-            blocks, index, lifecycle, counters, sessions, listings, self._explain, requests, trace
+            blocks, index, lifecycle, counters, sessions, listings, self._explain, requests, trace, leases, hints
         )
         self.status = Status(
             blocks,

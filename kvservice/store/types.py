@@ -29,7 +29,9 @@ from kvservice.store.operations.explain import OtherLayout as OtherLayout
 from kvservice.store.operations.explain import TierPlace as TierPlace
 from kvservice.store.operations.explain import Worth as Worth
 from kvservice.store.operations.listings import BlockFacts as BlockFacts
+from kvservice.store.operations.listings import LayoutFacts as LayoutFacts
 from kvservice.store.operations.operators import DISCARD_KEYS_MAX as DISCARD_KEYS_MAX
+from kvservice.store.operations.operators import ClientFacts as ClientFacts
 from kvservice.store.operations.pins import PIN_KEYS_MAX as PIN_KEYS_MAX
 from kvservice.store.operations.pins import PinOutcome as PinOutcome
 from kvservice.store.operations.pins import UnpinOutcome as UnpinOutcome

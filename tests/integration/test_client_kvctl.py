@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from kvservice import __version__
-from kvservice_client import BlockChain, Client, Durability
-from tests.daemon import DaemonProcess
+from kvservice_client import BlockChain, Client, Durability, QueuedRequest
+from tests.daemon import DaemonProcess, until
 from tests.integration.conversations import layers_of, new_chain, small_layout
 
 KVCTL = Path(sys.executable).with_name("kvctl")
@@ -55,6 +55,33 @@ def test_the_address_may_stand_before_the_verb(daemon: DaemonProcess) -> None:
     wrong = kvctl("--address", "nowhere", "health")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "is not an address" in wrong.stderr
+
+
+def test_layouts_and_clients_are_listed(ask: Callable[..., Any], chain: BlockChain, daemon: DaemonProcess) -> None:
+    (listed,) = [each for each in ask("layouts")["layouts"] if each["fingerprint"] == small_layout().fingerprint.hex()]
+    assert (listed["layout"]["model_id"], listed["blocks"]) == ("small", 3)
+    assert listed["size_bytes"] == sum(block["size_bytes"] for block in ask("ls")["blocks"])
+    assert ask("layouts", "--limit", "0")["has_more"] is False
+    with daemon.client("an engine") as client, client.open_layout(small_layout()).lookup(chain):
+        engine = next(each for each in ask("clients")["clients"] if each["name"] == "an engine")
+        assert (engine["leases"], engine["leased_blocks"], engine["sends_hints"]) == (1, 3, False)
+        hints = client.hints()
+        hints.put(QueuedRequest("later", chain))
+        until(lambda: "an engine" in [each["name"] for each in ask("clients")["clients"] if each["queued_requests"]])
+    assert "an engine" not in [each["name"] for each in ask("clients")["clients"]]
+
+
+def test_keys_and_layouts_may_be_shortened(kvctl_here: Any, ask: Callable[..., Any], chain: BlockChain) -> None:
+    key, layout = chain.keys[1].hex(), small_layout().fingerprint.hex()
+    assert ask("inspect", key[:9].upper())["shards"][0]["key"] == ask("inspect", key[:10])["shards"][0]["key"] == key
+    assert ask("explain", key[:6])["key"] == key
+    assert len(ask("ls", "--layout", layout[:8])["blocks"]) == 3
+    assert ask("pin", key[:8], "--ttl", "1min")["pinned"] == ask("unpin", key[:8])["unpinned"] == 1
+    assert ask("evict", key[:8], "--tier", "dram")["evicted"] == 1
+    nothing = kvctl_here("inspect", "f" * 12)
+    assert (nothing.returncode, nothing.stderr.count("no stored block's key begins with ffffffffffff")) == (1, 1)
+    assert kvctl_here("inspect", key[:5]).returncode == kvctl_here("evict", "xyzxyz", "--tier", "ssd").returncode == 2
+    assert ask("discard", key[:8])["discarded"] == 1
 
 
 def test_version_tells_both_versions(ask: Callable[..., Any], daemon: DaemonProcess) -> None:

@@ -80,6 +80,48 @@ def test_ListBlocks_goes_through_all_blocks_page_by_page(wire: Wire) -> None:
     assert set.union(*listed(tier=SSD)) == {*chain, *others}
 
 
+def test_ListBlocks_finds_keys_by_their_first_digits(wire: Wire) -> None:
+    chain = saved(wire, 3)
+    wanted = chain.keys[2].hex()
+    for digits in (wanted, wanted[:11], wanted[:12].upper()):
+        answer = wire.admin.ListBlocks(pb.ListBlocksRequest(key_prefix=digits))
+        assert [block.key.hex() for block in answer.blocks] == [wanted]
+    assert not wire.admin.ListBlocks(pb.ListBlocksRequest(key_prefix="0" * 64)).blocks
+    for digits in ("x", "0" * 65, "12 34", "-1"):
+        with refused(InvalidRequest, "is not 1 to 64 hexadecimal digits", field="key_prefix"):
+            wire.admin.ListBlocks(pb.ListBlocksRequest(key_prefix=digits))
+
+
+def test_ListLayouts_tells_what_is_stored_of_each_page_by_page(wire: Wire) -> None:
+    saved(wire, 2)
+    first = wire.admin.ListLayouts(pb.ListLayoutsRequest(page_size=1))
+    listed = list(first.layouts)
+    while first.next_page_token:
+        first = wire.admin.ListLayouts(pb.ListLayoutsRequest(page_size=1, page_token=first.next_page_token))
+        listed += first.layouts
+    (ours,) = [each for each in listed if each.fingerprint == SMALL.fingerprint]
+    assert (Layout.from_proto(ours.layout), ours.blocks) == (SMALL, 2)
+    assert len(listed) == wire.status().layouts
+    with refused(InvalidRequest, "no such page token"):
+        wire.admin.ListLayouts(pb.ListLayoutsRequest(page_token="1.0"))
+    with refused(InvalidRequest, "page_size is 1001"):
+        wire.admin.ListLayouts(pb.ListLayoutsRequest(page_size=1001))
+
+
+def test_ListClients_tells_of_each_client_page_by_page(wire: Wire) -> None:
+    chain = saved(wire)
+    wire.lookup(SMALL, chain)
+    listed = list(wire.admin.ListClients(pb.ListClientsRequest()).clients)
+    assert len(listed) == wire.status().clients
+    assert [each.number for each in listed] == sorted(each.number for each in listed)
+    assert sum(each.leased_blocks for each in listed) >= 3
+    assert all(each.attached_at.seconds > 0 for each in listed)
+    page = wire.admin.ListClients(pb.ListClientsRequest(page_size=1))
+    assert [each.number for each in page.clients] == [listed[0].number]
+    with refused(InvalidRequest, "no such page token"):
+        wire.admin.ListClients(pb.ListClientsRequest(page_token="x"))
+
+
 def test_ListSessions_goes_through_all_sessions_page_by_page(wire: Wire) -> None:
     other = Layout("listed", "int8", layers=2, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=4)
     wire.open_layout(other)

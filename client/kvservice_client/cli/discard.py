@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from kvservice_client.cli import output
-from kvservice_client.cli.options import Address, AsJson, LayoutOption, Timeout, connect, digest
+from kvservice_client.cli.options import (
+    Address,
+    AsJson,
+    LayoutOption,
+    Timeout,
+    checked_digits,
+    connect,
+    keys_of,
+    layout_of,
+)
 from kvservice_client.client import DEFAULT_ADDRESS
 
 
@@ -23,18 +32,20 @@ def discard(
     """Drop blocks from every tier: by key, all of one layout, or everything."""
     if sum([bool(keys), bool(layout), everything]) != 1:
         raise typer.BadParameter("give keys, --layout or --everything, and only one of them")
-    wanted = [digest(key, "key") for key in keys or ()]
-    fingerprint = digest(layout, "layout") if layout else None
+    wanted = [checked_digits(key, "key") for key in keys or ()]
+    digits = checked_digits(layout, "layout") if layout else ""
     if not (wanted or yes):
         what = f"all blocks of layout {layout}" if layout else "all blocks"
         typer.confirm(f"Drop {what} at {address}?", abort=True, err=True)
     with connect(address, timeout) as client, output.progress() as progress:
         if wanted:
-            answer = client.admin.discard(wanted)
+            answer = client.admin.discard(keys_of(client, wanted))
         else:
             total = client.admin.status().blocks if everything else None
             task = progress.add_task("discarding", total=total)
-            answer = client.admin.discard_all(fingerprint, lambda count: progress.update(task, completed=count))
+            answer = client.admin.discard_all(
+                layout_of(client, digits) or None, lambda count: progress.update(task, completed=count)
+            )
     if as_json:
         output.print_json(output.plain(answer))
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvservice_client.cli import output
-from kvservice_client.cli.options import Address, AsJson, Keys, Timeout, connect, digest
+from kvservice_client.cli.options import Address, AsJson, Keys, Timeout, checked_digits, connect, keys_of
 from kvservice_client.client import DEFAULT_ADDRESS
 
 
@@ -19,9 +19,9 @@ def evict(
     as_json: AsJson = False,
 ) -> None:
     """Drop blocks from one tier. Leased and busy ones stay."""
-    wanted = [digest(key, "key") for key in keys]
+    wanted = [checked_digits(key, "key") for key in keys]
     with connect(address, timeout) as client:
-        result = client.evict(wanted, tier)
+        result = client.evict(keys_of(client, wanted), tier)
     if as_json:
         output.print_json(result._asdict())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
 from collections.abc import Sequence
 from typing import Annotated
@@ -9,12 +10,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvservice_api.errors import RequestNotFound, SessionNotFound
+from kvservice_api.errors import BlockNotFound, RequestNotFound, SessionNotFound
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import blocks_pb2
 from kvservice_client.cli import output, reasons
-from kvservice_client.cli.options import Address, AsJson, Timeout, connect
+from kvservice_client.cli.options import Address, AsJson, Timeout, checked_digits, connect, keys_of
 from kvservice_client.client import DEFAULT_ADDRESS, Client
 
 Explained = pb.ExplainedBlock | pb.ExplainedRequest | pb.ExplainedSession
@@ -25,7 +26,7 @@ def explain(
         str,
         typer.Argument(
             metavar="KEY|SESSION|REQUEST",
-            help="A block's key, 64 hexadecimal digits; or the id of a session or request.",
+            help="A block's key, or the first digits of a stored one's; or the id of a session or request.",
         ),
     ],
     is_request: Annotated[bool, typer.Option("--request", help="The id is a request's, in any form.")] = False,
@@ -72,6 +73,9 @@ def _asked(client: Client, what: str, *, is_request: bool, is_session: bool) -> 
         try:
             return client.admin.explain_session(what)
         except SessionNotFound as error:
+            if set(what) <= set(string.hexdigits):
+                with contextlib.suppress(BlockNotFound, typer.BadParameter):
+                    return [client.admin.explain_block(key) for key in keys_of(client, [checked_digits(what, "key")])]
             raise RequestNotFound(f"no request with the id {what!r} is remembered, and {error.message}") from None
 
 

@@ -8,19 +8,20 @@ import typer
 
 from kvservice_api.layout import Layout
 from kvservice_client.cli import output
-from kvservice_client.cli.options import Address, AsJson, Timeout, connect, digest
+from kvservice_client.cli.options import Address, AsJson, Timeout, checked_digits, connect, keys_of
 from kvservice_client.client import DEFAULT_ADDRESS
 
 
 def inspect(
-    key: Annotated[str, typer.Argument(help="The block's key, 64 hexadecimal digits.")],
+    key: Annotated[str, typer.Argument(help="The block's key, or how it begins: 6 to 64 hexadecimal digits.")],
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
     """Show one block: its layout, and the place of each of its shards."""
+    digits = checked_digits(key, "key")
     with connect(address, timeout) as client:
-        answer = client.admin.inspect(digest(key, "key"))
+        answer = client.admin.inspect(keys_of(client, [digits])[0])
     if as_json:
         output.print_json(output.plain(answer))
         return

@@ -10,9 +10,10 @@ from kvservice_client.cli.options import (
     Limit,
     TierOption,
     Timeout,
+    checked_digits,
     connect,
-    digest,
     first_of,
+    layout_of,
 )
 from kvservice_client.client import DEFAULT_ADDRESS
 
@@ -26,9 +27,9 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """List stored blocks, one row per shard."""
-    fingerprint = digest(layout, "layout") if layout else b""
+    digits = checked_digits(layout, "layout") if layout else ""
     with connect(address, timeout) as client:
-        found = client.admin.list_blocks(tier, fingerprint)
+        found = client.admin.list_blocks(tier, layout_of(client, digits))
         blocks, has_more = first_of(found, limit)
     if as_json:
         output.print_json({"blocks": [output.plain(block) for block in blocks], "has_more": has_more})

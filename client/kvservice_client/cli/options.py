@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from kvservice_api.address import parse_address
+from kvservice_api.errors import BlockNotFound, InvalidRequest
 from kvservice_api.keys import KEY_BYTES
 from kvservice_client.cli.unreachable import why_unreachable
 from kvservice_client.client import Client
@@ -47,9 +48,18 @@ Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds th
 TierOption = Annotated[
     str | None, typer.Option("--tier", help="Only this tier: dram, ssd, or the name of a tier below SSD.")
 ]
-LayoutOption = Annotated[str, typer.Option("--layout", metavar="FINGERPRINT", help="Only blocks of this layout.")]
+LayoutOption = Annotated[
+    str,
+    typer.Option(
+        "--layout", metavar="FINGERPRINT", help="Only blocks of this layout: its fingerprint, or how that begins."
+    ),
+]
 Limit = Annotated[int, typer.Option(min=0, help="Most rows shown; 0 means all.")]
-Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Block keys, 64 hexadecimal digits each.")]
+Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys of stored blocks, or how they begin.")]
+
+_FOUND_MAX = 1000
+_DIGITS_MIN = 6  # Fewer would be a slip of the finger.
+_BEGINNING = re.compile(f"[0-9a-fA-F]{{{_DIGITS_MIN},{2 * KEY_BYTES}}}")
 
 _PANEL = "TLS, for a daemon at host:port"
 
@@ -123,12 +133,40 @@ def why_no_answer() -> str:
     return why_unreachable(parse_address(_connected_to.get()), with_tls=_tls.get() is not None)
 
 
-def digest(text: str, what: str) -> bytes:
-    """32 bytes from their hexadecimal form."""
-    try:
-        value = bytes.fromhex(text)
-    except ValueError:
-        value = b""
-    if len(value) != KEY_BYTES:
-        raise typer.BadParameter(f"{what} {text!r} is not {2 * KEY_BYTES} hexadecimal digits")
-    return value
+def checked_digits(text: str, what: str) -> str:
+    """The digits of 32 bytes, or the first ones of them. Wrong usage otherwise."""
+    if not _BEGINNING.fullmatch(text):
+        most = 2 * KEY_BYTES
+        raise typer.BadParameter(f"{what} {text!r} is not {most} hexadecimal digits, or {_DIGITS_MIN} or more of them")
+    return text.lower()
+
+
+def keys_of(client: Client, texts: Iterable[str]) -> list[bytes]:
+    """The keys, of which a text may have the first digits. Raises BlockNotFound, or InvalidRequest if several stored
+    blocks have keys that begin so.
+    """
+    return [
+        _only(text, "stored block's key", (block.key for block in client.admin.list_blocks(key_prefix=text)))
+        for text in texts
+    ]
+
+
+def layout_of(client: Client, text: str) -> bytes:
+    """The fingerprint, of which the text may have the first digits; empty for an empty text. Raises as `keys_of`."""
+    fingerprints = (each.fingerprint for each in client.admin.list_layouts())
+    return (
+        _only(text, "layout's fingerprint", (each for each in fingerprints if each.hex().startswith(text)))
+        if text
+        else b""
+    )
+
+
+def _only(text: str, what: str, found: Iterator[bytes]) -> bytes:
+    if len(text) == 2 * KEY_BYTES:
+        return bytes.fromhex(text)
+    different = list(dict.fromkeys(islice(found, _FOUND_MAX)))[:3]  # One per shard is found.
+    if not different:
+        raise BlockNotFound(f"no {what} begins with {text}", key=text)
+    if len(different) > 1:
+        raise InvalidRequest(f"more than one {what} begins with {text}, such as {', '.join(map(bytes.hex, different))}")
+    return different[0]

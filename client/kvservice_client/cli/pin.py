@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvservice_client.cli import output
-from kvservice_client.cli.options import Address, AsJson, Keys, Timeout, connect, digest, seconds
+from kvservice_client.cli.options import Address, AsJson, Keys, Timeout, checked_digits, connect, keys_of, seconds
 from kvservice_client.client import DEFAULT_ADDRESS
 
 
@@ -19,10 +19,10 @@ def pin(
     as_json: AsJson = False,
 ) -> None:
     """Protect blocks from eviction, also over restarts. Exit code 1 if some of them are not stored."""
-    wanted = [digest(key, "key") for key in keys]
+    wanted = [checked_digits(key, "key") for key in keys]
     ttl_s = seconds(ttl, "--ttl")
     with connect(address, timeout) as client:
-        answer = client.admin.pin(wanted, ttl_s)
+        answer = client.admin.pin(keys_of(client, wanted), ttl_s)
     if as_json:
         output.print_json(output.plain(answer))
     else:

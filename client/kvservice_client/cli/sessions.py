@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from kvservice_client.cli import output
-from kvservice_client.cli.options import Address, AsJson, LayoutOption, Limit, Timeout, connect, digest, first_of
+from kvservice_client.cli.options import (
+    Address,
+    AsJson,
+    LayoutOption,
+    Limit,
+    Timeout,
+    checked_digits,
+    connect,
+    first_of,
+    layout_of,
+)
 from kvservice_client.client import DEFAULT_ADDRESS
 
 
@@ -20,9 +30,9 @@ def sessions(
     as_json: AsJson = False,
 ) -> None:
     """List sessions, one row per session and layout, in the order of their creation."""
-    fingerprint = digest(layout, "layout") if layout else b""
+    digits = checked_digits(layout, "layout") if layout else ""
     with connect(address, timeout) as client:
-        found = client.admin.list_sessions(session, fingerprint)
+        found = client.admin.list_sessions(session, layout_of(client, digits))
         listed, has_more = first_of(found, limit)
     if as_json:
         without = ("slices",)  # Lists have no slices.

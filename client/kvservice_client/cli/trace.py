@@ -13,7 +13,7 @@ from kvservice_api.errors import Cancelled
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_client.admin import TRACE_MAX_S
 from kvservice_client.cli import output
-from kvservice_client.cli.options import Address, AsJson, Timeout, connect, digest, seconds
+from kvservice_client.cli.options import Address, AsJson, Timeout, checked_digits, connect, layout_of, seconds
 from kvservice_client.client import DEFAULT_ADDRESS
 
 VERSION = 1  # Of the file.
@@ -38,7 +38,7 @@ def trace(
     recording. It has no tokens, keys, names or ids. `--for`, ctrl-C and the daemon's stop end the recording.
     """
     duration_s = seconds(duration, "--for") if duration else TRACE_MAX_S
-    fingerprint = digest(layout, "--layout") if layout else b""
+    digits = checked_digits(layout, "--layout") if layout else ""
     turns, last = 0, pb.RecordTraceResponse()
     try:
         opened = file.open("a")  # It is emptied once the daemon records.
@@ -49,7 +49,7 @@ def trace(
         try:
             with output.progress() as progress:
                 task = progress.add_task("recording", total=None)
-                steps = client.admin.record_trace(fingerprint, duration_s)
+                steps = client.admin.record_trace(layout_of(client, digits), duration_s)
                 for count, last in enumerate(steps):
                     if not count and file.is_file():
                         opened.truncate(0)

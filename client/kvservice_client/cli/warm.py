@@ -9,7 +9,7 @@ import typer
 from kvservice_api.errors import SessionNotFound
 from kvservice_api.keys import split_keys
 from kvservice_client.cli import output
-from kvservice_client.cli.options import Address, AsJson, LayoutOption, Timeout, connect, digest
+from kvservice_client.cli.options import Address, AsJson, LayoutOption, Timeout, checked_digits, connect, layout_of
 from kvservice_client.client import DEFAULT_ADDRESS, PrefetchResult
 
 _KEYS_AT_A_TIME = 32  # Each of these requests waits for the disk, and updates the progress.
@@ -24,9 +24,9 @@ def warm(
     as_json: AsJson = False,
 ) -> None:
     """Promote all blocks of a session to DRAM, and wait for it. Counts as a use of the session."""
-    fingerprint = digest(layout, "layout") if layout else b""
+    digits = checked_digits(layout, "layout") if layout else ""
     with connect(address, timeout) as client, output.progress() as progress:
-        found = list(client.admin.list_sessions(session, fingerprint)) if session else []
+        found = list(client.admin.list_sessions(session, layout_of(client, digits))) if session else []
         if not found:
             raise SessionNotFound(f"there is no session {session!r}", session_id=session)
         keys: dict[bytes, None] = {}  # After a truncation a block may have several slices.

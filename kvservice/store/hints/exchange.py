@@ -281,6 +281,11 @@ class HintExchange:
     def stream_count(self) -> int:
         return len(self._streams)
 
+    def queued_of(self, client: Client) -> int | None:
+        """How many requests the client's queue has; None if it sends no hints."""
+        stream = self._streams.get(client.client_id)
+        return None if stream is None else len(stream.queue)
+
     @property
     def queued_count(self) -> int:
         """Requests in the queues of all clients."""

@@ -1,20 +1,27 @@
-"""Pages of stored blocks and of sessions, and the facts of one block."""
+"""Pages of stored blocks, sessions, layouts and clients, and the facts of one block."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import BlockTable, TierName
 from kvservice.clock import Clock
 from kvservice.index.session_records import Manifest
 from kvservice.store.caller import Caller
+from kvservice.store.leases import Client
 from kvservice.store.sessions.sessions import Sessions
 from kvservice_api.errors import InvalidRequest
+from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Layout, Shard
+
+T = TypeVar("T")
 
 _PAGE_SIZE, _PAGE_SIZE_MAX = 100, 1000
 _ROWS_A_TURN = 64  # Time on the event loop.
@@ -37,6 +44,15 @@ class BlockFacts:
     leases: int
     holds: int
     pinned_until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutFacts:
+    """A layout, and the stored objects of it."""
+
+    layout: Layout
+    blocks: int
+    size_bytes: int
 
 
 def block_facts(blocks: BlockTable, layouts: Mapping[int, Layout], row: int, now_ms: int) -> BlockFacts:
@@ -71,7 +87,14 @@ class Listings:
         self._boot_epoch = boot_epoch
 
     async def blocks(
-        self, caller: Caller, page_token: str, page_size: int, *, layout_id: int | None, tiers: Sequence[TierName]
+        self,
+        caller: Caller,
+        page_token: str,
+        page_size: int,
+        *,
+        layout_id: int | None,
+        tiers: Sequence[TierName],
+        key_prefix: str = "",
     ) -> tuple[list[BlockFacts], str]:
         """A page of stored objects, with a copy in each of `tiers`, and the next page's token; empty on the last one.
 
@@ -84,6 +107,8 @@ class Listings:
             shown &= table.layout_id[start : table.row_end] == layout_id
         for tier in tiers:
             shown &= table.resident(tier)[start:]
+        if key_prefix:
+            shown &= _begin_with(table.key[start : table.row_end], key_prefix)
         rows = np.flatnonzero(shown)[: size + 1] + start
         found = []
         for count, row in enumerate(rows[:size].tolist()):
@@ -101,6 +126,37 @@ class Listings:
         found, following = await self._sessions.page(caller, start, size, session_id, layout_id)
         return found, "" if following is None else self._token(following)
 
+    def layouts(self, caller: Caller, page_token: str, page_size: int) -> tuple[list[LayoutFacts], str]:
+        """A page of layouts in the order in which they were first opened, and the next page's token. Raises
+        InvalidRequest.
+        """
+        table, rows = self._blocks, self._blocks.live_rows()
+        ids = table.layout_id[rows]
+        blocks, sizes = np.bincount(ids), np.bincount(ids, weights=table.size_bytes[rows])
+        known, token = self._page(sorted(self._layouts), page_token, page_size, int)
+        return [
+            LayoutFacts(
+                self._layouts[each],
+                int(blocks[each]) if each < len(blocks) else 0,
+                int(sizes[each]) if each < len(sizes) else 0,
+            )
+            for each in known
+        ], token
+
+    def clients(
+        self, caller: Caller, page_token: str, page_size: int, attached: Collection[Client]
+    ) -> tuple[list[Client], str]:
+        """A page of the attached clients, and the next page's token. Raises InvalidRequest."""
+        return self._page(attached, page_token, page_size, lambda client: client.number)
+
+    def _page(
+        self, items: Iterable[T], page_token: str, page_size: int, number_of: Callable[[T], int]
+    ) -> tuple[list[T], str]:
+        """The first of the items from the token's number on. They are in the order of their numbers."""
+        size, start = _checked(page_size), self._number(page_token)
+        found = list(islice((each for each in items if number_of(each) >= start), size + 1))
+        return found[:size], self._token(number_of(found[size])) if len(found) > size else ""
+
     def _token(self, number: int) -> str:
         return f"{self._boot_epoch:x}.{number:x}"
 
@@ -115,6 +171,22 @@ class Listings:
         except ValueError:
             pass
         raise InvalidRequest("this daemon issued no such page token: start from the first page", field="page_token")
+
+
+def _begin_with(keys: NDArray[np.void], prefix: str) -> NDArray[np.bool_]:
+    """Which keys begin with these hexadecimal digits. Raises InvalidRequest."""
+    try:
+        whole = bytes.fromhex(prefix + "0" * (len(prefix) % 2))
+    except ValueError:
+        whole = b""
+    if not whole or len(whole) > KEY_BYTES:
+        raise InvalidRequest(f"{prefix!r} is not 1 to {2 * KEY_BYTES} hexadecimal digits", field="key_prefix")
+    begins = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), -1)[:, : len(whole)]
+    if len(prefix) % 2:
+        begins = begins.copy()
+        begins[:, -1] &= 0xF0
+    equal: NDArray[np.bool_] = (begins == np.frombuffer(whole, np.uint8)).all(axis=1)
+    return equal
 
 
 def _checked(page_size: int) -> int:

@@ -6,14 +6,17 @@ Called on the event loop's thread.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from typing import NamedTuple
 
 from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
+from kvservice.store.hints.exchange import HintExchange
+from kvservice.store.leases import Client, Leases
 from kvservice.store.operations.explain import Explain, ExplainedBlock, ExplainedRequest, ExplainedSession
-from kvservice.store.operations.listings import BlockFacts, Listings
+from kvservice.store.operations.listings import BlockFacts, LayoutFacts, Listings
 from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.trace import TRACE_MAX_S, TraceRecorder, TraceStep
 from kvservice.store.sessions.manifests import StoredSession
@@ -25,6 +28,13 @@ from kvservice_api.layout import Shard
 
 DISCARD_KEYS_MAX = 65536  # In one call.
 _FINGERPRINT_BYTES = 32
+
+
+class ClientFacts(NamedTuple):
+    """An attached client, and how many requests its queue has; None if it sends no hints."""
+
+    client: Client
+    queued_requests: int | None
 
 
 class Operators:
@@ -39,6 +49,8 @@ class Operators:
         explain: Explain,
         requests: Requests,
         trace: TraceRecorder,
+        leases: Leases,
+        hints: HintExchange,
     ) -> None:
         self._blocks = blocks
         self._index = index
@@ -49,16 +61,27 @@ class Operators:
         self._explain = explain
         self._requests = requests
         self._trace = trace
+        self._leases = leases
+        self._hints = hints
 
     async def list_blocks(
-        self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, tiers: Sequence[TierName]
+        self,
+        caller: Caller,
+        page_token: str,
+        page_size: int,
+        fingerprint: bytes,
+        tiers: Sequence[TierName],
+        key_prefix: str,
     ) -> tuple[list[BlockFacts], str]:
-        """A page of stored objects: of one layout unless `fingerprint` is empty, with a copy in each of `tiers`.
+        """A page of stored objects: of one layout unless `fingerprint` is empty, with a copy in each of `tiers`, and
+        with keys that begin with these hexadecimal digits.
 
         Also returns the next page's token, empty on the last page. Raises InvalidRequest.
         """
         layout_id = self._listed_layout(fingerprint)
-        return await self._listings.blocks(caller, page_token, page_size, layout_id=layout_id, tiers=tiers)
+        return await self._listings.blocks(
+            caller, page_token, page_size, layout_id=layout_id, tiers=tiers, key_prefix=key_prefix
+        )
 
     async def list_sessions(
         self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, session_id: str
@@ -67,6 +90,15 @@ class Operators:
         layout_id = self._listed_layout(fingerprint)
         found, token = await self._listings.sessions(caller, page_token, page_size, session_id, layout_id)
         return [self._sessions.stored(each) for each in found], token
+
+    def list_layouts(self, caller: Caller, page_token: str, page_size: int) -> tuple[list[LayoutFacts], str]:
+        """A page of the layouts that the store knows, as `list_blocks`."""
+        return self._listings.layouts(caller, page_token, page_size)
+
+    def list_clients(self, caller: Caller, page_token: str, page_size: int) -> tuple[list[ClientFacts], str]:
+        """A page of the attached clients, as `list_blocks`."""
+        found, token = self._listings.clients(caller, page_token, page_size, self._leases.clients)
+        return [ClientFacts(each, self._hints.queued_of(each)) for each in found], token
 
     def _listed_layout(self, fingerprint: bytes) -> int | None:
         """The layout's id; -1 for one that was never opened, which has no blocks; None for an empty fingerprint."""

@@ -254,18 +254,20 @@ class IndexStatus(_message.Message):
     def __init__(self, durable_map_bytes: _Optional[int] = ..., durable_used_bytes: _Optional[int] = ..., volatile_map_bytes: _Optional[int] = ..., volatile_used_bytes: _Optional[int] = ...) -> None: ...
 
 class ListBlocksRequest(_message.Message):
-    __slots__ = ("layout_fingerprint", "tier", "tier_name", "page_size", "page_token")
+    __slots__ = ("layout_fingerprint", "tier", "tier_name", "page_size", "page_token", "key_prefix")
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     TIER_NAME_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
     layout_fingerprint: bytes
     tier: _types_pb2.Tier
     tier_name: str
     page_size: int
     page_token: str
-    def __init__(self, layout_fingerprint: _Optional[bytes] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    key_prefix: str
+    def __init__(self, layout_fingerprint: _Optional[bytes] = ..., tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., tier_name: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., key_prefix: _Optional[str] = ...) -> None: ...
 
 class ListBlocksResponse(_message.Message):
     __slots__ = ("blocks", "next_page_token")
@@ -306,6 +308,68 @@ class StoredBlock(_message.Message):
     leases: int
     pinned_until: _timestamp_pb2.Timestamp
     def __init__(self, key: _Optional[bytes] = ..., parent_key: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., token_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., in_dram: bool = ..., on_ssd: bool = ..., tiers: _Optional[_Iterable[str]] = ..., stored_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., hits: _Optional[int] = ..., leases: _Optional[int] = ..., pinned_until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ListLayoutsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListLayoutsResponse(_message.Message):
+    __slots__ = ("layouts", "next_page_token")
+    LAYOUTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    layouts: _containers.RepeatedCompositeFieldContainer[StoredLayout]
+    next_page_token: str
+    def __init__(self, layouts: _Optional[_Iterable[_Union[StoredLayout, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class StoredLayout(_message.Message):
+    __slots__ = ("fingerprint", "layout", "blocks", "size_bytes")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: bytes
+    layout: _types_pb2.Layout
+    blocks: int
+    size_bytes: int
+    def __init__(self, fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., blocks: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class ListClientsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListClientsResponse(_message.Message):
+    __slots__ = ("clients", "next_page_token")
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    clients: _containers.RepeatedCompositeFieldContainer[AttachedClient]
+    next_page_token: str
+    def __init__(self, clients: _Optional[_Iterable[_Union[AttachedClient, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class AttachedClient(_message.Message):
+    __slots__ = ("name", "number", "attached_at", "leases", "leased_blocks", "sends_hints", "queued_requests")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_AT_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    LEASED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SENDS_HINTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    number: int
+    attached_at: _timestamp_pb2.Timestamp
+    leases: int
+    leased_blocks: int
+    sends_hints: bool
+    queued_requests: int
+    def __init__(self, name: _Optional[str] = ..., number: _Optional[int] = ..., attached_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., leases: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., sends_hints: bool = ..., queued_requests: _Optional[int] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("key",)

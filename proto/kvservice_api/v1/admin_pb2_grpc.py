@@ -85,6 +85,16 @@ class AdminServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsResponse.FromString,
                 _registered_method=True)
+        self.ListLayouts = channel.unary_unary(
+                '/kvservice_api.v1.AdminService/ListLayouts',
+                request_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListLayoutsRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListLayoutsResponse.FromString,
+                _registered_method=True)
+        self.ListClients = channel.unary_unary(
+                '/kvservice_api.v1.AdminService/ListClients',
+                request_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListClientsRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListClientsResponse.FromString,
+                _registered_method=True)
         self.RecordTrace = channel.unary_stream(
                 '/kvservice_api.v1.AdminService/RecordTrace',
                 request_serializer=kvservice__api_dot_v1_dot_admin__pb2.RecordTraceRequest.SerializeToString,
@@ -208,6 +218,20 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListLayouts(self, request, context):
+        """Lists the layouts that the store knows, with what is stored of each, page by page. Errors: as of ListSessions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListClients(self, request, context):
+        """Lists the attached clients in the order in which they came, page by page. Errors: as of ListSessions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RecordTrace(self, request, context):
         """Sends a record of each turn that a client's lookups and saves make, from now on, after the turn has ended: the
         time of its arrival, its tokens, and the chain of its blocks as numbers that are new in every recording. Sends at
@@ -284,6 +308,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListSessions,
                     request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'ListLayouts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLayouts,
+                    request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListLayoutsRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListLayoutsResponse.SerializeToString,
+            ),
+            'ListClients': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListClients,
+                    request_deserializer=kvservice__api_dot_v1_dot_admin__pb2.ListClientsRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_admin__pb2.ListClientsResponse.SerializeToString,
             ),
             'RecordTrace': grpc.unary_stream_rpc_method_handler(
                     servicer.RecordTrace,
@@ -567,6 +601,60 @@ class AdminService(object):
             '/kvservice_api.v1.AdminService/ListSessions',
             kvservice__api_dot_v1_dot_admin__pb2.ListSessionsRequest.SerializeToString,
             kvservice__api_dot_v1_dot_admin__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLayouts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.AdminService/ListLayouts',
+            kvservice__api_dot_v1_dot_admin__pb2.ListLayoutsRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_admin__pb2.ListLayoutsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListClients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.AdminService/ListClients',
+            kvservice__api_dot_v1_dot_admin__pb2.ListClientsRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_admin__pb2.ListClientsResponse.FromString,
             options,
             channel_credentials,
             insecure,
