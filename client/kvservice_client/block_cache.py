@@ -44,6 +44,9 @@ class BlockCache:
         self.layout = layout
         self.shard = shard
 
+    def __repr__(self) -> str:
+        return f"BlockCache({self.layout.model_id!r}, {self.layout.fingerprint.hex()[:8]}, {self.shard})"
+
     def ping(self, timeout_s: float | None = None) -> None:
         """Attach and open the layout if needed, and make a call that the daemon must answer.
 

@@ -77,6 +77,7 @@ class Client:
         TlsFileUnusable.
         """
         arguments.client_name(name)
+        self._name = name
         arguments.seconds(timeout_s, "timeout_s")
         arguments.seconds(reconnect_wait_s, "reconnect_wait_s")
         if tls is not None:
@@ -89,6 +90,9 @@ class Client:
         self._hints = EngineHints(self._connection.channel, self._connection.attach_stream, clock)
         weakref.finalize(self._connection, self._hints.close)
         self.admin = Admin(self._connection)
+
+    def __repr__(self) -> str:
+        return f"Client({self.address!r}, name={self._name!r})"
 
     @property
     def address(self) -> str:

@@ -124,6 +124,10 @@ class BlockChain:
     keys: tuple[bytes, ...]
     token_counts: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        ends = f", {self.keys[0].hex()} to {self.keys[-1].hex()}" if self.keys else ""
+        return f"BlockChain({len(self.keys)} blocks of {sum(self.token_counts)} tokens{ends})"
+
     def __len__(self) -> int:
         return len(self.keys)
 

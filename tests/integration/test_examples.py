@@ -36,6 +36,16 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def test_the_readme_s_first_code_runs_as_pasted(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = new_daemon(dram__capacity_bytes=160 << 20)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    exec(code[1].replace("127.0.0.1:7070", daemon.address), {})
+    with daemon.client() as client:
+        counters = client.admin.status().counters
+        assert (counters["save_blocks_stored"], counters["lookup_blocks_hit"]) == (3, 3)
+
+
 def test_saved_blocks_are_found_by_their_tokens_and_loaded_bit_for_bit() -> None:
     shown = run("save_and_load")
 

@@ -60,7 +60,7 @@ def test_pin_and_unpin_say_what_they_did(ask: Callable[..., Any], daemon: Daemon
     done = kvctl("pin", second, ABSENT, "--ttl", "1.5min", address=daemon.address)
     assert (done.returncode, done.stderr) == (1, ""), "not all of them could be pinned"
     assert re.match(
-        r"pinned 1 until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d, 1 were not stored\nall pins take 16 KiB of", done.stdout
+        r"pinned 1 until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+, 1 were not stored\nall pins take 16 KiB of", done.stdout
     )
     done = kvctl("inspect", second, address=daemon.address)
     assert "pinned until" in done.stdout

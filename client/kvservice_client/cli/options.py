@@ -153,12 +153,10 @@ def keys_of(client: Client, texts: Iterable[str]) -> list[bytes]:
 
 def layout_of(client: Client, text: str) -> bytes:
     """The fingerprint, of which the text may have the first digits; empty for an empty text. Raises as `keys_of`."""
+    if not text:
+        return b""
     fingerprints = (each.fingerprint for each in client.admin.list_layouts())
-    return (
-        _only(text, "layout's fingerprint", (each for each in fingerprints if each.hex().startswith(text)))
-        if text
-        else b""
-    )
+    return _only(text, "layout's fingerprint", (each for each in fingerprints if each.hex().startswith(text)))
 
 
 def _only(text: str, what: str, found: Iterator[bytes]) -> bytes:

@@ -73,8 +73,8 @@ def moment(timestamp: Timestamp) -> datetime:
 
 
 def when(timestamp: Timestamp) -> str:
-    """The time by the local wall clock."""
-    return moment(timestamp).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    """The time by the local wall clock, with its zone."""
+    return moment(timestamp).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def age(timestamp: Timestamp) -> str:
