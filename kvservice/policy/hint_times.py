@@ -51,7 +51,7 @@ class HintTimes:
         self.hazards: Floats = np.repeat(priors, list(_CLASSES.values()), axis=0)
         self.in_class = np.full(row_count, NONE, np.int8)
         self.since_s = np.full(row_count, math.nan)
-        self._since_events = np.zeros(row_count, np.int64)
+        self._since_events = np.zeros(row_count, np.int32)
         self.count = 0  # Items that have a hint.
         self.expected: dict[int, None] = {}  # Items whose last hint announces a request and is still credible.
         self._announced = 0.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvservice.policy.survival import BIN_COUNT, Floats, bin_of, places_of
+from kvservice.policy.survival import BIN_COUNT, Floats, bin_of
 
 _MEMORY = 1024.0  # Requests after which a wait's weight has fallen to 1/e.
+_GROWTH = 1 + 1 / _MEMORY
 _LEAST = 1e-3
 
 
@@ -26,7 +27,7 @@ class QueueWaits:
         since_s = self._since_s.pop(row, None)
         if since_s is not None:
             self._waits[bin_of(now_s - since_s)] += self._weight
-            self._weight *= 1 + 1 / _MEMORY
+            self._weight *= _GROWTH
 
     def forgotten(self, row: int) -> None:
         self._since_s.pop(row, None)
@@ -40,9 +41,9 @@ class QueueWaits:
             self._shorter[1:] = np.cumsum(waits) / total
             self._shorter[0] = self._shorter[1] / 2
 
-    def shorter(self, times_s: Floats) -> Floats:
-        """The share of waits shorter than each of `times_s`, at least `_LEAST`. Same shape as `times_s`."""
-        places = places_of(times_s) + 0.5  # Shares are cumulative at the end of a bin, places are at its middle.
+    def shorter(self, places: Floats) -> Floats:
+        """The share of waits that are shorter, at least `_LEAST`, by `places_of` the times. Same shape as `places`."""
+        places = places + 0.5  # Shares are cumulative at the end of a bin, places are at its middle.
         bins = places.astype(np.int64)
         share: Floats = self._shorter[bins] + (places - bins) * (self._shorter[bins + 1] - self._shorter[bins])
         return np.maximum(share, _LEAST)
