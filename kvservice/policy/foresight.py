@@ -331,20 +331,26 @@ class ForesightPolicy(Placement):
         if not len(wanted):
             return []
         wanted = wanted[(-fetch[wanted]).argsort()]
-        after = lacks[wanted].cumsum()
-        leaving = room.searchsorted(after)  # Per read, the last item that must leave for it and those before.
-        costs = np.concatenate([leaves, [math.inf]])[leaving]
-        costs = np.where(after <= free, 0.0, math.inf if self._lru.follows else costs)
         readable = self._reads.readable_bytes(conditions, 2 * self._looks.every_s)
-        wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
-        return self._promotions_of(thinking[wanted], dense[0][wanted], fetch[wanted], now_s)
+        count = after = 0
+        for score, lack in zip(fetch[wanted].tolist(), lacks[wanted].tolist(), strict=True):
+            if after >= readable:
+                break
+            after += lack
+            if after > free:  # Then an item must leave for it, after those that leave for the reads before.
+                leaving = int(room.searchsorted(after))
+                if self._lru.follows or leaving == len(leaves) or score <= leaves[leaving]:
+                    break
+            count += 1
+        wanted = wanted[:count]
+        return self._promotions_of(thinking[wanted], dense[0][wanted], fetch[wanted], now_s) if count else []
 
     @staticmethod
     def _level_at(wanted_bytes: float, free_bytes: int, room: Floats, leaves: Floats) -> float:
         """The score of the last item that must leave to free `wanted_bytes`."""
         if free_bytes >= wanted_bytes or not len(room):
             return 0.0
-        return leaves.item(min(int(np.searchsorted(room, wanted_bytes)), len(leaves) - 1))
+        return leaves.item(min(int(room.searchsorted(wanted_bytes)), len(leaves) - 1))
 
     @property
     def _returns_seen(self) -> int:

@@ -139,6 +139,8 @@ class HintTimes:
 
     def learn(self, waiting: Rows, now_s: float) -> None:
         """Update `hazards` from the observations. `waiting`: every row that waits now, hinted or not."""
+        if not self.count and not any(array.any() for array in self.counts()):
+            return  # There never was a hint.
         classes = self.in_class[waiting].astype(np.int64)
         for hint, survival in self._survivals.items():
             first, end = _FIRST[hint], _FIRST[hint] + _CLASSES[hint]

@@ -84,9 +84,7 @@ class ItemScores:
 
     def dense(self, items: ItemTable, rows: Rows, sizes: Ints) -> tuple[Floats, Floats]:
         """What a use saves per byte: in DRAM, and where an item that is evicted is lost. `sizes` are above 0."""
-        return self._saved.per_bytes(
-            sizes, items.value[rows].astype(np.float64), items.conditions.ssd_capacity_bytes > 0
-        )
+        return self._saved.per_bytes(sizes, items.value[rows], items.conditions.ssd_capacity_bytes > 0)
 
     def dense_of(self, size: int, value: float) -> float:
         """What a use of one item in DRAM saves per byte, if SSD has the item too."""

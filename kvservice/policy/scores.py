@@ -15,7 +15,9 @@ _PRICE_COUNT = 7  # Prices of one read in hits, half an order of magnitude apart
 _SAME = 1e-3  # Hazards that change by less keep their indices.
 _LEVELS_PER_E = 2 / math.log(10)
 _PRICES = _LEAST_PRICE * np.exp(np.arange(_PRICE_COUNT) / _LEVELS_PER_E)
-_LEVEL_ENDS: list[float] = (_LEAST_PRICE * np.exp((np.arange(_PRICE_COUNT - 1) + 0.5) / _LEVELS_PER_E)).tolist()
+#: A price counts as the nearest of `_PRICES`.
+_LEVEL_ENDS: Floats = _LEAST_PRICE * np.exp((np.arange(_PRICE_COUNT - 1) + 0.5) / _LEVELS_PER_E)
+_LEVEL_END: list[float] = _LEVEL_ENDS.tolist()
 
 KEEP, HOLD, FETCH, LATER = range(4)
 
@@ -61,8 +63,8 @@ class Scores:
         `places`: shape [2, items], `places_of` the ages now, and of those at which items are in DRAM that are fetched
         now. It is changed.
         """
-        levels = np.rint(np.log(prices * (1 / _LEAST_PRICE)) * _LEVELS_PER_E)
-        begins = classes * _PRICE_COUNT + np.minimum(np.maximum(levels, 0.0), _PRICE_COUNT - 1.0).astype(np.int64)
+        begins = classes * _PRICE_COUNT
+        begins += _LEVEL_ENDS.searchsorted(prices, side="right")
         begins *= BIN_COUNT
         bins = places.astype(np.int64)
         places -= bins
@@ -78,5 +80,5 @@ class Scores:
 
     def at_once(self, in_class: int, price: float) -> tuple[float, float]:
         """(HOLD, KEEP) of a class at age 0."""
-        begins = (in_class * _PRICE_COUNT + bisect(_LEVEL_ENDS, price)) * BIN_COUNT
+        begins = (in_class * _PRICE_COUNT + bisect(_LEVEL_END, price)) * BIN_COUNT
         return self._view[begins + HOLD * self._kind], self._view[begins + KEEP * self._kind]
