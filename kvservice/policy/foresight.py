@@ -118,7 +118,7 @@ class ForesightPolicy(Placement):
             self._start(items, now_s)
         at, returns, hints = items.at, self._returns, self._hints
         called_at_s = math.nan
-        if hints.count and hints.is_hinted(row):
+        if hints.is_hinted(row):
             called_at_s = hints.called_at_s(row)
             if self._learning and returns.is_waiting(row):
                 reading_s = at.size_bytes[row] / items.conditions.ssd_bytes_per_s
@@ -185,8 +185,7 @@ class ForesightPolicy(Placement):
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
         if self._started:
             self._returns.forgotten(row, now_s)
-            if self._hints.count:
-                self._hints.cancel(row, now_s)
+            self._hints.cancel(row, now_s)
             self._waits.forgotten(row)
             self._scores.forgotten(row)
             self._is_candidate[row] = False
