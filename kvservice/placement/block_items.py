@@ -193,6 +193,8 @@ class BlockItems(ItemTree):
                 self.ask_again(now_s)  # Its space may be for the next ones: an engine may wait for them to be read.
         if not self._stored:
             self._stored = {}  # A dict that was large stays so.
+        if not self._unscored:
+            self._unscored = {}
 
     def queued(self, requests: Sequence[Rows], waiting: int, now_s: float) -> None:
         """The blocks that the requests at the heads of the engines' queues will read, the next request first.

@@ -10,30 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
 from kvservice.blocks import Rows, TierName
-from kvservice.policy import hint_times, learned, return_times
+from kvservice.policy import hint_times, learned
 from kvservice.policy.base import Hint, Promotion
 from kvservice.policy.hint_times import HintTimes
-from kvservice.policy.items import NOT_QUEUED, Conditions, ItemTable, grown
+from kvservice.policy.item_scores import LEAST_S, ItemScores
+from kvservice.policy.items import NOT_QUEUED, ItemTable, grown
 from kvservice.policy.look_times import LOOKS, LOOKS_ALONE, LookTimes
 from kvservice.policy.placement import Placement, inputs_of
 from kvservice.policy.queue_waits import QueueWaits
 from kvservice.policy.read_budget import ReadBudget
 from kvservice.policy.return_times import ReturnTimes
-from kvservice.policy.saved_time import SavedTime
-from kvservice.policy.scores import FETCH, HOLD, KEEP, LATER, Scores
 from kvservice.policy.shadow_lru import LruChoice
-from kvservice.policy.survival import Floats, Ints
+from kvservice.policy.survival import Floats
 
-_LEAST_RATE = 1e-30  # Returns per second that count as never.
-_SOON_SHARE = 0.5  # Tools that most often end within this share of a typical return time end soon.
-_LEAST_DENSE = 1e-300  # What a use saves per byte.
-_LEAST_S = 1e-6  # The time until a request that is about to run.
-_UNLIKELY = 0.02  # Expected returns within the typical time below which an item is not read ahead.
 _FULL_SCAN_PART = 4  # All items, not only candidates, are scored once per (live items / 4) events.
 _MARGIN_PART = 48  # The eviction threshold is the score at 1/48 of DRAM from the bottom.
 _CANDIDATE_SHARE = 0.5  # Partial scans skip items whose best future score is below this share of the threshold.
@@ -45,16 +39,6 @@ _DIRTY = 4.0
 #: miss costs more than a write.
 _SSD_ADMIT_SHARE = 0.9
 _RECENCY = 1e-60  # A score per use, below that of any queued request.
-_LATER_USE = 1e-13  # Breaks ties: by recency, so that a prefix scores above its suffix.
-
-
-class _Columns(NamedTuple):
-    """Views of the policy's own columns: access to an element takes a third of the time of NumPy's."""
-
-    in_dram: memoryview[float]
-    on_ssd: memoryview[float]
-    late: memoryview[float]
-    candidate: memoryview[bool]
 
 
 class ForesightPolicy(Placement):
@@ -70,17 +54,15 @@ class ForesightPolicy(Placement):
     def _start(self, items: ItemTable, now_s: float) -> None:
         self._started = True
         self._returns, self._hints = self._start_learning(items.row_count)
-        self._scores = Scores(self._returns.hazards, self._hints.hazards)
-        self._in_dram = np.zeros(items.row_count)
-        self._on_ssd = np.zeros(items.row_count)
-        self._late = np.ones(items.row_count, np.float32)  # Probability that a read begun at the request ends too late.
-        self._candidate = np.zeros(items.row_count, np.bool_)  # In DRAM, or may score above the threshold soon.
-        self._view()
-        self._since_all = 0  # Events since the last full scan.
         self._waits = QueueWaits()
         self._reads = ReadBudget(now_s)
+        self._scores = ItemScores(
+            items.row_count, self._returns, self._hints, self._waits, self._reads, items.conditions
+        )
+        self._candidate = np.zeros(items.row_count, np.bool_)  # In DRAM, or may score above the threshold soon.
+        self._is_candidate = self._candidate.data
+        self._since_all = 0  # Events since the last full scan.
         self._lru = LruChoice(items.conditions.dram_capacity_bytes, may_differ=self._learning)
-        self._saved = SavedTime.of(items.conditions)
         self._looks = LookTimes(now_s)
         self.look_at_s = self._looks.soonest_s
         self._all_due = 0
@@ -95,9 +77,6 @@ class ForesightPolicy(Placement):
             self._restored = b""
             self._learn_at = 0
             self._learn_if_due(np.empty(0, np.int64), now_s)
-
-    def _view(self) -> None:
-        self._at = _Columns._make(array.data for array in (self._in_dram, self._on_ssd, self._late, self._candidate))
 
     def _start_learning(self, row_count: int) -> tuple[ReturnTimes, HintTimes]:
         return ReturnTimes(row_count, self._learning), HintTimes(row_count)
@@ -120,19 +99,16 @@ class ForesightPolicy(Placement):
     def grow(self, row_count: int) -> None:
         if not self._started:
             return
-        for part in (self._returns, self._hints):
+        for part in (self._returns, self._hints, self._scores):
             part.grow(row_count)
-        self._in_dram, self._on_ssd = grown(self._in_dram, row_count, 0.0), grown(self._on_ssd, row_count, 0.0)
-        self._late = grown(self._late, row_count, 1.0)
         self._candidate = grown(self._candidate, row_count, False)
-        self._view()
+        self._is_candidate = self._candidate.data
 
     def split(self, items: ItemTable, row: int, front_row: int, now_s: float) -> None:
         if not self._started:
             return
         self._returns.split(row, front_row)
-        for array in (self._in_dram, self._on_ssd, self._late):
-            array[front_row] = array[row]
+        self._scores.split(row, front_row)
         self._candidate[front_row] = True
 
     # Events
@@ -151,8 +127,9 @@ class ForesightPolicy(Placement):
             hints.count_return()
         returns.record_return(row, now_s, called_at_s)
         self._waits.queued(row, now_s)
-        self._at.candidate[row] = True
-        self._happened(now_s)
+        self._is_candidate[row] = True
+        if self._looks.happened(now_s) and now_s < self.look_at_s:
+            self.look_at_s = now_s
         if at.dram_bytes[row] < at.ssd_bytes[row] and self._has_room(items, row):
             self.look_at_s = now_s
 
@@ -181,10 +158,11 @@ class ForesightPolicy(Placement):
         if key and uses == 1 and not returns.is_waiting(row):
             shadow.used(key, shadow.size_of(key), 0)  # `lru` may have it, where this store forgot it.
         returns.start_waiting(row, uses, at.answer_tokens[row], now_s, value)
-        self._score_stored(items.conditions, row, size or 1, value, at.access_seq[row])
+        self._scores.stored(items.conditions, row, size or 1, value, at.access_seq[row])
         self._lru.stored(key or row, size)
-        self._at.candidate[row] = True
-        self._happened(now_s)
+        self._is_candidate[row] = True
+        if self._looks.happened(now_s) and now_s < self.look_at_s:
+            self.look_at_s = now_s
 
     def hinted(self, items: ItemTable, row: int, hint: Hint, now_s: float, kind: int = 0) -> None:
         if not self._started or not self._learning:
@@ -193,29 +171,24 @@ class ForesightPolicy(Placement):
         if hint is Hint.ENDED and self._returns.is_waiting(row):  # Else it has no age.
             rows = np.array((row,))
             sizes = np.maximum(items.size_bytes[rows], 1)
-            self._score(items, rows, sizes, self._dense(items, rows, sizes), now_s)
-        self._at.candidate[row] = True
+            dense = self._scores.dense(items, rows, sizes)
+            self._scores.score(items, rows, sizes, dense, self._looks.hinted_every_s, now_s)
+        self._is_candidate[row] = True
         self._looks.hinted(now_s)
-        self._happened(now_s)
+        self._looks.happened(now_s)
         self.look_at_s = min(self.look_at_s, self._looks.soonest_s)
 
     def left(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> None:
         if self._started and tier is TierName.SSD:
-            self._ssd_level = self._at.on_ssd[row]
+            self._ssd_level = self._scores.at.on_ssd[row]
 
     def forgotten(self, items: ItemTable, row: int, now_s: float) -> None:
         if self._started:
             self._returns.forgotten(row, now_s)
             self._hints.cancel(row, now_s)
             self._waits.forgotten(row)
-            at = self._at
-            at.in_dram[row] = at.on_ssd[row] = 0.0
-            at.late[row] = 1.0
-            at.candidate[row] = False
-
-    def _happened(self, now_s: float) -> None:
-        if self._looks.happened(now_s) and now_s < self.look_at_s:
-            self.look_at_s = now_s
+            self._scores.forgotten(row)
+            self._is_candidate[row] = False
 
     # Scores
 
@@ -228,11 +201,11 @@ class ForesightPolicy(Placement):
             worth = np.multiply(items.access_seq[rows], _RECENCY)
             worth[items.ended[rows]] = 0.0
         else:
-            worth = (self._on_ssd if lost else self._in_dram)[rows]
+            worth = (self._scores.on_ssd if lost else self._scores.in_dram)[rows]
         queue_seq = items.queue_seq[rows]
         waiting = (queue_seq != NOT_QUEUED).nonzero()[0]
         if len(waiting):
-            worth[waiting] = self._worth_queued(items, rows[waiting], queue_seq[waiting], lost)
+            worth[waiting] = self._scores.of_queued(items, rows[waiting], queue_seq[waiting], self._window, lost)
         if not lost and items.conditions.queued:  # Copying it now would delay reads of the SSD.
             dirty = (items.ssd_bytes[rows] < items.dram_bytes[rows]).nonzero()[0]
             if len(dirty):
@@ -240,103 +213,15 @@ class ForesightPolicy(Placement):
         return worth
 
     def wants_in_dram(self, items: ItemTable, row: int, now_s: float) -> bool:
-        return not self._started or self._lru.follows or self._at.in_dram[row] >= self._level
+        return not self._started or self._lru.follows or self._scores.at.in_dram[row] >= self._level
 
     def wants_on_ssd(self, items: ItemTable, row: int, now_s: float) -> bool:
         if not self._started:
             return True
-        score = self._at.on_ssd[row]
+        score = self._scores.at.on_ssd[row]
         if self._lru.follows:
             return score > 0.0 and not items.at.unwanted_on_ssd[row] and not self._hints.has_ended(row)
         return score > 0.0 and score >= _SSD_ADMIT_SHARE * self._ssd_level and not self._hints.has_ended(row)
-
-    def _worth_queued(self, items: ItemTable, rows: Rows, queue_seq: Ints, lost: bool) -> Floats:
-        """A queued request is a hit at a known time. An item that can still be read in time scores the read's price."""
-        conditions = items.conditions
-        ahead = queue_seq - conditions.served
-        coming_s = np.maximum(ahead * (1 / conditions.turns_per_s), _LEAST_S)
-        dense = self._dense(items, rows, np.maximum(items.size_bytes[rows], 1))[lost]
-        worth: Floats = dense / coming_s
-        worth *= 1 + _LATER_USE * items.access_seq[rows]
-        if not lost:
-            far = (ahead >= self._window).nonzero()[0]
-            if len(far):
-                worth[far] *= np.minimum(self._reads.per_density / np.maximum(dense[far], _LEAST_DENSE), 1.0)
-        return worth
-
-    def _dense(self, items: ItemTable, rows: Rows, sizes: Ints) -> tuple[Floats, Floats]:
-        """What a use saves per byte: in DRAM, and where an item that is evicted is lost."""
-        return self._saved.per_bytes(
-            sizes, items.value[rows].astype(np.float64), items.conditions.ssd_capacity_bytes > 0
-        )
-
-    def _score_stored(self, conditions: Conditions, row: int, size: int, value: float, access_seq: int) -> None:
-        """The scores of an item that was just used: what `_score` gives at age 0."""
-        at, returns = self._at, self._returns
-        dense, dense_lost = self._saved.per_byte(size, value, conditions.ssd_capacity_bytes > 0)
-        in_class, factor = returns.class_and_factor(row)
-        unannounced = self._hints.unannounced_share * at.late[row]
-        hold, keep = self._scores.at_once(in_class, self._reads.per_density / (dense or _LEAST_DENSE) / unannounced)
-        hold *= unannounced
-        wait_s = conditions.queued / conditions.turns_per_s
-        later = 1 + _LATER_USE * access_seq
-        at.in_dram[row] = dense * later / (factor / (hold or _LEAST_RATE) + wait_s)
-        at.on_ssd[row] = dense_lost * later / (factor / (keep or _LEAST_RATE) + wait_s)
-
-    def _score(
-        self, items: ItemTable, rows: Rows, sizes: Ints, dense: tuple[Floats, Floats], now_s: float
-    ) -> tuple[Floats, Floats]:
-        """Score `rows`. Returns the scores of reading each ahead now, and at the best later time."""
-        conditions = items.conditions
-        returns, hints, scores = self._returns, self._hints, self._scores
-        reading_s = (sizes - items.dram_bytes[rows]) * (1 / conditions.ssd_bytes_per_s) + conditions.read_backlog_s
-        read_s = np.multiply(sizes, 1 / conditions.ssd_bytes_per_s)
-        late = self._waits.shorter(read_s)
-        self._late[rows] = late
-        price = self._reads.per_density / np.maximum(dense[0], _LEAST_DENSE) / late
-
-        unannounced = hints.unannounced_share
-        factor = returns.factor[rows]
-        age_s = now_s - returns.since_s[rows]
-        rates = scores.rates(
-            returns.in_class[rows].astype(np.int64), age_s / factor, (age_s + reading_s) / factor, price / unannounced
-        )
-        rates[HOLD:] *= unannounced
-        rates /= factor
-        if hints.count:
-            hinted = (hints.in_class[rows] != hint_times.NONE).nonzero()[0]
-            if len(hinted):
-                self._score_hinted(rows[hinted], hinted, reading_s[hinted], price[hinted], rates, now_s)
-        rates[HOLD:] *= late
-        wait_s = conditions.queued / conditions.turns_per_s
-        worth = np.maximum(rates, _LEAST_RATE)
-        np.divide(1, worth, out=worth)
-        worth += wait_s
-        np.divide(1, worth, out=worth)
-        worth *= 1 + _LATER_USE * items.access_seq[rows]
-        self._on_ssd[rows] = worth[KEEP] * dense[1]
-        worth *= dense[0]
-        self._in_dram[rows] = worth[HOLD]
-        worth[FETCH:] *= rates[FETCH:] >= _UNLIKELY / returns.typical_s
-        return worth[FETCH], worth[LATER]
-
-    def _score_hinted(
-        self, rows: Rows, places: Ints, reading_s: Floats, price: Floats, rates: Floats, now_s: float
-    ) -> None:
-        """Change the rates of the hinted `rows`, which are at `places` of `rates`."""
-        returns, hints = self._returns, self._hints
-        in_class = hints.in_class[rows].astype(np.int64)
-        age_s = now_s - hints.since_s[rows]
-        ready_s = age_s + reading_s + self._looks.hinted_every_s
-        by_hint = self._scores.rates(return_times.CLASSES + in_class, age_s, ready_s, price)
-        doubtful = (by_hint[LATER] < rates[LATER, places]) & (in_class < hint_times.ENDED)
-        for row in rows[doubtful].tolist():
-            hints.expected.pop(row, None)
-        # What a tool's end will bring back within seconds is not evicted, to be read again before that.
-        soon = (age_s <= hints.most_s[in_class]) & (hints.most_s[in_class] < _SOON_SHARE * returns.typical_s)
-        called = np.flatnonzero(soon & (in_class >= hint_times.TOOL_CALL) & (in_class < hint_times.ENDED))
-        by_hint[HOLD, called] = np.maximum(by_hint[HOLD, called], by_hint[LATER, called])
-        rates[:, places] = np.where(in_class >= hint_times.ENDED, by_hint, np.maximum(by_hint, rates[:, places]))
 
     def explain(self, items: ItemTable, row: int, tier: TierName, now_s: float) -> Mapping[str, float]:
         """`returns_per_s` is the expected rate of the item's next use now; `value` is in units of the table."""
@@ -385,8 +270,8 @@ class ForesightPolicy(Placement):
                 self._all_fit = False
                 break
             if at.ssd_bytes[row] > at.dram_bytes[row] + at.coming_bytes[row]:
-                coming_s = max(ahead / conditions.turns_per_s, _LEAST_S)  # One request may read several rows.
-                dense, _ = self._saved.per_byte(size or 1, at.value[row], True)
+                coming_s = max(ahead / conditions.turns_per_s, LEAST_S)  # One request may read several rows.
+                dense = self._scores.dense_of(size, at.value[row])
                 wanted.append(Promotion(row, now_s + coming_s, dense / coming_s))
         self._window = max(ahead, 1)
         return wanted
@@ -411,14 +296,14 @@ class ForesightPolicy(Placement):
         if not len(thinking):
             self._looks.plan(False, False, now_s)
             return []
-        self._saved = SavedTime.of(conditions)
-        sizes = np.maximum(items.size_bytes[thinking], 1)
-        dense = self._dense(items, thinking, sizes)
-        mean_dense = float((dense[0] * items.size_bytes[thinking]).sum()) / max(
-            float(items.size_bytes[thinking].sum()), 1.0
-        )
+        scores = self._scores
+        scores.rates_changed(conditions)
+        saved_bytes = items.size_bytes[thinking]
+        sizes = np.maximum(saved_bytes, 1)
+        dense = scores.dense(items, thinking, sizes)
+        mean_dense = float((dense[0] * saved_bytes).sum()) / max(float(saved_bytes.sum()), 1.0)
         self._reads.learn(conditions, self._lru.shadow.hit_share, mean_dense, now_s)
-        fetch, later = self._score(items, thinking, sizes, dense, now_s)
+        fetch, later = scores.score(items, thinking, sizes, dense, self._looks.hinted_every_s, now_s)
 
         has = items.dram_bytes[rows]
         in_dram = rows[(has > 0) & (items.in_use[rows] == 0)]
@@ -445,20 +330,26 @@ class ForesightPolicy(Placement):
         if not len(wanted):
             return []
         wanted = wanted[(-fetch[wanted]).argsort()]
-        after = lacks[wanted].cumsum()
-        leaving = room.searchsorted(after)  # Per read, the last item that must leave for it and those before.
-        costs = np.concatenate([leaves, [math.inf]])[leaving]
-        costs = np.where(after <= free, 0.0, math.inf if self._lru.follows else costs)
         readable = self._reads.readable_bytes(conditions, 2 * self._looks.every_s)
-        wanted = wanted[(fetch[wanted] > costs) & (after - lacks[wanted] < readable)]
-        return self._promotions_of(thinking[wanted], dense[0][wanted], fetch[wanted], now_s)
+        count = after = 0
+        for score, lack in zip(fetch[wanted].tolist(), lacks[wanted].tolist(), strict=True):
+            if after >= readable:
+                break
+            after += lack
+            if after > free:  # Then an item must leave for it, after those that leave for the reads before.
+                leaving = int(room.searchsorted(after))
+                if self._lru.follows or leaving == len(leaves) or score <= leaves[leaving]:
+                    break
+            count += 1
+        wanted = wanted[:count]
+        return self._promotions_of(thinking[wanted], dense[0][wanted], fetch[wanted], now_s) if count else []
 
     @staticmethod
     def _level_at(wanted_bytes: float, free_bytes: int, room: Floats, leaves: Floats) -> float:
         """The score of the last item that must leave to free `wanted_bytes`."""
         if free_bytes >= wanted_bytes or not len(room):
             return 0.0
-        return leaves.item(min(int(np.searchsorted(room, wanted_bytes)), len(leaves) - 1))
+        return leaves.item(min(int(room.searchsorted(wanted_bytes)), len(leaves) - 1))
 
     @property
     def _returns_seen(self) -> int:
@@ -473,4 +364,4 @@ class ForesightPolicy(Placement):
         self._returns.learn(thinking, now_s)
         self._hints.learn(thinking, now_s)
         self._waits.learn()
-        self._scores.learn(self._returns.hazards, self._hints.hazards)
+        self._scores.learn()

@@ -49,9 +49,8 @@ class HintTimes:
         }
         priors = np.array((_HINTED_PRIOR, _HINTED_PRIOR, _ENDED_PRIOR))
         self.hazards: Floats = np.repeat(priors, list(_CLASSES.values()), axis=0)
-        self.in_class = np.full(row_count, NONE, np.int8)
-        self.since_s = np.full(row_count, math.nan)
-        self._since_events = np.zeros(row_count, np.int64)
+        self._row_count = row_count
+        self._make_columns(0)  # Made at the first hint: a store without hints needs no memory for them.
         self.count = 0  # Items that have a hint.
         self.expected: dict[int, None] = {}  # Items whose last hint announces a request and is still credible.
         self._announced = 0.0
@@ -61,13 +60,23 @@ class HintTimes:
         )  # By class, the `_SOONEST_SHARE` quantile of the time to the request.
         self.most_s: Floats = np.zeros(CLASSES)  # By class, the time within which most requests come.
 
+    def _make_columns(self, row_count: int) -> None:
+        self.in_class = np.full(row_count, NONE, np.int8)
+        self.since_s = np.full(row_count, math.nan)
+        self._since_events = np.zeros(row_count, np.int32)
+
     def grow(self, row_count: int) -> None:
+        self._row_count = row_count
+        if not len(self.in_class):
+            return
         self.in_class = grown(self.in_class, row_count, NONE)
         self.since_s = grown(self.since_s, row_count, math.nan)
         self._since_events = grown(self._since_events, row_count, 0)
 
     def hinted(self, row: int, hint: Hint, likely: float, now_s: float, kind: int = 0) -> None:
         """`likely`: the hazard of a return without this hint, relative to the average hazard. `kind`: of the tool."""
+        if not len(self.in_class):
+            self._make_columns(self._row_count)
         self.cancel(row, now_s)
         if hint is Hint.TOOL_CALL:
             within = kind % HINT_KINDS
@@ -82,9 +91,9 @@ class HintTimes:
 
     def record_return(self, row: int, hazard: float, reading_s: float, now_s: float) -> None:
         """The request arrived. `hazard` is its hazard without the hint; reading its bytes takes `reading_s`."""
-        in_class = self.in_class.item(row)
         announced = 0.0
-        if in_class != NONE:
+        if self.is_hinted(row):
+            in_class = self.in_class.item(row)
             age_s = now_s - self.since_s.item(row)
             hint = _ORDER[_HINT_OF[in_class]]
             self._survivals[hint].record_event(in_class - _FIRST[hint], age_s)
@@ -103,8 +112,8 @@ class HintTimes:
 
     def cancel(self, row: int, now_s: float) -> None:
         """The last hint no longer applies: record it as censored."""
-        in_class = self.in_class.item(row)
-        if in_class != NONE:
+        if self.is_hinted(row):
+            in_class = self.in_class.item(row)
             hint = _ORDER[_HINT_OF[in_class]]
             self._survivals[hint].record_censored(in_class - _FIRST[hint], now_s - self.since_s.item(row))
             self._forget(row)
@@ -129,7 +138,7 @@ class HintTimes:
 
     def has_ended(self, row: int) -> bool:
         """Whether the item's session has ended, and sessions that ended were hardly ever seen to return."""
-        in_class = self.in_class.item(row)
+        in_class = self.in_class.item(row) if self.count else NONE
         return in_class >= ENDED and bool((self.hazards[in_class, :-1] * WIDTHS[:-1]).sum() < _NEVER_RETURNS_BELOW)
 
     @property
@@ -139,7 +148,9 @@ class HintTimes:
 
     def learn(self, waiting: Rows, now_s: float) -> None:
         """Update `hazards` from the observations. `waiting`: every row that waits now, hinted or not."""
-        classes = self.in_class[waiting].astype(np.int64)
+        if not self.count and not any(array.any() for array in self.counts()):
+            return  # There never was a hint.
+        classes = self.in_class[waiting].astype(np.int64) if len(self.in_class) else np.full(len(waiting), NONE)
         for hint, survival in self._survivals.items():
             first, end = _FIRST[hint], _FIRST[hint] + _CLASSES[hint]
             hinted = (classes >= first) & (classes < end)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvservice.policy.survival import BIN_COUNT, Floats, bin_of, places_of
+from kvservice.policy.survival import BIN_COUNT, Floats, bin_of
 
 _MEMORY = 1024.0  # Requests after which a wait's weight has fallen to 1/e.
+_GROWTH = 1 + 1 / _MEMORY
 _LEAST = 1e-3
 
 
@@ -18,6 +19,7 @@ class QueueWaits:
         self._waits = [0.0] * BIN_COUNT
         self._weight = 1.0  # Weight of the next wait. It grows, instead of all other weights decreasing.
         self._shorter: Floats = np.ones(BIN_COUNT + 1)
+        self._in_bin: Floats = np.zeros(BIN_COUNT)  # The differences of `_shorter`.
 
     def queued(self, row: int, now_s: float) -> None:
         self._since_s[row] = now_s
@@ -26,7 +28,7 @@ class QueueWaits:
         since_s = self._since_s.pop(row, None)
         if since_s is not None:
             self._waits[bin_of(now_s - since_s)] += self._weight
-            self._weight *= 1 + 1 / _MEMORY
+            self._weight *= _GROWTH
 
     def forgotten(self, row: int) -> None:
         self._since_s.pop(row, None)
@@ -39,10 +41,11 @@ class QueueWaits:
         if total:
             self._shorter[1:] = np.cumsum(waits) / total
             self._shorter[0] = self._shorter[1] / 2
+            self._in_bin = np.diff(self._shorter)
 
-    def shorter(self, times_s: Floats) -> Floats:
-        """The share of waits shorter than each of `times_s`, at least `_LEAST`. Same shape as `times_s`."""
-        places = places_of(times_s) + 0.5  # Shares are cumulative at the end of a bin, places are at its middle.
+    def shorter(self, places: Floats) -> Floats:
+        """The share of waits that are shorter, at least `_LEAST`, by `places_of` the times. Same shape as `places`."""
+        places = places + 0.5  # Shares are cumulative at the end of a bin, places are at its middle.
         bins = places.astype(np.int64)
-        share: Floats = self._shorter[bins] + (places - bins) * (self._shorter[bins + 1] - self._shorter[bins])
+        share: Floats = self._shorter[bins] + (places - bins) * self._in_bin[bins]
         return np.maximum(share, _LEAST)

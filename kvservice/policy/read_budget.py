@@ -39,7 +39,7 @@ class ReadBudget:
 
     def used(self, dram_bytes: int, ssd_bytes: int) -> None:
         """A request uses an item, with so much of it in the tiers."""
-        stored_bytes = max(ssd_bytes, dram_bytes)
+        stored_bytes = max(dram_bytes, ssd_bytes)
         self._returned += stored_bytes
         self._found += stored_bytes - dram_bytes
         self._used_bytes += _LAST * (stored_bytes - self._used_bytes)

@@ -18,6 +18,7 @@ from kvservice.policy.items import grown
 from kvservice.policy.survival import BEGINS, BIN_COUNT, WIDTHS, Floats, Survival, bin_of
 
 CLASSES = 4  # 1, 2 and 3, 4 to 7, 8 or more uses.
+_CLASS_OF = tuple(max(uses.bit_length() - 1, 0) for uses in range(1 << (CLASSES - 1)))  # By uses.
 
 #: The prior: the longer ago the last use, the less likely the next, as LRU assumes. 5 % return in each bin.
 RECENCY: Floats = 0.05 / WIDTHS
@@ -52,7 +53,7 @@ class ReturnTimes:
         self.since_s = np.full(row_count, math.nan)  # Start of the item's age; NaN while the item is not waiting.
         self.factor = np.ones(row_count)
         self.in_class = np.zeros(row_count, np.int8)
-        self._since_events = np.zeros(row_count, np.int64)
+        self._since_events = np.zeros(row_count, np.int32)
         self._value = np.ones(row_count, np.float32)
         self._mean_value = 0.0
         self._gaps = np.zeros(row_count, np.float32)
@@ -104,22 +105,27 @@ class ReturnTimes:
         """The item's use has ended, so its age is 0 now. `answer_tokens` 0: not known. `value`: its weight."""
         at = self._at
         at.since_s[row] = now_s
-        at.in_class[row] = min(max(uses, 1).bit_length() - 1, CLASSES - 1)
+        at.in_class[row] = _CLASS_OF[uses] if uses < len(_CLASS_OF) else CLASSES - 1
         if not self._learning:
             return
         events = self.survival.event_count
         at.since_events[row] = events
         at.value[row] = value
-        self._mean_value += (value - self._mean_value) / min(events + 1.0, _MEMORY)
+        self._mean_value += (value - self._mean_value) / (events + 1.0 if events < _MEMORY else _MEMORY)
         gaps = at.gaps[row]
         means, effects = self._means, self._effects
-        pace = (at.log_gaps[row] - gaps * means[_FEATURES]) / (gaps + 1.0)
-        answer, used = math.log1p(answer_tokens), math.log(max(uses, 1))
-        at.pace[row], at.answer[row], at.uses[row] = pace, answer, used
-        if not answer_tokens:
-            answer = means[1]  # It has no effect.
+        at.pace[row] = pace = (at.log_gaps[row] - gaps * means[_FEATURES]) / (gaps + 1.0)
+        at.uses[row] = used = math.log(uses) if uses > 1 else 0.0
+        if answer_tokens:
+            at.answer[row] = answer = math.log1p(answer_tokens)
+        else:
+            at.answer[row], answer = 0.0, means[1]  # It has no effect.
         log_factor = effects[0] * (pace - means[0]) + effects[1] * (answer - means[1]) + effects[2] * (used - means[2])
-        at.factor[row] = math.exp(min(max(log_factor, -_LOG_RANGE), _LOG_RANGE))
+        if log_factor > _LOG_RANGE:
+            log_factor = _LOG_RANGE
+        elif log_factor < -_LOG_RANGE:
+            log_factor = -_LOG_RANGE
+        at.factor[row] = math.exp(log_factor)
 
     def record_return(self, row: int, now_s: float, called_at_s: float = math.nan) -> None:
         """A request for the item arrived at `now_s`. After a tool call, the time until then says nothing of users."""

@@ -103,9 +103,12 @@ class _Queues:
         self._over_share_seq = 0  # The small queue exceeds its share by its items up to this `seq`.
         self._ghost_bytes = 0
         self._small_bytes = 0  # Since `count_small`, without items that entered the queue after it.
+        self._in_small = np.empty(1024, np.int64)  # The small queue's rows, in no order: the first so many of them.
+        self._small_count = 0
         self._rows = 0
         self._queues = self._freqs = np.empty(0, np.int8)
         self._seqs = self._sizes = self._olders = self._newers = np.empty(0, np.int64)
+        self._places = np.empty(0, np.int32)  # In `_in_small`.
         self.grow(1024)
 
     def grow(self, row_count: int) -> None:
@@ -113,12 +116,13 @@ class _Queues:
         if row_count <= self._rows:
             return
         self._rows = row_count
-        for name in ("_queues", "_freqs", "_seqs", "_sizes", "_olders", "_newers"):
+        for name in ("_queues", "_freqs", "_seqs", "_sizes", "_olders", "_newers", "_places"):
             setattr(self, name, grown(getattr(self, name), row_count, 0))
         # Access to a single element of a memoryview takes a third of the time of NumPy's.
         self._queue, self._freq = self._queues.data, self._freqs.data
         self._seq, self._size = self._seqs.data, self._sizes.data
         self._older, self._newer = self._olders.data, self._newers.data
+        self._place = self._places.data
 
     # Events
 
@@ -238,6 +242,12 @@ class _Queues:
             self._newer[newest] = row
         if queue == _GHOST:
             self._ghost_bytes += size_bytes
+        elif queue == _SMALL:
+            if self._small_count == len(self._in_small):
+                self._in_small = grown(self._in_small, 2 * self._small_count, 0)
+            self._in_small[self._small_count] = row
+            self._place[row] = self._small_count
+            self._small_count += 1
 
     def _unlink(self, row: int) -> None:
         queue = self._queue[row]
@@ -257,12 +267,16 @@ class _Queues:
             self._ghost_bytes -= self._size[row]
         elif queue == _SMALL:
             self._small_bytes -= self._size[row]
+            self._small_count -= 1
+            last = self._in_small.item(self._small_count)
+            self._in_small[self._place[row]] = last
+            self._place[last] = self._place[row]
 
     # Ranking
 
     def count_small(self, resident_bytes: NDArray[np.int64]) -> None:
         """Count the small queue's bytes again: items have entered it, and those in it may have got more bytes."""
-        small = (self._queues[: len(resident_bytes)] == _SMALL).nonzero()[0]
+        small = self._in_small[: self._small_count]
         self._sizes[small] = sizes = resident_bytes[small]
         self._small_bytes = int(sizes.sum())
 

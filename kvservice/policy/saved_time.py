@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.policy.items import Conditions
 from kvservice.policy.survival import Floats, Ints
@@ -53,10 +54,10 @@ class SavedTime(NamedTuple):
         from_ssd = min(self.computed, self.wait_s / size + self.read)
         return max(from_ssd - self.link, 0.0), max(self.computed - from_ssd, 0.0)
 
-    def per_bytes(self, sizes: Ints, values: Floats, has_ssd: bool) -> tuple[Floats, Floats]:
+    def per_bytes(self, sizes: Ints, values: NDArray[np.float32], has_ssd: bool) -> tuple[Floats, Floats]:
         """`per_byte` of several items. All arrays have the shape [items]."""
         if not self.computed:
-            each = values / sizes
+            each: Floats = values / sizes
             return each, each
         if not has_ssd:
             each = np.full(len(sizes), max(self.computed - self.link, 0.0))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 
 import numpy as np
 
-from kvservice.policy.survival import BIN_COUNT, Floats, Ints, places_of
+from kvservice.policy.survival import BIN_COUNT, Floats, Ints
 from kvservice.policy.worth import gittins_index, whittle_index
 
 _LEAST_PRICE = 0.01
@@ -14,6 +15,9 @@ _PRICE_COUNT = 7  # Prices of one read in hits, half an order of magnitude apart
 _SAME = 1e-3  # Hazards that change by less keep their indices.
 _LEVELS_PER_E = 2 / math.log(10)
 _PRICES = _LEAST_PRICE * np.exp(np.arange(_PRICE_COUNT) / _LEVELS_PER_E)
+#: A price counts as the nearest of `_PRICES`.
+_LEVEL_ENDS: Floats = _LEAST_PRICE * np.exp((np.arange(_PRICE_COUNT - 1) + 0.5) / _LEVELS_PER_E)
+_LEVEL_END: list[float] = _LEVEL_ENDS.tolist()
 
 KEEP, HOLD, FETCH, LATER = range(4)
 
@@ -53,12 +57,15 @@ class Scores:
         self._kind = self._tables[0].size
         self._kinds = (np.arange(4) * self._kind).reshape(2, 2, 1)
 
-    def rates(self, classes: Ints, ages_s: Floats, ready_s: Floats, prices: Floats) -> Floats:
-        """The four indices, shape [4, items]. An item that is fetched now is in DRAM at age `ready_s`."""
-        levels = np.rint(np.log(prices * (1 / _LEAST_PRICE)) * _LEVELS_PER_E)
-        begins = classes * _PRICE_COUNT + np.minimum(np.maximum(levels, 0.0), _PRICE_COUNT - 1.0).astype(np.int64)
+    def rates(self, classes: Ints, places: Floats, prices: Floats) -> Floats:
+        """The four indices, shape [4, items].
+
+        `places`: shape [2, items], `places_of` the ages now, and of those at which items are in DRAM that are fetched
+        now. It is changed.
+        """
+        begins = classes * _PRICE_COUNT
+        begins += _LEVEL_ENDS.searchsorted(prices, side="right")
         begins *= BIN_COUNT
-        places = places_of(np.array((ages_s, ready_s)))
         bins = places.astype(np.int64)
         places -= bins
         bins += begins
@@ -73,6 +80,5 @@ class Scores:
 
     def at_once(self, in_class: int, price: float) -> tuple[float, float]:
         """(HOLD, KEEP) of a class at age 0."""
-        level = min(max(round(math.log(price / _LEAST_PRICE) * _LEVELS_PER_E), 0), _PRICE_COUNT - 1)
-        begins = (in_class * _PRICE_COUNT + level) * BIN_COUNT
+        begins = (in_class * _PRICE_COUNT + bisect(_LEVEL_END, price)) * BIN_COUNT
         return self._view[begins + HOLD * self._kind], self._view[begins + KEEP * self._kind]

@@ -7,6 +7,7 @@ DRAM that the sample has. If many items are in it, fewer are sampled, so its mem
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 _ITEMS_MAX = 2048
 _MEMORY = 1024.0  # Sampled uses after which a difference counts 1/e.
@@ -16,7 +17,9 @@ _SIGNIFICANT = 2.0  # In standard deviations of the sum of differences.
 #: hardly been seen. It decides again where `lru` is ahead: each time for twice as long, but at most so long.
 _UNKNOWN_TURNOVERS, _TURNOVERS_MAX = 4.0, 64.0
 _SCATTER = 0x9E3779B97F4A7C15  # Odd, so that the products of different keys differ.
-_WORD = 1 << 64
+_WORD_BITS = 64
+_WORD_MASK = (1 << _WORD_BITS) - 1
+_KEPT = 1 - 1 / _MEMORY
 
 
 class ShadowLru:
@@ -24,11 +27,12 @@ class ShadowLru:
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        self._below = _WORD  # Keys that scatter below it are sampled.
-        self._sizes: dict[int, int] = {}  # The oldest use first.
+        self._halvings = 0  # One in 2 ** halvings keys is sampled.
+        self._sampled_bytes = capacity_bytes  # The sample's share of DRAM.
+        self._sizes: OrderedDict[int, int] = OrderedDict()  # The oldest use first.
         self._held_bytes = 0
         self._left_bytes = 0
-        self._had = self._would_have = self._returned = 0.0  # Bytes, over recent uses.
+        self._would_have = self._returned = 0.0  # Bytes, over recent uses.
         self.restart()
 
     def restart(self) -> None:
@@ -42,43 +46,47 @@ class ShadowLru:
 
     def used(self, key: int, size_bytes: int, dram_bytes: int) -> None:
         """A request uses an item that was saved with this size, and that has so many bytes in the real DRAM."""
-        if key * _SCATTER % _WORD >= self._below or not size_bytes:
+        if not size_bytes or (self._halvings and not self._is_sampled(key)):
             return
-        shadowed = min(self._sizes.get(key, 0), size_bytes)
+        shadowed = self._sizes.get(key, 0)
+        if shadowed > size_bytes:
+            shadowed = size_bytes
         ahead = shadowed - dram_bytes
         self._uses += 1
-        kept = 1 - 1 / _MEMORY
-        self._ahead = self._ahead * kept + ahead
-        self._square = self._square * kept + ahead * ahead
-        self._had = self._had * kept + dram_bytes
-        self._would_have = self._would_have * kept + shadowed
-        self._returned = self._returned * kept + size_bytes
+        self._ahead = self._ahead * _KEPT + ahead
+        self._square = self._square * _KEPT + ahead * ahead
+        self._would_have = self._would_have * _KEPT + shadowed
+        self._returned = self._returned * _KEPT + size_bytes
 
     def stored(self, key: int, size_bytes: int) -> None:
         """The item was saved, and is what was used last."""
-        if key * _SCATTER % _WORD >= self._below:
+        if self._halvings and not self._is_sampled(key):
             return
         sizes = self._sizes
         self._held_bytes += size_bytes - sizes.pop(key, 0)
         sizes[key] = size_bytes
-        capacity_bytes = self._capacity_bytes * self._below // _WORD
-        while self._held_bytes > capacity_bytes:
+        while self._held_bytes > self._sampled_bytes:
             oldest = next(iter(sizes))
             size = sizes[oldest]
-            leaves = min(self._held_bytes - capacity_bytes, size)
+            leaves = self._held_bytes - self._sampled_bytes
             if leaves < size:  # The end of an item leaves first.
                 sizes[oldest] = size - leaves
             else:
+                leaves = size
                 del sizes[oldest]
             self._held_bytes -= leaves
-            self._left_bytes += leaves * _WORD // self._below
+            self._left_bytes += leaves << self._halvings
         if len(sizes) > _ITEMS_MAX:
             self._sample_less()
 
     def _sample_less(self) -> None:
-        self._below //= 2
-        self._sizes = {key: size for key, size in self._sizes.items() if key * _SCATTER % _WORD < self._below}
+        self._halvings += 1
+        self._sampled_bytes = self._capacity_bytes >> self._halvings
+        self._sizes = OrderedDict((key, size) for key, size in self._sizes.items() if self._is_sampled(key))
         self._held_bytes = sum(self._sizes.values())
+
+    def _is_sampled(self, key: int) -> bool:
+        return not (key * _SCATTER & _WORD_MASK) >> (_WORD_BITS - self._halvings)
 
     @property
     def turnovers(self) -> float:

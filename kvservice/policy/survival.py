@@ -33,7 +33,8 @@ WIDTHS: Floats = np.diff(BEGINS, append=BEGINS[-1] * 1024)
 def bin_of(age_s: float) -> int:
     if age_s <= _FIRST_END_S:
         return 0
-    return min(int((math.log2(age_s) - _FIRST_OCTAVE) * BINS_PER_OCTAVE) + 1, BIN_COUNT - 1)
+    at = int((math.log2(age_s) - _FIRST_OCTAVE) * BINS_PER_OCTAVE) + 1
+    return at if at < BIN_COUNT else BIN_COUNT - 1
 
 
 def places_of(ages_s: Floats) -> Floats:
@@ -115,9 +116,10 @@ class Survival:
         """The arrays of `counts` were filled with those of an earlier run, that had seen so many events."""
         self.event_count = self._faded_at = event_count
 
-    def weight(self, since_events: Ints) -> Floats:
+    def weight(self, since_events: NDArray[np.int32]) -> Floats:
         """Weights of subjects that have waited since `since_events` events. They fade as the events do."""
-        return np.exp((since_events - self.event_count) / self._memory)
+        faded: Floats = np.exp((since_events - self.event_count) / self._memory)
+        return faded
 
     def hazards(self, classes: Ints, ages_s: Floats, weights: Floats) -> Floats:
         """The hazard in events per second, shape [class, bin].

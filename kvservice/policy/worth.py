@@ -29,18 +29,24 @@ def whittle_index(hazards: Floats, prices: Floats, widths_s: Floats = WIDTHS) ->
     classes, bins = hazards.shape
     most = hazards.max(axis=1)[:, None, None] * (1 + price)
     rents = most * np.geomspace(_RENT_RANGE, 1.0, _RENTS)  # (class, price, rent)
-    gains = np.empty((bins, classes, len(prices), _RENTS))
-    value_in = value_out = np.zeros(gains.shape[1:])
+    comes, stays_s = (each.T[:, :, None, None] for each in (returns, stays_s))  # (bin, class, 1, 1)
+    stays, paid, pays = 1 - comes, rents * stays_s, comes * price
+    gains = np.empty((classes, len(prices), bins, _RENTS))
+    hold, wait, value_in, value_out = np.zeros((4, *rents.shape))
     for at in reversed(range(bins)):
-        comes = returns[:, at, None, None]
-        hold = comes + (1 - comes) * value_in - rents * stays_s[:, at, None, None]
-        wait = (1 - comes) * value_out - comes * price
-        gains[at] = hold - wait
-        value_in, value_out = np.maximum(hold, wait), np.maximum(wait, hold - price)
-    in_order = gains.transpose(1, 2, 0, 3)
+        np.multiply(stays[at], value_in, out=hold)
+        hold += comes[at]
+        hold -= paid[at]
+        np.multiply(stays[at], value_out, out=wait)
+        wait -= pays[at]
+        np.subtract(hold, wait, out=gains[:, :, at])
+        np.maximum(hold, wait, out=value_in)
+        hold -= price
+        np.maximum(wait, hold, out=value_out)
     rents = rents[:, :, None, :]
-    hold = np.maximum(_break_even(in_order, rents), hazards[:, None, :])  # Holding for a moment is always an option.
-    return hold, _break_even(in_order - price[..., None], rents)
+    holding = np.maximum(_break_even(gains, rents), hazards[:, None, :])  # Holding for a moment is always an option.
+    gains -= price[..., None]
+    return holding, _break_even(gains, rents)
 
 
 def gittins_index(hazards: Floats, widths_s: Floats = WIDTHS) -> Floats:
@@ -71,7 +77,7 @@ def _passage(hazards: Floats, widths_s: Floats) -> tuple[Floats, Floats]:
 def _break_even(gains: Floats, rents: Floats) -> Floats:
     """The rent at which the gain, which falls with the rent, reaches 0; 0 if it is negative at every rent."""
     right = np.count_nonzero(gains >= 0, axis=-1)
-    low = np.clip(right - 1, 0, gains.shape[-1] - 2)[..., None]
+    low = np.minimum(np.maximum(right - 1, 0), gains.shape[-1] - 2)[..., None]
     gain_low, gain_high = (np.take_along_axis(gains, low + step, -1)[..., 0] for step in (0, 1))
     rents = np.broadcast_to(rents, gains.shape)
     rent_low, rent_high = (np.take_along_axis(rents, low + step, -1)[..., 0] for step in (0, 1))

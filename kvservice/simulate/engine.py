@@ -198,10 +198,10 @@ class Engine:
         """The turn's request arrives."""
         self._arrived_at_s[self._session[turn]] = now_s
         self._queue.append(turn)
-        if self._looks:
-            self._rows.extend(self.replay.rows(turn))
         self.conditions.queued = len(self._queue)
         self.replay.enqueue(turn, self._number, now_s)
+        if self._looks:
+            self._rows.extend(self.replay.rows(turn))
         self._number += 1
 
     def _finish(self, turn: int, now_s: float) -> None:

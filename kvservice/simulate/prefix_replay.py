@@ -27,22 +27,26 @@ class PrefixReplay(TurnReplay):
         np.maximum.at(last, workload.path_items, turns)
         self._last_turn = ints(last)
         self._numbers: dict[int, int] = {}  # By queued turn: its number.
+        self._paths: dict[int, Sequence[int]] = {}  # By turn that waits or runs: its `rows`.
         self._items.value[:] = workload.item_blocks
 
     def rows(self, turn: int) -> Sequence[int]:
         """The rows on the request's path, from the first block on."""
-        return self._path[self._begins[turn] : self._begins[turn + 1]].tolist()
+        known = self._paths.get(turn)
+        return self._path[self._begins[turn] : self._begins[turn + 1]].tolist() if known is None else known
 
     def enqueue(self, turn: int, number: int, now_s: float) -> None:
         """The request joins the queue as the `number`th of all requests."""
         self._numbers[turn] = number
-        self._core.queued(self.rows(turn), number, now_s)
+        self._paths[turn] = path = self.rows(turn)
+        self._core.queued(path, number, now_s)
 
     def dispatch(self, turn: int, now_s: float) -> int:
         """The request leaves the queue: count its hits per tier. Returns the bytes to read from SSD."""
         core, account, reading = self._core, self._account, self._core.reading
-        path = self.rows(turn)
+        path = self._paths[turn]
         all_blocks, uses, block_bytes = self._blocks, self._uses, self._block_bytes
+        dram_bytes, ssd_bytes = self._dram, self._ssd
         total = known = on_time = late = ssd = 0
         hits = True
         core.hold(*path)
@@ -55,8 +59,8 @@ class PrefixReplay(TurnReplay):
             if uses[row]:
                 known += blocks
                 if hits:
-                    in_dram = self._dram[row] // block_bytes
-                    on_ssd = self._ssd[row] // block_bytes - in_dram
+                    in_dram = dram_bytes[row] // block_bytes
+                    on_ssd = ssd_bytes[row] // block_bytes - in_dram
                     on_time += in_dram
                     if on_ssd <= 0:
                         on_ssd = 0
@@ -87,9 +91,10 @@ class PrefixReplay(TurnReplay):
     def finish(self, turn: int, is_last: bool, now_s: float) -> None:
         """The answer has ended: store the path in DRAM, and evict to capacity."""
         core, store = self._core, self._store
-        path = self.rows(turn)
+        path = self._paths.pop(turn)
         answer = self._output[turn] if self._reports_answers else 0  # New blocks are items of their own.
         blocks, block_bytes, sizes, last_turn = self._blocks, self._block_bytes, self._size, self._last_turn
+        bypass, in_use, dram_bytes = self._bypass, self._in_use, self._dram
         for row in reversed(path):
             size = blocks[row] * block_bytes
             was = sizes[row]
@@ -99,10 +104,10 @@ class PrefixReplay(TurnReplay):
             elif not was:
                 self._account.live(size, now_s)
             core.answered(row, answer, now_s)
-            if self._bypass[row]:
-                self._bypass[row] = False
+            if bypass[row]:
+                bypass[row] = False
                 store.store_on_ssd(row, size, now_s)
-            elif not self._in_use[row] or store.make_room(size - self._dram[row], now_s):
+            elif not in_use[row] or store.make_room(size - dram_bytes[row], now_s):
                 core.saved(row, size, now_s)
         core.release(*path)
         core.stored(path, now_s)

@@ -202,7 +202,7 @@ def test_an_item_without_a_rate_of_return_has_a_score(monkeypatch: pytest.Monkey
     store.items.settle(store.now_s)
     policy = store.items.policy
     assert isinstance(policy, ForesightPolicy)
-    monkeypatch.setattr(policy._scores, "at_once", lambda in_class, price: (0.0, 0.0))
+    monkeypatch.setattr(policy._scores._tables, "at_once", lambda in_class, price: (0.0, 0.0))
     store.save(range(100, 108))
     store.items.settle(store.now_s)
     _, scores = store.items.lowest(store.blocks.live_rows(), TierName.DRAM, 10, store.now_s)

@@ -11,6 +11,7 @@ from kvservice.policy.items import Conditions
 from kvservice.policy.look_times import LookTimes
 from kvservice.policy.queue_waits import QueueWaits
 from kvservice.policy.read_budget import ReadBudget
+from kvservice.policy.survival import places_of
 
 # Times of scans
 
@@ -128,20 +129,22 @@ def waited(*waits_s: float) -> QueueWaits:
 
 
 def test_before_anything_waited_nothing_is_expected_to() -> None:
-    assert QueueWaits().shorter(np.array([0.01, 10.0])) == pytest.approx(1.0)
+    assert QueueWaits().shorter(places_of(np.array([0.01, 10.0]))) == pytest.approx(1.0)
 
 
 def test_the_share_of_waits_that_are_over_before_a_read_is() -> None:
-    shares = waited(*np.random.default_rng(0).uniform(0, 10, 2000).tolist()).shorter(np.array([1.0, 5.0, 9.0]))
+    shares = waited(*np.random.default_rng(0).uniform(0, 10, 2000).tolist()).shorter(
+        places_of(np.array([1.0, 5.0, 9.0]))
+    )
     assert shares == pytest.approx([0.1, 0.5, 0.9], abs=0.03)
 
 
 def test_with_long_waits_almost_everything_is_read_in_time() -> None:
-    assert waited(*[1000.0] * 50).shorter(np.array([0.1, 1.0])) == pytest.approx(1e-3)
+    assert waited(*[1000.0] * 50).shorter(places_of(np.array([0.1, 1.0]))) == pytest.approx(1e-3)
 
 
 def test_the_last_waits_count_most() -> None:
-    share = waited(*[0.0] * 3000, *[100.0] * 3000).shorter(np.array([1.0]))[0]
+    share = waited(*[0.0] * 3000, *[100.0] * 3000).shorter(places_of(np.array([1.0])))[0]
     assert share < 0.1
 
 
@@ -151,4 +154,4 @@ def test_who_was_forgotten_did_not_wait() -> None:
     waits.forgotten(0)
     waits.served(0, 100.0)
     waits.learn()
-    assert waits.shorter(np.array([1.0])) == pytest.approx(1.0)
+    assert waits.shorter(places_of(np.array([1.0]))) == pytest.approx(1.0)

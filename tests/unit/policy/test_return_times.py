@@ -206,7 +206,9 @@ def test_a_second_hint_counts_from_its_own_time() -> None:
 
 
 def test_times_that_are_not_numbers_are_nobodys() -> None:
-    assert math.isnan(ReturnTimes(1).since_s[0]) and math.isnan(HintTimes(1).since_s[0])
+    hints = HintTimes(2)
+    hints.hinted(0, Hint.TYPING, 1.0, 0.0)
+    assert math.isnan(ReturnTimes(1).since_s[0]) and math.isnan(hints.since_s[1])
 
 
 def test_a_hint_is_used_up_by_the_request_that_it_announced() -> None:

@@ -127,7 +127,7 @@ def test_those_that_wait_fade_with_the_events_that_passed_since() -> None:
     known = survival(memory=1000.0)
     for _ in range(1000):
         known.record_event(0, 1.0)
-    assert known.weight(np.array([0, 1000])) == pytest.approx([np.exp(-1), 1.0])
+    assert known.weight(np.array([0, 1000], np.int32)) == pytest.approx([np.exp(-1), 1.0])
 
 
 @given(st.integers(1, 8))
