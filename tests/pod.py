@@ -143,12 +143,7 @@ class Pod:
         needed = {Path(sys.executable), Path(sys.executable).resolve(), ROOT}
         lines += [f"chmod a+rx {root}{folder}" for path in needed for folder in path.parents]
         lines += [f"mount --bind /dev {root}/dev", f"mount --rbind /sys {root}/sys"]
-        lines.append(f"mkdir -p {root}/opt/kvservice/bin")
-        for name, program in _PROGRAMS.items():
-            python = shlex.join(["exec", "env", f"PYTHONPATH={python_path()}", sys.executable, "-c", program])
-            script = f'#!/bin/sh\n{python} "$@"\n'
-            lines.append(f"printf %s {shlex.quote(script)} > {root}/opt/kvservice/bin/{name}")
-        lines.append(f"chmod a+rx {root}/opt/kvservice {root}/opt/kvservice/bin {root}/opt/kvservice/bin/*")
+        lines += program_scripts(root, python_path())
         for path, name in mounts(container).items():
             lines += [f"mkdir -p {root}{path}", f"mount --bind {self._base / name} {root}{path}"]
         if container["securityContext"].get("readOnlyRootFilesystem"):
@@ -181,3 +176,14 @@ class Container:
         return subprocess.run(
             [*enter, *self._as_user(command)], capture_output=True, text=True, timeout=timeout_s, check=False
         )
+
+
+def program_scripts(root: Path, path: str) -> list[str]:
+    """Shell commands that make the daemon and ``kvctl`` below `root`, where the image has them. `path` is Python's."""
+    folder = root / "opt/kvservice/bin"
+    lines = [f"mkdir -p {folder}"]
+    for name, program in _PROGRAMS.items():
+        python = shlex.join(["exec", "env", f"PYTHONPATH={path}", sys.executable, "-c", program])
+        script = f'#!/bin/sh\n{python} "$@"\n'
+        lines.append(f"printf %s {shlex.quote(script)} > {folder / name}")
+    return [*lines, f"chmod a+rx {folder.parent} {folder} {folder}/*"]

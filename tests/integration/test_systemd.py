@@ -21,7 +21,7 @@ from tests.dockerfile import ROOT
 from tests.service_manager import NotifySocket, notify_socket
 
 FOLDER = ROOT / "ops" / "systemd"
-WATCHDOG_S = 0.9
+WATCHDOG_S = 0.6
 
 
 @pytest.fixture
