@@ -39,6 +39,7 @@ class Pod:
         self, spec: Document, volumes: Mapping[str, Document], disks: Path, secrets: Mapping[str, Mapping[str, bytes]]
     ) -> None:
         self._user, self._group = spec["securityContext"]["runAsUser"], spec["securityContext"]["runAsGroup"]
+        self._owner = f"{self._user}:{self._group}"
         self._volume_group = spec["securityContext"]["fsGroup"]
         self._volumes, self._disks, self._secrets = volumes, disks, secrets
         self._started: list[Container] = []
@@ -106,7 +107,7 @@ class Pod:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        started = Container(process, lambda words: self._as_user(words, environment))
+        started = Container(process, lambda words, more: self._as_user(words, {**environment, **more}))
         self._started.append(started)
         return started
 
@@ -118,7 +119,7 @@ class Pod:
         return ["setpriv", *user, *rights, "env", "-i", *variables, *command]
 
     def _make_volume(self, name: str, volume: Document, path: Path) -> list[str]:
-        """As kubelet makes it with an fsGroup."""
+        """As kubelet makes it with an fsGroup; a folder of the node as the component host-paths makes it."""
         lines = [f"mkdir {path}"]
         if "emptyDir" in volume:
             size = int(size_bytes(volume["emptyDir"]["sizeLimit"]))
@@ -131,10 +132,13 @@ class Pod:
                 lines += [
                     f"install -g {self._volume_group} -m {volume['secret']['defaultMode']:o} {folder / file} {path}"
                 ]
+        elif volume.get("hostPath", {}).get("path", "").startswith("/dev/shm/"):
+            lines.append(f"mount -t tmpfs -o mode=700,uid={self._user},gid={self._group} tmpfs {path}")
         else:
             disk = self._disks / f"disk-{name}"
             disk.mkdir(exist_ok=True)
-            lines += [f"chgrp {self._volume_group} {disk}", f"chmod 2775 {disk}", f"mount --bind {disk} {path}"]
+            owner, mode = (f":{self._volume_group}", "2775") if "hostPath" not in volume else (self._owner, "700")
+            lines += [f"chown {owner} {disk}", f"chmod {mode} {disk}", f"mount --bind {disk} {path}"]
         return lines
 
     def _make_root(self, root: Path, container: Document) -> list[str]:
@@ -152,7 +156,9 @@ class Pod:
 
 
 class Container:
-    def __init__(self, process: subprocess.Popen[str], as_user: Callable[[Sequence[str]], list[str]]) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], as_user: Callable[[Sequence[str], Mapping[str, str]], list[str]]
+    ) -> None:
         self.process, self._as_user = process, as_user
 
     @property
@@ -170,11 +176,17 @@ class Container:
             os.kill(self.pid, signal.SIGKILL)
         self.process.kill()
 
-    def run(self, command: Sequence[str], timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
-        """As ``kubectl exec`` and an exec probe run it."""
+    def run(
+        self, command: Sequence[str], timeout_s: float = 120.0, more: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """As ``kubectl exec`` and an exec probe run it; with `more` variables than the container has."""
         enter = ["nsenter", f"--target={self.pid}", "--mount", "--pid", "--net", "--ipc", "--root", "--wd"]
         return subprocess.run(
-            [*enter, *self._as_user(command)], capture_output=True, text=True, timeout=timeout_s, check=False
+            [*enter, *self._as_user(command, more or {})],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
 
 

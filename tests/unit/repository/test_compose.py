@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,15 @@ def test_vllm_waits_for_a_healthy_daemon_and_shares_its_user_socket_and_arena() 
     assert VLLM["environment"]["HOME"] in mounts(VLLM)
     assert VLLM["depends_on"]["kvservice"]["condition"] == "service_healthy"
     assert IMAGE.all("HEALTHCHECK")
+
+
+def test_docker_compose_accepts_the_file() -> None:
+    program = shutil.which("docker-compose")
+    if program is None:
+        pytest.skip("docker-compose is not installed")
+    done = subprocess.run([program, "-f", FILE, "config", "--quiet"], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_a_network_the_daemon_listens_where_it_can() -> None:
