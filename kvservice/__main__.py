@@ -1,4 +1,4 @@
-"""The command line: ``kvservice serve`` and ``kvservice check``."""
+"""The command line: ``kvservice serve``, ``config``, ``check`` and ``remove``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ usage: kvservice COMMAND [OPTIONS]
 
 commands:
   serve      run the daemon; --help lists its settings
+  config     print the settings that serve would have, and where each comes from
   check      verify a stopped store, and repair it with --repair
+  remove     delete a stopped store with all its blocks, on disk and in memory
 
 options:
   --version  print the version
@@ -41,6 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from kvservice import check
 
         return check.main(rest)
+    if command == "config":
+        from kvservice import effective_config
+
+        return effective_config.main(rest, os.environ)
+    if command == "remove":
+        from kvservice import remove
+
+        return remove.main(rest)
     if command == "--version":
         print(f"kvservice {__version__}")
         return 0

@@ -11,12 +11,23 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvservice_api.address import SOCKET_PATH_BYTES_MAX, parse_listen_address, parse_listen_socket
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+_SIZE_MAX = 2**60
 _MAP_BYTES_MIN, _MAP_BYTES_MAX, _LOWER_MAP_BYTES_MAX = 4 * MIB, 1 * GIB, 4 * GIB
 
 
@@ -38,10 +49,25 @@ def _split_paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+def _sized(value: object, parse: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return parse(value)
+    except ValidationError as error:
+        kind = error.errors()[0]["type"]
+        if kind == "less_than_equal" and error.errors()[0]["ctx"]["le"] == _SIZE_MAX:
+            raise ValueError(f"{value} is more than 1 EiB") from None
+        if not kind.startswith("byte_size"):
+            raise
+        raise ValueError(
+            f"{str(value)!r} is no size: give bytes, or a number with KiB, MiB, GiB, TiB (1024 each) or KB, MB, GB, TB "
+            "(1000 each)"
+        ) from None
+
+
 AddressText = Annotated[str, AfterValidator(_checked_address)]
 SocketText = Annotated[str, AfterValidator(_checked_socket)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_split_paths)]
-Size = Annotated[ByteSize, Field(ge=0)]
+Size = Annotated[ByteSize, Field(ge=0, le=_SIZE_MAX), WrapValidator(_sized)]
 
 
 def _setting(default: object, description: str, *, unit: str = "", **limits: Any) -> Any:

@@ -59,25 +59,33 @@ SETTINGS: Mapping[str, Setting] = _all_settings()
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], *, prog: str = "kvservice serve") -> Settings:
     """The settings from flags, environment, TOML file and defaults. Raises ConfigError; `--help` exits."""
+    return read_settings(argv, environ, prog=prog)[0]
+
+
+def read_settings(argv: Sequence[str], environ: Mapping[str, str], *, prog: str) -> tuple[Settings, Mapping[str, str]]:
+    """As `load_settings`, and by setting where its value comes from: `default`, a file, a variable or a flag."""
     flags = _from_flags(argv, prog)
     file = flags.pop("config", None) or environ.get(CONFIG_VARIABLE)
 
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for layer, origin in (
-        (_from_toml(file) if file else {}, f"in {file}"),
-        (_from_environment(environ), "in the environment"),
-        (flags, "among the flags"),
-    ):
+    sources = dict.fromkeys(SETTINGS, "default")
+    layers: tuple[tuple[dict[str, Any], str, Callable[[str], str]], ...] = (
+        (_from_toml(file) if file else {}, f"in {file}", lambda name: f"{file}"),
+        (_from_environment(environ), "in the environment", environment_name),
+        (flags, "among the flags", flag_name),
+    )
+    for layer, origin, source_of in layers:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
+        sources |= {name: source_of(name) for name in layer}
 
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         section, _, field = name.partition(".")
         sections.setdefault(section, {})[field] = value
     try:
-        return Settings.model_validate(sections)
+        return Settings.model_validate(sections), sources
     except ValidationError as error:
         raise ConfigError("; ".join(_explained(problem, origins) for problem in error.errors())) from error
 
@@ -86,6 +94,10 @@ def _from_flags(argv: Sequence[str], prog: str) -> dict[str, Any]:
     values, unknown = _flag_parser(prog).parse_known_args(argv)
     if unknown:
         given_name = unknown[0].partition("=")[0]
+        if not given_name.startswith("-"):
+            raise ConfigError(
+                f"{given_name!r} among the flags belongs to no setting; put a value with a space in quotes"
+            )
         raise _unknown(given_name, given_name.lstrip("-"), "among the flags", written=flag_name)
     return vars(values)
 

@@ -45,12 +45,13 @@ from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
 from kvservice.service_manager import ServiceManager
+from kvservice.start_checks import check_start
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.hints.exchange import HintLimits
 from kvservice.store.hints.queue_mirror import QueueLimits
 from kvservice.store.miss_reasons import MissReasons
 from kvservice.store.mover.evictor import Watermarks
-from kvservice.store.mover.learned_counts import LearnedCounts
+from kvservice.store.mover.learned_counts import LEARNED_NAME, LearnedCounts
 from kvservice.store.recovery import recover
 from kvservice.store.sessions.sessions import SessionLimits
 from kvservice.store.store import BlockStore, StoreLimits
@@ -127,6 +128,7 @@ class Daemon:
 
         Raises ConfigError, HostLimit, StoreError, StoreMismatch, AddressUnusable, OSError.
         """
+        check_start(settings)
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
             files, clock = files or FileCalls(), clock or SystemClock()
@@ -148,8 +150,18 @@ class Daemon:
         if self._certificates is not None:
             self._tasks.start(self._certificates.watch(self.counters, self._clock), "TLS files")
         self._tasks.start(self.directory.keep(), "residency directory")
+        facts, server = self.store.facts(), self.settings.server
         ports = {"port": self.port, "metrics_port": self.metrics_port}
-        log.info("serving", extra={**ports, "blocks": self.store.facts().blocks, "pid": os.getpid()})
+        known = {
+            "version": __version__,
+            "store": str(self.settings.store.path.absolute()),
+            "address": server.address,
+            "unix_socket": str(self.settings.unix_socket_path or ""),
+            "tls": self._certificates is not None,
+            "policy": self.settings.mover.policy,
+            "tiers": {tier.name: tier.configured_bytes for tier in facts.tiers},
+        }
+        log.info("serving", extra={**ports, "blocks": facts.blocks, "pid": os.getpid(), **known})
 
     async def drain(self) -> None:
         """Refuse new saves and wait for running loads and saves. Returns when they have ended or the time is over."""
@@ -297,7 +309,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
             **{TierName(tier.name): Watermarks(tier.free_low, tier.free_high) for tier in settings.tiers.below_ssd},
         },
         history=history,
-        learned=LearnedCounts(path / "learned"),
+        learned=LearnedCounts(path / LEARNED_NAME),
     )
     directory = ResidencyDirectory(
         blocks,

@@ -22,6 +22,7 @@ def set_up(level: str, form: str) -> None:
     handler.addFilter(RateLimit())
     handler.setFormatter(_Json() if form == "json" else _Text())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("grpc").setLevel(logging.WARNING)  # Its own debug lines: one per call, that a loop is running.
 
 
 class RateLimit(logging.Filter):

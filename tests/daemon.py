@@ -54,6 +54,7 @@ class DaemonProcess:
         done (see ``process_starter``); give ``-c ...`` where the time or the memory of the imports matters.
         """
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.store = folder / "store"
         self.shared_memory = Path(tempfile.mkdtemp(prefix="kvservice-test-", dir="/dev/shm"))
         self.port = port
@@ -201,9 +202,14 @@ class DaemonProcess:
 
     def check(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """``kvservice check`` on the stopped store."""
+        return self.command("check", *arguments, str(self.store))
+
+    @staticmethod
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        """``kvservice`` with these arguments, until it ends. Its standard input is no terminal."""
         return process_starter.run(
             "kvservice",
-            ["check", *arguments, str(self.store)],
+            list(arguments),
             environment={**os.environ, "PYTHONPATH": python_path()},
             timeout=_TIMEOUT_S,
         )

@@ -391,6 +391,7 @@ class BlockIndex:
             self.layout_entries.expect_room(layout.fingerprint)
             if schema_for(layout) > schema_of(self._meta):
                 await self._raise_schema(schema_for(layout))
+            log.debug("a new layout", extra={"model": layout.model_id, "fingerprint": layout.fingerprint.hex()})
         return await self.layout_entries.put(layout)
 
     async def _raise_schema(self, schema: int) -> None:

@@ -19,8 +19,19 @@ class AddressUnusable(RuntimeError):
         super().__init__(f"{setting} {address}: {why}")
 
 
+def expect_usable(setting: str, address: str) -> None:
+    """Raises AddressUnusable if the daemon cannot listen on this host:port now. Tries it, and closes it again."""
+    if why := _tried(address):
+        raise AddressUnusable(setting, address, why)
+
+
 def why_unusable(address: str) -> str:
-    """Why the daemon cannot listen on this host:port now. Tries it with a socket, because gRPC gives no reason."""
+    """Why gRPC could not listen on this host:port: gRPC itself gives no reason."""
+    return _tried(address) or "the address could not be listened on"
+
+
+def _tried(address: str) -> str:
+    """Why a socket cannot listen there; empty if it can."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             *parse_listen_address(address), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -31,7 +42,7 @@ def why_unusable(address: str) -> str:
             probe.listen(1)
     except OSError as error:
         return reason(error)
-    return "the address could not be listened on"
+    return ""
 
 
 def reason(error: OSError) -> str:

@@ -248,6 +248,10 @@ class BlockLifecycle:
         else:
             self._counters.evicted_ssd_blocks += len(rows)
         blocks.unwanted[blocks.position(tier), last_copies] = True  # For the listeners: it was no discard.
+        if log.isEnabledFor(logging.DEBUG):
+            space_for = "a request" if eviction is None else eviction.space_for.name.lower()
+            counts = {"blocks": len(rows), "last_copies": len(last_copies)}
+            log.debug("evicted", extra={"tier": tier, **counts, "space_for": space_for})
         why = Reason.EVICTED if eviction is not None else Reason.EVICTED_ON_REQUEST
         for part, last_copy in ((demoted, False), (last_copies, True)):
             self.history.note_rows(blocks, part, why, tier=tier, last_copy=last_copy, eviction=eviction)

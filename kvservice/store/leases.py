@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Collection
@@ -24,6 +25,8 @@ from kvservice.store.caller import Caller
 from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice_api.errors import InvalidRequest, KVError, LeaseExpired, LeaseNotYours, Overloaded, UnknownClient
 from kvservice_api.layout import Layout, Shard
+
+log = logging.getLogger(__name__)
 
 _ROWS_A_TURN = 512  # They take two milliseconds of the event loop if all of them have been discarded.
 _LEASES_A_TURN = 1024
@@ -113,11 +116,14 @@ class Leases:
         self._next_client_number += 1
         client = Client(secrets.token_bytes(16), name, self._next_client_number)
         self._clients[client.client_id] = client
+        log.debug("a client is attached", extra={"client": name, "number": client.number})
         return client
 
     def detach(self, caller: Caller, client: Client) -> None:
         """End the client's leases and its other resources."""
         del self._clients[client.client_id]
+        ends = {"client": client.name, "number": client.number, "leases": len(client.leases)}
+        log.debug("a client is not attached any more: its leases end", extra=ends)
         self._end([self._leases[lease_id] for lease_id in client.leases])
         for callback in list(client.on_detach):
             callback()

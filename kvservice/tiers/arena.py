@@ -35,6 +35,11 @@ _FAULT_IN_BYTES = 1 << 20
 _REFUSALS_MAX = 16  # Give up after some failures: a page may be busy, or the kernel has no huge pages, or none free.
 
 
+def arena_directory(parent: Path, store_id: bytes) -> Path:
+    """The folder of a store's arena in the tmpfs `parent`."""
+    return parent / f"kvservice-{store_id.hex()[:16]}"
+
+
 class Arena:
     """An open arena. `data` is the memory after the header; only the first `ready_bytes` of it may be accessed.
 
@@ -80,7 +85,7 @@ class Arena:
         """
         calls = calls or FileCalls()
         capacity_bytes = max(0, capacity_bytes // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES)
-        directory = parent / f"kvservice-{store_id.hex()[:16]}"
+        directory = arena_directory(parent, store_id)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from kvservice import __version__
 from kvservice_client import BlockChain, Client, Durability
 from tests.daemon import DaemonProcess
 from tests.integration.conversations import layers_of, new_chain, small_layout
@@ -45,6 +46,23 @@ def test_status_tells_what_is_held(ask: Callable[..., Any], chain: BlockChain) -
     assert len(status["store_id"]) == 32
     assert status["started_at"].endswith("+00:00")
     assert status["counters"]["save_blocks_stored"] >= 3
+
+
+def test_the_address_may_stand_before_the_verb(daemon: DaemonProcess) -> None:
+    before = kvctl("--address", daemon.address, "health", address="127.0.0.1:1")
+    assert (before.returncode, before.stdout) == (0, "serving\n"), before.stderr
+    assert kvctl("--address", "127.0.0.1:1", "health", "--address", daemon.address).returncode == 0
+    wrong = kvctl("--address", "nowhere", "health")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "is not an address" in wrong.stderr
+
+
+def test_version_tells_both_versions(ask: Callable[..., Any], daemon: DaemonProcess) -> None:
+    assert ask("version") == {"kvctl": __version__, "daemon": __version__}
+    alone = kvctl("version", address="127.0.0.1:1")
+    assert alone.returncode == 0
+    assert alone.stdout.startswith(f"kvctl {__version__}\nno daemon answers at 127.0.0.1:1. ")
+    assert kvctl("--version").stdout == f"kvctl {__version__}\n"
 
 
 def test_ls_and_inspect_tell_of_each_block(ask: Callable[..., Any], chain: BlockChain) -> None:

@@ -186,6 +186,6 @@ def test_an_arena_on_a_disk_is_warned_of(tmp_path: Path) -> None:
     if file_system_of(tmp_path) in ("", "tmpfs"):
         pytest.skip("the temporary folder is in memory")
     on_disk = new_daemon(tmp_path)
-    on_disk.settings["dram.path"] = tmp_path / "arena"
+    on_disk.settings["dram.path"] = tmp_path
     with on_disk:
         on_disk.wait_for_log("the arena is on a disk")

@@ -91,6 +91,7 @@ def test_a_full_disk_refuses_what_must_be_recorded_on_it_until_there_is_space(tm
     with disk(tmp_path, 32 * MIB) as drive:
         filler = fill(drive.path, leave_bytes=256 * KIB)
         daemon = DaemonProcess(drive.path, ssd__paths=tmp_path / "ssd", ssd__capacity_bytes=128 * MIB)
+        (tmp_path / "ssd").mkdir()
         try:
             daemon.start()
             with daemon.client() as client:

@@ -6,14 +6,17 @@ those of other packages are registered in the same way, in a package's ``pyproje
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import version as installed_version
+from typing import Annotated
 
 import typer
 
 from kvservice_api.errors import DaemonUnavailable, KVError
 from kvservice_client.cli.advice import advice
-from kvservice_client.cli.options import why_no_answer, with_tls_options
+from kvservice_client.cli.options import checked_address, why_no_answer, with_tls_options
 
 GROUP = "kvctl.commands"
 
@@ -36,15 +39,31 @@ def app(first_arguments: list[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    program.callback()(_nothing)  # So that a program with one verb still expects the verb's name.
+    program.callback()(_before_the_verb)
     verbs = sorted(entry_points(group=GROUP), key=lambda verb: verb.name)
     for verb in [each for each in verbs if [each.name] == first_arguments] or verbs:
         _add(program, verb)
     return program
 
 
-def _nothing() -> None:
-    pass
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"kvctl {installed_version('kvservice')}")
+        raise typer.Exit
+
+
+def _checked_if_given(text: str) -> str:
+    return text and checked_address(text)
+
+
+def _before_the_verb(
+    address: Annotated[str, typer.Option(help="As after the verb.", callback=_checked_if_given)] = "",
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show kvctl's version and exit.")
+    ] = False,
+) -> None:
+    if address:
+        os.environ["KVCTL_ADDRESS"] = address  # The verb's own option goes before it.
 
 
 def _add(program: typer.Typer, verb: EntryPoint) -> None:

@@ -15,6 +15,7 @@ from kvservice.index.durable_files import write_durably
 
 log = logging.getLogger(__name__)
 
+LEARNED_NAME = "learned"  # In the store's folder.
 _MARK, _VERSION = b"KVLEARND", 1
 _HEADER = struct.Struct("<8sII")  # The mark, the version, and the number of entries.
 _ENTRY = struct.Struct("<II")  # Bytes of the name, which follows, and of what the policy has learned, which comes next.

@@ -204,6 +204,8 @@ def test_a_drive_that_is_away_keeps_the_daemon_from_starting_and_costs_no_block(
 
 def test_a_drive_that_stays_away_is_given_up_by_repair_and_the_daemon_starts(tmp_path: Path) -> None:
     drives = [tmp_path / "one", tmp_path / "two"]
+    for drive in drives:
+        drive.mkdir()
     settings: dict[str, Any] = {"ssd__paths": os.pathsep.join(map(str, drives)), "ssd__capacity_bytes": 16 * MIB}
     chain = new_chain(SMALL, 8)
     with DaemonProcess(tmp_path, **settings) as daemon:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from kvservice import effective_config
 from kvservice.config import ConfigError, Settings
 from kvservice.config_sources import SETTINGS, environment_name, load_settings
 from kvservice.policy import PLACEMENTS
@@ -38,6 +40,36 @@ def test_flags_go_before_the_environment_before_the_file_before_the_defaults(tmp
     assert (server.clients_max, server.loads_max, server.keys_max, server.transfer_slots) == (3, 2, 1, 4)
 
 
+def test_config_prints_a_file_that_gives_the_same_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiers = '[{"name": "archive", "path": "/nfs/kv", "capacity_bytes": "1TiB"}]'
+    flags = ["--ssd.paths", '/drives/"a":/drives/b', "--tiers.below_ssd", tiers, "--mover.dram_free_low", "0.01"]
+
+    assert effective_config.main(flags, {"KVSERVICE_LOG__FORMAT": "text"}) == 0
+    file = written(tmp_path, capsys.readouterr().out)
+
+    assert load_settings(["--config", file], {}) == load_settings([*flags, "--log.format", "text"], {})
+
+
+def test_config_names_the_source_of_each_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, "[server]\nclients_max = 1\nloads_max = 1\n")
+    environ = {"KVSERVICE_CONFIG": file, "KVSERVICE_SERVER__LOADS_MAX": "2"}
+
+    assert effective_config.main(["--json", "--server.saves_max=3"], environ) == 0
+    printed = json.loads(capsys.readouterr().out)
+
+    assert printed["server.clients_max"] == {"value": 1, "source": file}
+    assert printed["server.loads_max"] == {"value": 2, "source": "KVSERVICE_SERVER__LOADS_MAX"}
+    assert printed["server.saves_max"] == {"value": 3, "source": "--server.saves_max"}
+    assert printed["server.keys_max"] == {"value": 16384, "source": "default"}
+    assert list(printed) == list(SETTINGS)
+
+
+@pytest.mark.parametrize("flags", [["--nope", "1"], ["--ssd.io_threads", "many"], ["--config", "/nowhere"]])
+def test_config_refuses_what_serve_refuses(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert effective_config.main(flags, {}) == 2
+    assert capsys.readouterr().err == f"kvservice config: {refusal(flags)}\n"
+
+
 def test_the_flag_names_another_file_than_the_environment(tmp_path: Path) -> None:
     file = written(tmp_path, "[log]\nlevel = 'debug'\n")
 
@@ -54,6 +86,25 @@ def test_sizes_are_written_as_people_write_them(tmp_path: Path, text: str, size_
     assert load_settings(["--dram.capacity_bytes", text], {}).dram.capacity_bytes == size_bytes
     assert load_settings([], {"KVSERVICE_DRAM__CAPACITY_BYTES": text}).dram.capacity_bytes == size_bytes
     assert load_settings([], {"KVSERVICE_DRAM__CAPACITY_BYTES": str(size_bytes)}).dram.capacity_bytes == size_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("4GBB", "'4GBB' is no size: give bytes, or a number with KiB, MiB, GiB"),
+        ("-5", "'-5' is no size"),
+        ("many", "'many' is no size"),
+        ("99999999999TiB", "99999999999TiB is more than 1 EiB"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_with_the_units_there_are(text: str, why: str) -> None:
+    assert refusal(["--dram.capacity_bytes", text]).startswith(f"dram.capacity_bytes among the flags: {why}")
+
+
+def test_a_value_in_two_words_is_not_taken_for_a_setting() -> None:
+    assert refusal(["--dram.capacity_bytes", "4", "GB"]) == (
+        "'GB' among the flags belongs to no setting; put a value with a space in quotes"
+    )
 
 
 def test_several_drives_are_a_list_or_joined_by_colons(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Whether the machine has what the settings name, before a daemon makes or changes a file.
+
+A start that fails later leaves files behind: gigabytes of an SSD file, and a folder for a misspelled path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+from kvservice.config import GIB, MIB, ConfigError, Settings
+from kvservice.index.environment import DATA_NAME
+from kvservice.rpc.addresses import expect_usable
+
+_MAPPED_MAX = 2**46  # A process has twice as much address space on usual 64-bit hosts.
+
+
+def check_start(settings: Settings) -> None:
+    """Raises ConfigError or AddressUnusable, with the name of the setting and what to do. Changes nothing."""
+    for name in ("address", "metrics_address"):
+        if address := getattr(settings.server, name):
+            expect_usable(f"server.{name}", address)
+    store = settings.store.path.absolute()
+    if store.exists():
+        _expect_folder("store.path", store)
+    else:
+        _expect_folder("store.path", store.parent, f"{store} cannot be created: ")
+    _expect_folder("dram.path", settings.dram.path)
+    if settings.dram.capacity_bytes > _MAPPED_MAX:
+        raise ConfigError(
+            f"dram.capacity_bytes: {_text(int(settings.dram.capacity_bytes))} cannot be mapped into memory"
+        )
+    if settings.ssd.capacity_bytes and not (store / "index" / DATA_NAME).exists():
+        for path in settings.ssd.paths:  # Of a store that was made before, the index knows which drives are missing.
+            _expect_folder("ssd.paths", path)
+        _expect_space(settings, store)
+
+
+def _expect_folder(setting: str, path: Path, why: str = "") -> None:
+    if not path.exists():
+        raise ConfigError(f"{setting}: {why}there is no folder {path}; create it, or correct the setting")
+    if not path.is_dir():
+        raise ConfigError(f"{setting}: {why}{path} is not a folder")
+    is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY  # A disk's fault, which the first write reports.
+    if not is_read_only and not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"{setting}: {why}the user {os.geteuid()} may not write in {path}")
+
+
+def _expect_space(settings: Settings, store: Path) -> None:
+    """Of a new store: the file systems have space for the SSD files, which are allocated at once."""
+    folders = settings.ssd.paths or (store,)
+    needed: dict[int, int] = defaultdict(int)  # By file system.
+    place: dict[int, Path] = {}
+    for folder in folders:
+        there = folder if folder.exists() else folder.parent
+        device = there.stat().st_dev
+        needed[device] += (int(settings.ssd.capacity_bytes) - settings.durable_map_bytes) // len(folders)
+        place[device] = there
+    for device, size in needed.items():
+        found = os.statvfs(place[device])
+        free = found.f_bavail * found.f_frsize
+        if size > free:
+            raise ConfigError(
+                f"ssd.capacity_bytes: a new store needs {_text(size)} in {place[device]}, and {_text(free)} are free "
+                "there; make it smaller, or name other drives in ssd.paths"
+            )
+
+
+def _text(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.0f} MiB"

@@ -1,0 +1,75 @@
+"""What a start refuses before it has made a file."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from kvservice.config import ConfigError
+from kvservice.config_sources import load_settings
+from kvservice.rpc.addresses import AddressUnusable
+from kvservice.start_checks import check_start
+
+
+def check(folder: Path, *flags: str) -> None:
+    """As `kvservice serve` with these flags after ones that can be used."""
+    usable = {
+        "store.path": folder / "store",
+        "dram.path": folder,
+        "ssd.capacity_bytes": "64MiB",
+        "server.address": "127.0.0.1:0",
+        "server.metrics_address": "127.0.0.1:0",
+    }
+    check_start(load_settings([*(f"--{name}={value}" for name, value in usable.items()), *flags], {}))
+
+
+def test_what_can_be_used_passes_and_nothing_is_made(tmp_path: Path) -> None:
+    check(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--dram.path=FOLDER/dram", "dram.path: there is no folder FOLDER/dram"),
+        ("--dram.path=FOLDER/file", "dram.path: FOLDER/file is not a folder"),
+        ("--ssd.paths=FOLDER:FOLDER/nvme0", "ssd.paths: there is no folder FOLDER/nvme0"),
+        ("--store.path=FOLDER/file", "store.path: FOLDER/file is not a folder"),
+        ("--store.path=FOLDER/a/b", "store.path: FOLDER/a/b cannot be created: there is no folder FOLDER/a"),
+        ("--ssd.capacity_bytes=512PiB", "ssd.capacity_bytes: a new store needs 536870911.0 GiB in FOLDER, and "),
+        ("--dram.capacity_bytes=1PiB", "dram.capacity_bytes: 1048576.0 GiB cannot be mapped"),
+    ],
+)
+def test_a_path_or_a_size_that_the_machine_has_not_is_refused(tmp_path: Path, flag: str, why: str) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(ConfigError) as refused:
+        check(tmp_path, flag.replace("FOLDER", str(tmp_path)))
+
+    assert str(refused.value).startswith(why.replace("FOLDER", str(tmp_path)))
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "shm").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="may not write in"):
+        check(tmp_path, f"--dram.path={tmp_path / 'shm'}")
+
+
+@pytest.mark.parametrize("setting", ["server.address", "server.metrics_address"])
+def test_an_address_in_use_is_refused_before_a_store_is_made(tmp_path: Path, setting: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(AddressUnusable, match=f"{setting} 127.0.0.1:{port}: something else listens there"):
+            check(tmp_path, f"--{setting}=127.0.0.1:{port}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_is_there_needs_no_free_space(tmp_path: Path) -> None:
+    (tmp_path / "store" / "index").mkdir(parents=True)
+    (tmp_path / "store" / "index" / "data.mdb").touch()
+    check(tmp_path, "--ssd.capacity_bytes=512PiB")
