@@ -150,7 +150,7 @@ class Daemon:
         if self._certificates is not None:
             self._tasks.start(self._certificates.watch(self.counters, self._clock), "TLS files")
         self._tasks.start(self.directory.keep(), "residency directory")
-        facts, server = self.store.facts(), self.settings.server
+        facts, server = self.store.status.facts(), self.settings.server
         ports = {"port": self.port, "metrics_port": self.metrics_port}
         known = {
             "version": __version__,
@@ -171,7 +171,7 @@ class Daemon:
         log.info("draining: running loads and saves may take %g s", timeout_s, extra={"timeout_s": timeout_s})
         try:
             async with self._clock.timeout(timeout_s):
-                await self.store.quiet()
+                await self.store.drain.quiet()
         except TimeoutError:
             log.warning("the drain timeout is over; running loads and saves are cancelled")
 

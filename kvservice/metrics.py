@@ -121,7 +121,7 @@ class StoreCollector(Collector):
         self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
-        facts = self._store.facts()
+        facts = self._store.status.facts()
         for name, value in self._counters.as_dict().items():
             yield CounterMetricFamily(_PREFIX + name, HELP[name], value=value)
         reported = CounterMetricFamily(

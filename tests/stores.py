@@ -247,11 +247,11 @@ class OpenStore:
 
     @property
     def leases(self) -> Leases:
-        return self.store._leases
+        return self.store.leases
 
     @property
     def tickets(self) -> Tickets:
-        return self.store._tickets
+        return self.store.tickets
 
     @property
     def claims(self) -> Claims:
@@ -271,11 +271,11 @@ class OpenStore:
 
     @property
     def scrub(self) -> Scrub:
-        return self.store._scrub
+        return self.store.scrub
 
     @property
     def sessions(self) -> Sessions:
-        return self.store._sessions
+        return self.store.sessions
 
     @property
     def requests(self) -> Requests:
@@ -287,7 +287,7 @@ class OpenStore:
 
     @property
     def drain(self) -> Drain:
-        return self.store._drain
+        return self.store.drain
 
     # Operations that many tests use
 
@@ -366,25 +366,25 @@ class OpenStore:
     ) -> Upload:
         """`caller` is by default the one that names the client."""
         caller = caller_of(client) if caller is None else caller
-        return self.store.save(caller, header_of(chain, shard=shard, layout=layout))
+        return self.store.saves.save(caller, header_of(chain, shard=shard, layout=layout))
 
     def narrowed(self, client: Client, lease: Lease, shard: Shard) -> Awaitable[Lease]:
         """The lease, narrowed to this shard as for a load of the shard."""
-        return self.store._narrowed_lease(caller_of(client), lease.lease_id, shard)
+        return self.store.loads._narrowed(caller_of(client), lease.lease_id, shard)
 
     def locate(
         self, client: Client, lease: Lease, *, verify: bool = False
     ) -> AsyncGenerator[Located | NotInPlace | int, None]:
         """Of all blocks of the lease."""
-        return self.store.locate(caller_of(client), lease.lease_id, None, Span(), verify=verify)
+        return self.store.loads.locate(caller_of(client), lease.lease_id, None, Span(), verify=verify)
 
     def lookup(
         self, client: Client, keys: Sequence[bytes], *, shard: Shard = WHOLE, layout: Layout = LAYOUT, ttl_s: float = 30
     ) -> Lease | None:
-        return at_once(self.store.lookup(caller_of(client), layout.fingerprint, shard, keys, ttl_s)).lease
+        return at_once(self.store.lookups.lookup(caller_of(client), layout.fingerprint, shard, keys, ttl_s)).lease
 
     def hits(self, keys: Sequence[bytes], *, shard: Shard = WHOLE, layout: Layout = LAYOUT) -> int:
-        return at_once(self.store.lookup(CALLER, layout.fingerprint, shard, keys, 0)).blocks
+        return at_once(self.store.lookups.lookup(CALLER, layout.fingerprint, shard, keys, 0)).blocks
 
     async def load(self, lease: Lease, blocks: range | None = None, layers: range | None = None) -> list[bytes]:
         """The requested layers of the requested blocks: per layer all blocks' bytes, concatenated."""

@@ -68,30 +68,31 @@ async def _measure(daemon: Daemon, block_count: int) -> dict[str, Any]:
     store = daemon.store
     store.start()
     needed_bytes = (block_count + 2) * _BLOCK_BYTES
-    while not _has_room(store.facts().tiers, needed_bytes):  # noqa: ASYNC110  (once)
+    while not _has_room(store.status.facts().tiers, needed_bytes):  # noqa: ASYNC110  (once)
         await asyncio.sleep(0.01)
-    await store.open_layout(_CALLER, _LAYOUT)
-    client = store.attach(_CALLER, "bench")
+    await store.layouts.open(_CALLER, _LAYOUT)
+    client = store.leases.attach(_CALLER, "bench")
     for turn in range(2):
         # The first pass over a new file converts its preallocated blocks: only the second one is counted.
         keys = await _fill(store, client, block_count, first_token=turn)
         started = time.perf_counter()
-        async for _ in store.operators.drain(_CALLER):  # It ends when all are written.
+        store.drain.begin(_CALLER)
+        async for _ in store.drain.progress(_CALLER):  # It ends when all are written.
             pass
         write_s = time.perf_counter() - started
-        store.operators.undrain(_CALLER)
-        await store.evict(_CALLER, keys, TierName.DRAM)
+        store.drain.undo(_CALLER)
+        await store.moves.evict(_CALLER, keys, TierName.DRAM)
         started = time.perf_counter()
-        outcome = await store.prefetch(_CALLER, keys, within_s=0, wait=True)
+        outcome = await store.moves.prefetch(_CALLER, keys, within_s=0, wait=True)
         read_s = time.perf_counter() - started
         assert outcome.promoted == block_count, outcome
         await store.operators.discard(_CALLER, keys)
-    store.detach(_CALLER, client)
+    store.leases.detach(_CALLER, client)
     moved = block_count * _BLOCK_BYTES
     return {
         "write_gbps": moved / write_s / 1e9,
         "read_gbps": moved / read_s / 1e9,
-        "is_direct": any(tier.is_direct for tier in store.facts().tiers),
+        "is_direct": any(tier.is_direct for tier in store.status.facts().tiers),
         "io_threads": daemon.settings.ssd.io_threads,
     }
 
@@ -111,7 +112,7 @@ async def _fill(store: BlockStore, client: Client, block_count: int, *, first_to
     fingerprint = _LAYOUT.fingerprint
     parent = secrets.token_bytes(32)
     header = SaveHeader(fingerprint, None, [SaveChain(parent, chain.keys, 0)])
-    async with store.save(replace(_CALLER, client=client.client_id), header) as upload:
+    async with store.saves.save(replace(_CALLER, client=client.client_id), header) as upload:
         for block in range(block_count):
             for layer in range(_LAYOUT.layers):
                 upload.write(Frame(layer, block, 0, payload))

@@ -51,7 +51,7 @@ from kvservice.index.key_generations import KeyGenerations
 from kvservice.index.layouts import NEXT_LAYOUT_KEY, LayoutEntries
 from kvservice.index.records import Records, encode_records
 from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
-from kvservice_api.errors import StorageFailed
+from kvservice_api.errors import StorageFailed, UnknownLayout
 from kvservice_api.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -381,6 +381,19 @@ class BlockIndex:
 
     def layout_id(self, fingerprint: bytes) -> int | None:
         return self.layout_entries.ids.get(fingerprint)
+
+    def find_layout(self, fingerprint: bytes) -> tuple[int, Layout]:
+        """The layout's id, and the layout. Raises UnknownLayout."""
+        layout_id = self.layout_id(fingerprint)
+        if layout_id is None:
+            raise UnknownLayout(
+                f"no layout with fingerprint {fingerprint.hex() or '(empty)'} was opened here: call OpenLayout"
+            )
+        return layout_id, self.layouts[layout_id]
+
+    def block_tokens(self, layout_id: int) -> int:
+        """The tokens of a whole block."""
+        return self.layouts[layout_id].block_tokens
 
     async def put_layout(self, layout: Layout) -> int:
         """The layout's id in this store; a new layout gets one, and is durable on return.

@@ -31,7 +31,7 @@ class AdminService:
         self._counters = counters
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
-        facts, counts = self._store.facts(), self._store.block_counts()
+        facts, counts = self._store.status.facts(), self._store.status.block_counts()
         tiers = [
             pb.TierStatus(
                 name=tier.name,
@@ -49,7 +49,7 @@ class AdminService:
             store_id=facts.store_id,
             boot_epoch=self._store.boot_epoch,
             started_at=timestamp(facts.started_at_ms),
-            state="draining" if self._store.draining else "serving",
+            state="draining" if facts.is_draining else "serving",
             dram=_without_name(tiers, TierName.DRAM),
             ssd=_without_name(tiers, TierName.SSD),
             tiers=tiers,
@@ -105,7 +105,7 @@ class AdminService:
 
     async def Scrub(self, request: pb.ScrubRequest, context: Context) -> None:
         tiers = self._tiers(request, self._store.tier_names)
-        scrub = self._operators.scrub(self._callers.of(context), tiers, request.bytes_per_second)
+        scrub = self._store.scrub.run(self._callers.of(context), tiers, request.bytes_per_second)
         async with aclosing(scrub) as progress:
             async for step in progress:
                 await context.write(
@@ -120,7 +120,7 @@ class AdminService:
 
     async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
         keys = split_keys(request.keys, field="keys", count_max=PIN_KEYS_MAX)
-        outcome = await self._operators.pin(self._callers.of(context), keys, request.ttl_ms)
+        outcome = await self._store.pins.pin(self._callers.of(context), keys, request.ttl_ms)
         return pb.PinResponse(
             pinned=outcome.pinned,
             missing=outcome.missing,
@@ -131,7 +131,7 @@ class AdminService:
 
     async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
         keys = split_keys(request.keys, field="keys", count_max=PIN_KEYS_MAX)
-        outcome = await self._operators.unpin(self._callers.of(context), keys)
+        outcome = await self._store.pins.unpin(self._callers.of(context), keys)
         return pb.UnpinResponse(**outcome._asdict())
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
@@ -150,11 +150,12 @@ class AdminService:
     async def Drain(self, request: pb.DrainRequest, context: Context) -> None:
         caller = self._callers.of(context)
         if request.action == pb.DRAIN_ACTION_UNDO:
-            await context.write(explained.drain(self._operators.undrain(caller)))
+            await context.write(explained.drain(self._store.drain.undo(caller)))
             return
         if request.action != pb.DRAIN_ACTION_BEGIN:
             raise InvalidRequest("name the action: DRAIN_ACTION_BEGIN or DRAIN_ACTION_UNDO", field="action")
-        async with aclosing(self._operators.drain(caller)) as progress:
+        self._store.drain.begin(caller)
+        async with aclosing(self._store.drain.progress(caller)) as progress:
             async for step in progress:
                 await context.write(explained.drain(step))
 
@@ -177,8 +178,8 @@ class AdminService:
     async def SetPolicy(self, request: pb.SetPolicyRequest, context: Context) -> pb.SetPolicyResponse:
         caller = self._callers.of(context)
         if not (request.policy or request.shadow):
-            return explained.policy(await self._operators.policy(caller))
-        return explained.policy(await self._operators.set_policy(caller, request.policy, request.shadow))
+            return explained.policy(await self._store.policies.show(caller))
+        return explained.policy(await self._store.policies.set(caller, request.policy, request.shadow))
 
     def _tiers(
         self, request: pb.ListBlocksRequest | pb.ScrubRequest, where_unspecified: Sequence[TierName]

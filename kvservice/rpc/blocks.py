@@ -58,7 +58,7 @@ class BlockService:
         self._residency_directory = residency_directory
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
-        store, limits, arena = self._store, self._store.limits, self._store.arena
+        store, limits, arena = self._store, self._store.limits, self._store.status.arena
         shared = pb.GetCapabilitiesResponse(
             arena_directory=arena.directory, arena_id=arena.arena_id, arena_capacity_bytes=arena.capacity_bytes
         )
@@ -89,26 +89,26 @@ class BlockService:
 
     async def OpenLayout(self, request: pb.OpenLayoutRequest, context: Context) -> pb.OpenLayoutResponse:
         layout = Layout.from_proto(request.layout, request.fingerprint)
-        return pb.OpenLayoutResponse(created=await self._store.open_layout(self._callers.of(context), layout))
+        return pb.OpenLayoutResponse(created=await self._store.layouts.open(self._callers.of(context), layout))
 
     async def Attach(self, requests: AsyncIterator[pb.AttachRequest], context: Context) -> None:
         first = await anext(requests, None)
         if first is None:
             return
         caller = self._callers.of(context)
-        client = self._store.attach(caller, first.client_name)
+        client = self._store.leases.attach(caller, first.client_name)
         try:
             answer = pb.AttachResponse(client_id=client.client_id, boot_epoch=self._store.boot_epoch)
             await context.write(answer)
             async for _ in requests:  # Ends when the client closes its side, or disconnects.
                 pass
         finally:
-            self._store.detach(caller, client)
+            self._store.leases.detach(caller, client)
 
     async def LookupPrefix(self, request: pb.LookupPrefixRequest, context: Context) -> pb.LookupPrefixResponse:
         only_tails = request.parent_key and not request.keys
         keys_max = self._store.limits.keys_max
-        hit = await self._store.lookup(
+        hit = await self._store.lookups.lookup(
             self._callers.of(context, request.client_id),
             request.layout_fingerprint,
             shard_of(request),
@@ -126,7 +126,7 @@ class BlockService:
         )
 
     async def LoadBlocks(self, request: pb.LoadBlocksRequest, context: Context) -> None:
-        await self._store.load(
+        await self._store.loads.load(
             self._callers.of(context, request.client_id),
             request.lease_id,
             shard_of(request),
@@ -137,13 +137,13 @@ class BlockService:
         )
 
     async def SaveBlocks(self, requests: AsyncIterator[bytes], context: Context) -> pb.SaveBlocksResponse:
-        incoming = self._store.incoming(self._callers.of(context), requests)
+        incoming = self._store.saves.incoming(self._callers.of(context), requests)
         first = decode_save(await incoming.next())
         if not isinstance(first, pb.SaveHeader):
             raise InvalidRequest("the first message of a save must be its header", field="header")
         caller = self._callers.of(context, first.client_id)
         header, on_ssd = save_header(first)
-        async with self._store.save(caller, header) as upload:
+        async with self._store.saves.save(caller, header) as upload:
             while isinstance(message := decode_save(await incoming.next()), Frame):
                 await upload.put(message)
             if not isinstance(message, pb.SaveCommit):
@@ -157,7 +157,7 @@ class BlockService:
     async def LocateBlocks(self, request: pb.LocateBlocksRequest, context: Context) -> None:
         caller = self._callers.of(context, request.client_id)
         blocks = Span(request.first_block, request.block_count)
-        found = self._store.locate(caller, request.lease_id, shard_of(request), blocks, verify=request.verify)
+        found = self._store.loads.locate(caller, request.lease_id, shard_of(request), blocks, verify=request.verify)
         async with aclosing(found) as steps:
             answer = pb.LocateBlocksResponse()
             async for step in steps:
@@ -174,9 +174,9 @@ class BlockService:
     async def ReserveBlocks(self, request: pb.ReserveBlocksRequest, context: Context) -> pb.ReserveBlocksResponse:
         caller = self._callers.of(context, request.header.client_id)
         header, on_ssd = save_header(request.header)
-        places, refused = await self._store.reserve(caller, request.reservation_id, header, on_ssd=on_ssd)
+        places, refused = await self._store.saves.reserve(caller, request.reservation_id, header, on_ssd=on_ssd)
         return pb.ReserveBlocksResponse(
-            arena_id=self._store.arena.arena_id,
+            arena_id=self._store.status.arena.arena_id,
             blocks=[place.position for place in places],
             offsets=[place.extent.offset_bytes for place in places],
             refused=refused_blocks(refused),
@@ -185,10 +185,10 @@ class BlockService:
     async def CommitBlocks(self, request: pb.CommitBlocksRequest, context: Context) -> pb.SaveBlocksResponse:
         caller = self._callers.of(context, request.client_id)
         checksums = checksums_of(request.checksums)
-        return save_response(await self._store.commit(caller, request.reservation_id, checksums))
+        return save_response(await self._store.saves.commit(caller, request.reservation_id, checksums))
 
     async def AbandonBlocks(self, request: pb.AbandonBlocksRequest, context: Context) -> pb.AbandonBlocksResponse:
-        self._store.abandon(self._callers.of(context, request.client_id), request.reservation_id)
+        self._store.saves.abandon(self._callers.of(context, request.client_id), request.reservation_id)
         return pb.AbandonBlocksResponse()
 
     # Leases, hints and reports
@@ -196,11 +196,11 @@ class BlockService:
     async def ExportLease(self, request: pb.ExportLeaseRequest, context: Context) -> pb.ExportLeaseResponse:
         caller = self._callers.of(context, request.client_id)
         ttl_s = request.ttl_ms / 1000
-        ticket, granted_s = self._store.export_lease(caller, request.lease_id, ttl_s, request.adoptions)
+        ticket, granted_s = self._store.tickets.export(caller, request.lease_id, ttl_s, request.adoptions)
         return pb.ExportLeaseResponse(ticket=ticket, ttl_ms=round(granted_s * 1000))
 
     async def AdoptLease(self, request: pb.AdoptLeaseRequest, context: Context) -> pb.AdoptLeaseResponse:
-        adopted = await self._store.adopt(
+        adopted = await self._store.tickets.adopt(
             self._callers.of(context, request.client_id),
             request.ticket,
             request.layout_fingerprint,
@@ -216,24 +216,24 @@ class BlockService:
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
         caller = self._callers.of(context, request.client_id)
-        granted_s = self._store.renew(caller, request.lease_id, request.ttl_ms / 1000)
+        granted_s = self._store.leases.renew(caller, request.lease_id, request.ttl_ms / 1000)
         return pb.RenewLeaseResponse(ttl_ms=round(granted_s * 1000))
 
     async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Context) -> pb.ReleaseLeaseResponse:
-        await self._store.release(self._callers.of(context, request.client_id), request.lease_id)
+        await self._store.leases.release(self._callers.of(context, request.client_id), request.lease_id)
         return pb.ReleaseLeaseResponse()
 
     async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
         caller = self._callers.of(context)
         keys, missing_sessions = await self._keys(caller, request)
-        outcome = await self._store.prefetch(caller, keys, within_s=request.deadline_ms / 1000, wait=request.wait)
+        outcome = await self._store.moves.prefetch(caller, keys, within_s=request.deadline_ms / 1000, wait=request.wait)
         return pb.PrefetchResponse(**outcome._asdict(), missing_sessions=missing_sessions)
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
         caller = self._callers.of(context)
         keys, missing_sessions = await self._keys(caller, request)
         tier = tier_of(request.tier, request.tier_name, self._store.tier_names)
-        outcome = await self._store.evict(caller, keys, tier)
+        outcome = await self._store.moves.evict(caller, keys, tier)
         return pb.EvictResponse(**outcome._asdict(), missing_sessions=missing_sessions)
 
     async def _keys(self, caller: Caller, request: pb.PrefetchRequest | pb.EvictRequest) -> tuple[list[bytes], int]:
@@ -241,30 +241,30 @@ class BlockService:
         if (count := len(request.sessions)) > _SESSIONS_MAX:
             raise InvalidRequest(f"{count} sessions are named; at most {_SESSIONS_MAX} are allowed", field="sessions")
         names = [(each.layout_fingerprint, checked_session_id(each.session_id)) for each in request.sessions]
-        keys, missing = await self._store.keys_of_sessions(caller, names)
+        keys, missing = await self._store.sessions.keys(caller, names)
         if request.keys or not names:
             keys += split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max)
         return keys, missing
 
     async def ReportRequest(self, request: pb.ReportRequestRequest, context: Context) -> pb.ReportRequestResponse:
         caller, report = self._callers.of(context), request.report
-        record = report_record(report, self._store.wall_ms())
-        self._store.report(caller, report.request_id, record)
+        record = report_record(report, self._store.clock.wall_ms())
+        self._store.lookups.report(caller, report.request_id, record)
         return pb.ReportRequestResponse()
 
     # Key generations
 
     async def GetGeneration(self, request: pb.GetGenerationRequest, context: Context) -> pb.GetGenerationResponse:
-        number = self._store.generation(self._callers.of(context), request.layout_fingerprint)
+        number = self._store.layouts.generation(self._callers.of(context), request.layout_fingerprint)
         return pb.GetGenerationResponse(generation=number)
 
     async def BeginGeneration(self, request: pb.BeginGenerationRequest, context: Context) -> pb.BeginGenerationResponse:
-        number = await self._store.begin_generation(self._callers.of(context), request.layout_fingerprint)
+        number = await self._store.layouts.begin_generation(self._callers.of(context), request.layout_fingerprint)
         return pb.BeginGenerationResponse(generation=number)
 
     def _places(self, located: Located) -> pb.LocateBlocksResponse:
         return pb.LocateBlocksResponse(
-            arena_id=self._store.arena.arena_id,
+            arena_id=self._store.status.arena.arena_id,
             offsets=[extent.offset_bytes for extent in located.extents],
             generations=located.generations,
             trailer_checksums=located.trailer_checksums.tolist(),

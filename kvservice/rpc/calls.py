@@ -33,11 +33,11 @@ class Callers:
     """Makes the callers of requests; no other code does. The store knows which clients are attached."""
 
     def __init__(self, store: BlockStore) -> None:
-        self._store = store
+        self._leases = store.leases
 
     def of(self, context: Context, client_id: bytes = b"") -> Caller:
         """The caller of a request that names this client, or none. Raises UnknownClient if it is not attached."""
-        if client_id and not self._store.is_attached(client_id):
+        if client_id and not self._leases.is_attached(client_id):
             raise UnknownClient("no attached client has this id: attach, then ask again", field="client_id")
         return Caller(principal(context.peer(), context.auth_context()), DEFAULT_TENANT, client_id)
 

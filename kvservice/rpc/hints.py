@@ -27,7 +27,8 @@ _MS_MAX = 2**32 - 1
 
 class HintService:
     def __init__(self, store: BlockStore) -> None:
-        self._store = store
+        self._hints = store.hints
+        self._keys_max = store.limits.keys_max
         self._callers = Callers(store)
 
     async def Exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
@@ -35,7 +36,7 @@ class HintService:
         if first is None:
             return
         opening = pb.ExchangeRequest.FromString(first)
-        with self._store.hints(self._callers.of(context, opening.client_id)) as stream:
+        with self._hints.open(self._callers.of(context, opening.client_id)) as stream:
             limits = pb.HintLimits(
                 max_queued_requests=stream.limits.entries_max, max_queued_keys=stream.limits.keys_max
             )
@@ -104,7 +105,7 @@ class HintService:
 
     def _subject(self, subject: pb.HintSubject) -> HintSubject:
         if subject.keys:
-            split_keys(subject.keys, field="keys", count_max=self._store.limits.keys_max)
+            split_keys(subject.keys, field="keys", count_max=self._keys_max)
             return HintSubject(b"", "", subject.keys)
         session = subject.session
         return HintSubject(session.layout_fingerprint, checked_session_id(session.session_id))

@@ -1,4 +1,4 @@
-"""SessionService: the RPCs of ``sessions.proto``, each a few lines over the store."""
+"""SessionService: the RPCs of ``sessions.proto``, each a few lines over the store's sessions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from kvservice_api.v1 import sessions_pb2 as pb
 
 class SessionService:
     def __init__(self, store: BlockStore) -> None:
-        self._store = store
+        self._sessions = store.sessions
+        self._keys_max = store.limits.keys_max
         self._callers = Callers(store)
 
     async def AppendTurn(self, request: pb.AppendTurnRequest, context: Context) -> pb.AppendTurnResponse:
         caller, turn = self._callers.of(context), self._turn(request)
         with change_refused():
-            session = await self._store.append_turn(
+            session = await self._sessions.append(
                 caller, request.layout_fingerprint, request.session_id, request.expected_revision, turn
             )
         return pb.AppendTurnResponse(session=session_message(session, bytes_max=0))
@@ -33,7 +34,7 @@ class SessionService:
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         caller = self._callers.of(context)
         shard = Shard.from_proto(request.shard) if request.HasField("shard") else None
-        session, usable, runs = self._store.session(caller, request.layout_fingerprint, request.session_id, shard)
+        session, usable, runs = self._sessions.get(caller, request.layout_fingerprint, request.session_id, shard)
         return pb.GetSessionResponse(
             session=session_message(session),
             stored_slices=usable,
@@ -45,7 +46,7 @@ class SessionService:
         _check_count("keep", request.keep, KEEP_RANGES_MAX)
         caller, keep = self._callers.of(context), [(part.first, part.count) for part in request.keep]
         with change_refused():
-            session = await self._store.truncate_session(
+            session = await self._sessions.truncate(
                 caller, request.layout_fingerprint, request.session_id, request.expected_revision, keep
             )
         return pb.TruncateSessionResponse(session=session_message(session, bytes_max=0))
@@ -53,14 +54,14 @@ class SessionService:
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> pb.ForkSessionResponse:
         caller, fingerprint = self._callers.of(context), request.layout_fingerprint
         with change_refused():
-            session = await self._store.fork_session(
+            session = await self._sessions.fork(
                 caller, fingerprint, request.session_id, request.new_session_id, request.expected_revision
             )
         return pb.ForkSessionResponse(session=session_message(session, bytes_max=0))
 
     async def EndSession(self, request: pb.EndSessionRequest, context: Context) -> pb.EndSessionResponse:
         caller = self._callers.of(context)
-        ended = await self._store.end_session(caller, request.layout_fingerprint, request.session_id)
+        ended = await self._sessions.end(caller, request.layout_fingerprint, request.session_id)
         return pb.EndSessionResponse(ended=ended)
 
     def _turn(self, request: pb.AppendTurnRequest) -> SessionAppend:
@@ -69,7 +70,7 @@ class SessionService:
         _check_count("stored_positions", request.stored_positions, POSITIONS_MAX)
         return SessionAppend(
             request.parent_key,
-            split_keys(request.keys, field="keys", count_max=self._store.limits.keys_max),
+            split_keys(request.keys, field="keys", count_max=self._keys_max),
             request.last_block_tokens,
             request.stored_position if request.HasField("stored_position") else None,
             np.array(request.stored_positions, np.uint64),

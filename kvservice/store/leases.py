@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _ROWS_A_TURN = 512  # They take two milliseconds of the event loop if all of them have been discarded.
 _LEASES_A_TURN = 1024
+_EXPIRE_EVERY_S = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +79,9 @@ class Leases:
         clients_max: int,
         per_client_max: int,
         blocks_per_client_max: int,
+        ttl_max_s: float,
     ) -> None:
+        self.ttl_max_s = ttl_max_s
         self._lifecycle = lifecycle
         self._tasks = tasks
         self._loop_budget = loop_budget
@@ -106,9 +109,20 @@ class Leases:
     def count(self) -> int:
         return len(self._leases)
 
+    def start(self) -> None:
+        """End leases at their time, from now on."""
+        self._tasks.start(self._expire_forever(), "lease expiry")
+
+    async def _expire_forever(self) -> None:
+        while True:
+            await self._clock.sleep(_EXPIRE_EVERY_S)
+            while self.expire():
+                await self._loop_budget.slot()
+
     # Clients
 
     def attach(self, caller: Caller, name: str) -> Client:
+        """A new client; detach it at its end. Raises InvalidRequest, Overloaded."""
         if len(name) > 200:
             raise InvalidRequest("client_name is longer than 200 characters", field="client_name")
         if len(self._clients) >= self._clients_max:
@@ -185,10 +199,28 @@ class Leases:
     def end(self, lease: Lease) -> None:
         self._end([lease])
 
-    def renew(self, caller: Caller, lease_id: int, ttl_s: float) -> None:
-        self._set_end(self.get(caller, lease_id).lease_id, ttl_s)
+    def renew(self, caller: Caller, lease_id: int, ttl_s: float) -> float:
+        """Make the lease end `ttl_s` from now, or after the longest allowed time. Returns the granted seconds.
 
-    def release(self, caller: Caller, lease_id: int) -> None:
+        Raises InvalidRequest, UnknownClient, LeaseExpired, LeaseNotYours.
+        """
+        ttl_s = self.granted_s(ttl_s, "ttl_ms is 0; to end a lease, release it", "ttl_ms")
+        self._set_end(self.get(caller, lease_id).lease_id, ttl_s)
+        return ttl_s
+
+    def granted_s(self, ttl_s: float, where_zero: str, field: str) -> float:
+        """The time that a lease gets. Raises InvalidRequest, with the text `where_zero`."""
+        if not ttl_s:
+            raise InvalidRequest(where_zero, field=field)
+        return min(ttl_s, self.ttl_max_s)
+
+    async def release(self, caller: Caller, lease_id: int) -> None:
+        """End a lease, and return once ended leases hold nothing any more. Raises LeaseNotYours."""
+        self.begin_release(caller, lease_id)
+        await self.drain_ended()
+
+    def begin_release(self, caller: Caller, lease_id: int) -> None:
+        """End a lease; its blocks are freed in parts that fit into one iteration of the event loop each."""
         lease = self._leases.get(lease_id)
         if lease is None:
             return

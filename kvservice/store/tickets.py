@@ -24,8 +24,9 @@ from kvservice.blocks import BlockTable
 from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
+from kvservice.store.mover.promoter import Promoter
 from kvservice.store.operations.requests import Requests
-from kvservice.store.prefix_match import narrowed
+from kvservice.store.prefix_match import Run, narrowed, runs_of
 from kvservice.store.tasks import LoopBudget
 from kvservice_api.errors import (
     InvalidRequest,
@@ -58,6 +59,15 @@ class _Ticket(NamedTuple):
     fingerprint: bytes
 
 
+class Adopted(NamedTuple):
+    """An adopted lease, its granted time, the tiers of its blocks, and the token count of each."""
+
+    lease: Lease
+    ttl_s: float
+    runs: list[Run]
+    token_counts: list[int]
+
+
 class Tickets:
     """Exports leases as tickets, and grants leases for tickets."""
 
@@ -66,6 +76,7 @@ class Tickets:
         leases: Leases,
         blocks: BlockTable,
         requests: Requests,
+        promoter: Promoter | None,
         clock: Clock,
         loop_budget: LoopBudget,
         *,
@@ -74,6 +85,7 @@ class Tickets:
         self._leases = leases
         self._blocks = blocks
         self._requests = requests
+        self._promoter = promoter
         self._clock = clock
         self._loop_budget = loop_budget
         self._boot_epoch = boot_epoch
@@ -84,12 +96,14 @@ class Tickets:
         self._adoptions_left: dict[int, int] = {}  # Ticket number -> remaining adoptions.
         self._forget_at = 64
 
-    def export(self, caller: Caller, lease_id: int, ttl_s: float, adoptions: int) -> bytes:
-        """A ticket for the lease's blocks, which does not depend on the lease.
+    def export(self, caller: Caller, lease_id: int, ttl_s: float, adoptions: int) -> tuple[bytes, float]:
+        """A ticket for the lease's blocks, which does not depend on the lease, and the seconds for which it holds them.
 
-        Raises InvalidRequest, LeaseExpired, LeaseNotYours, UnknownClient; Overloaded if this client's open tickets
-        hold as many leases or blocks as one client may.
+        A ticket is made for a load that is about to come: blocks that DRAM lacks are promoted from now on.
+        Raises InvalidRequest, LeaseExpired, LeaseNotYours, UnknownClient; Overloaded if this client's open tickets hold
+        as many leases or blocks as one client may.
         """
+        ttl_s = self._leases.granted_s(ttl_s, "ttl_ms is 0", "ttl_ms")
         if not 1 <= adoptions <= ADOPTIONS_MAX:
             raise InvalidRequest(f"adoptions is {adoptions}; it must be in 1..{ADOPTIONS_MAX}", field="adoptions")
         lease = self._leases.get(caller, lease_id)
@@ -107,20 +121,22 @@ class Tickets:
             ) from error
         self._adoptions_left[held.lease_id] = adoptions
         self._requests.follow(lease.lease_id, held.lease_id)
-        return self._encode(
-            _Ticket(
-                _MAGIC, caller.tenant.number, self._boot_epoch, held.lease_id, expires_at_ms, lease.layout.fingerprint
-            )
+        missing = held.held_rows[~self._blocks.lie_in(held.held_rows, self._blocks.first_tier)].tolist()
+        if missing and self._promoter is not None:
+            self._promoter.prefetch(missing, within_s=0.0)
+        ticket = _Ticket(
+            _MAGIC, caller.tenant.number, self._boot_epoch, held.lease_id, expires_at_ms, lease.layout.fingerprint
         )
+        return self._encode(ticket), ttl_s
 
     async def adopt(
-        self, caller: Caller, ticket: bytes, fingerprint: bytes, shard: Shard | None, ttl_s: float
-    ) -> Lease:
+        self, caller: Caller, ticket: bytes, fingerprint: bytes, shard: Shard | None, lease_ttl_s: float
+    ) -> Adopted:
         """A lease of the caller's own on the ticket's blocks, for a shard within the exported one.
 
-        Raises the errors of `_held`, InvalidRequest for another shard, UnknownClient, Overloaded. A refused
-        adoption does not count.
+        Raises the errors of `_held`, InvalidRequest, UnknownClient, Overloaded. A refused adoption does not count.
         """
+        ttl_s = self._leases.granted_s(lease_ttl_s, "lease_ttl_ms is 0", "lease_ttl_ms")
         client = self._leases.client(caller)
         number, held = self._held(caller, ticket, fingerprint)
         part = held
@@ -135,7 +151,7 @@ class Tickets:
         if not self._adoptions_left[number]:
             del self._adoptions_left[number]
             self._leases.end(held)
-        return lease
+        return Adopted(lease, ttl_s, runs_of(self._blocks, lease.rows), self._blocks.token_count[lease.rows].tolist())
 
     def _held(self, caller: Caller, data: bytes, fingerprint: bytes) -> tuple[int, Lease]:
         """The ticket's number and its own lease.

@@ -166,8 +166,8 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.found_at_start = self.visible()  # Before the mover begins to evict.
         await until(lambda: self.opened.published() is not None)
         for layout in (LAYOUT, LARGE):
-            await self.store.open_layout(CALLER, layout)
-        self.clients = [self.opened.store.attach(CALLER, f"client {number}") for number in range(2)]
+            await self.store.layouts.open(CALLER, layout)
+        self.clients = [self.opened.store.leases.attach(CALLER, f"client {number}") for number in range(2)]
         self.evictions_seen = 0
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
@@ -196,7 +196,7 @@ class StoreBesideModel(RuleBasedStateMachine):
 
     async def _adopt(self, held: HeldTicket, shard: Shard | None, client: Client, ttl_s: float) -> Lease:
         fingerprint = held.exported.layout.fingerprint
-        return (await self.store.adopt(caller_of(client), held.ticket, fingerprint, shard, ttl_s)).lease
+        return (await self.store.tickets.adopt(caller_of(client), held.ticket, fingerprint, shard, ttl_s)).lease
 
     def new_version(self) -> int:
         self.last_version += 1
@@ -258,7 +258,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         stored = {key for key, _ in self.versions if key in PARTIAL}
         assert len(self.opened.block_lifecycle.tails) == len({PARTIAL[key][0] for key in stored})
         for shard, parent in product(SHARDS, {parent for parent, _ in PARTIAL.values()}):
-            asked = self.store.lookup(CALLER, LAYOUT.fingerprint, shard, [], 0, parent_key=parent)
+            asked = self.store.lookups.lookup(CALLER, LAYOUT.fingerprint, shard, [], 0, parent_key=parent)
             found = [key for key, count in at_once(asked).tails if PARTIAL[key] == (parent, count)]
             usable = {key for key in stored if PARTIAL[key][0] == parent and self.covered(key, shard)}
             assert len(found) == min(len(usable), TAILS_MAX) and usable.issuperset(found)
@@ -381,7 +381,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         if act == "discard":
             return await self._discard(chain)
         if act == "up":
-            return await self.store.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
+            return await self.store.moves.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
         await self._evict(chain, TierName(act))
         return None
 
@@ -408,7 +408,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         names = [(blocks.key_of(row), blocks.shard_of(row)) for row in leaving]
         gone = [name for name in names if self.opened.residency(*name) == {tier}]
         self.go(gone)
-        outcome = await self.store.evict(CALLER, chain.keys, tier)
+        outcome = await self.store.moves.evict(CALLER, chain.keys, tier)
         assert (outcome.evicted, outcome.held) == (len(leaving), len(copies) - len(leaving))
         self.gone(gone)
 

@@ -109,8 +109,8 @@ class SessionMachine(RuleBasedStateMachine):
     async def _open(self) -> None:
         self.opened = self.files.open()
         self.store = self.opened.store
-        await self.store.open_layout(CALLER, LAYOUT)
-        self.client: Client = self.opened.store.attach(CALLER, "test")
+        await self.store.layouts.open(CALLER, LAYOUT)
+        self.client: Client = self.opened.store.leases.attach(CALLER, "test")
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, 120))
@@ -175,7 +175,7 @@ class SessionMachine(RuleBasedStateMachine):
             with pytest.raises(SessionsFull):
                 self.do(work)
             return
-        manifest = self.do(work)
+        manifest, _ = self.do(work)
         tokens = list(kept)
         for key, token_count in zip(chain.keys, chain.token_counts, strict=True):
             for number in range(token_count):
@@ -206,14 +206,14 @@ class SessionMachine(RuleBasedStateMachine):
         tokens = tuple(token for first, count in keep for token in talk.tokens[first : first + count])
         work = self.opened.sessions.truncate(CALLER, LAYOUT.fingerprint, session_id, talk.revision, keep)
         if len(tokens) == total:
-            manifest = self.do(work)  # Nothing is cut: it counts as a use, which the next flush writes.
+            manifest, _ = self.do(work)  # Nothing is cut: it counts as a use, which the next flush writes.
             self.put(session_id, replace(talk, expires_s=self.now_s + TTL_S))
         elif self.slice_count(tokens) > SLICES_MAX:
             with pytest.raises(SessionsFull):
                 self.do(work)
             return
         else:
-            manifest = self.do(work)
+            manifest, _ = self.do(work)
             cut = replace(talk, tokens=tokens, tip=manifest.tip, tail=0, cuts=talk.cuts + 1, revision=talk.revision + 1)
             assert manifest.tip not in PARTIAL, "the key of a cut is no block's"
             self.put(session_id, self.used(cut))
@@ -236,13 +236,13 @@ class SessionMachine(RuleBasedStateMachine):
             with pytest.raises(SessionsFull):
                 self.do(work)
         else:
-            manifest = self.do(work)
+            manifest, _ = self.do(work)
             self.put(new_id, self.used(replace(talk, revision=1)))
             self.compare(new_id, manifest)
 
     @rule(session_id=ids)
     def end(self, session_id: str) -> None:
-        ended = self.do(self.opened.store.end_session(CALLER, LAYOUT.fingerprint, session_id))
+        ended = self.do(self.opened.store.sessions.end(CALLER, LAYOUT.fingerprint, session_id))
         assert ended == (self.alive(session_id) is not None)
         self.put(session_id, None)
 
@@ -268,9 +268,9 @@ class SessionMachine(RuleBasedStateMachine):
         talk = self.alive(session_id)
         if talk is None:
             with pytest.raises(SessionNotFound):
-                self.store.session(CALLER, LAYOUT.fingerprint, session_id, None)
+                self.store.sessions.get(CALLER, LAYOUT.fingerprint, session_id, None)
             return
-        (manifest, _), usable, _ = self.store.session(CALLER, LAYOUT.fingerprint, session_id, None)
+        (manifest, _), usable, _ = self.store.sessions.get(CALLER, LAYOUT.fingerprint, session_id, None)
         self.talks[session_id] = replace(talk, expires_s=self.now_s + TTL_S)
         self.compare(session_id, manifest)
         keys = manifest.slices["key"].tolist()
@@ -282,7 +282,7 @@ class SessionMachine(RuleBasedStateMachine):
             sizes = manifest.slices["block_tokens"][:usable].tolist()
             expected = layers_of([image_of(key, size) for key, size in zip(keys, sizes, strict=False)], shard=WHOLE)
             assert self.do(self.opened.load(lease)) == expected
-            self.opened.leases.release(caller_of(self.client), lease.lease_id)
+            self.opened.leases.begin_release(caller_of(self.client), lease.lease_id)
 
     @rule(session_id=ids, at=st.integers(0, 7))
     def lose_a_block(self, session_id: str, at: int) -> None:

@@ -167,7 +167,9 @@ class StoreMachine(StoreBesideModel):
     @rule(chain=chains, first=firsts, count=counts, shard=shards, ttl_s=st.sampled_from([0, 5, 50, 50]), client=numbers)
     def lookup(self, chain: int, first: int, count: int, shard: Shard, ttl_s: int, client: int) -> None:
         layout, part = self.part(chain, first, count)
-        hit = at_once(self.store.lookup(caller_of(self.client(client)), layout.fingerprint, shard, part.keys, ttl_s))
+        hit = at_once(
+            self.store.lookups.lookup(caller_of(self.client(client)), layout.fingerprint, shard, part.keys, ttl_s)
+        )
         self.reconcile()
         expected = next((at for at, key in enumerate(part.keys) if not self.covered(key, shard)), len(part))
         assert hit.blocks == expected == sum(count for count, *_ in hit.runs)
@@ -216,7 +218,7 @@ class StoreMachine(StoreBesideModel):
             self.opened.leases.renew(caller_of(held.client), held.lease.lease_id, ttl_s)
             held.ends_at_s = self.files.clock.monotonic_s() + ttl_s
         else:
-            self.opened.leases.release(caller_of(held.client), held.lease.lease_id)
+            self.opened.leases.begin_release(caller_of(held.client), held.lease.lease_id)
             self.leases.remove(held)
 
     @rule(number=numbers, ttl_s=st.sampled_from([5, 50]), adoptions=st.integers(1, 3))
@@ -224,7 +226,7 @@ class StoreMachine(StoreBesideModel):
         if not self.leases:
             return
         held = self.leases[number % len(self.leases)]
-        ticket = self.opened.tickets.export(caller_of(held.client), held.lease.lease_id, ttl_s, adoptions)
+        ticket, _ = self.opened.tickets.export(caller_of(held.client), held.lease.lease_id, ttl_s, adoptions)
         self.tickets.append(HeldTicket(ticket, held, self.files.clock.monotonic_s() + ttl_s, adoptions))
 
     @rule(number=numbers, shard=shards, ttl_s=st.sampled_from([5, 50]), client=numbers)
@@ -269,9 +271,9 @@ class StoreMachine(StoreBesideModel):
     @rule(number=numbers)
     def a_client_goes(self, number: int) -> None:
         gone = self.client(number)
-        self.opened.store.detach(CALLER, gone)
+        self.opened.store.leases.detach(CALLER, gone)
         self.clients = [client for client in self.clients if client is not gone]
-        self.clients.append(self.opened.store.attach(CALLER, "another"))
+        self.clients.append(self.opened.store.leases.attach(CALLER, "another"))
         self.leases = [held for held in self.leases if held.client is not gone]
         over = [save for save in self.saves if save.client is gone]
         self.saves = [save for save in self.saves if save.client is not gone]
@@ -314,7 +316,7 @@ class StoreMachine(StoreBesideModel):
     @rule(chain=chains, first=firsts, count=counts, wait=st.booleans())
     def prefetch(self, chain: int, first: int, count: int, wait: bool) -> None:
         _, part = self.part(chain, first, count)
-        outcome = self.do(self.store.prefetch(CALLER, part.keys, within_s=1.0, wait=wait))
+        outcome = self.do(self.store.moves.prefetch(CALLER, part.keys, within_s=1.0, wait=wait))
         self.reconcile()
         if self.ample and wait:
             objects = [name for name in self.versions if name[0] in part.keys]
@@ -327,9 +329,9 @@ class StoreMachine(StoreBesideModel):
         until_ms = 0
         try:
             if ttl_s:
-                until_ms = self.do(self.opened.store.operators.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
+                until_ms = self.do(self.opened.store.pins.pin(CALLER, part.keys, ttl_s * 1000)).until_ms
             else:
-                self.do(self.opened.store.operators.unpin(CALLER, part.keys))
+                self.do(self.opened.store.pins.unpin(CALLER, part.keys))
         except PinsFull:
             assert not self.ample
             return

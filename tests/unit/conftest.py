@@ -34,7 +34,7 @@ async def open_store(store_files: Callable[..., StoreFiles]) -> AsyncIterator[Ca
 
     async def make(**settings: Any) -> OpenStore:
         opened.append(store_files(**settings).open())
-        await opened[-1].store.open_layout(CALLER, LAYOUT)
+        await opened[-1].store.layouts.open(CALLER, LAYOUT)
         return opened[-1]
 
     yield make
@@ -51,4 +51,4 @@ async def opened(open_store: Callable[..., Any]) -> OpenStore:
 
 @pytest.fixture
 def client(opened: OpenStore) -> Client:
-    return opened.store.attach(CALLER, "test")
+    return opened.store.leases.attach(CALLER, "test")

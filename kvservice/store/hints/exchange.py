@@ -514,7 +514,7 @@ class HintExchange:
         """Rank blocks as the first to be evicted, except those that other sessions name or other clients use."""
         keys = [self._keys(each.stream.caller, each.subject) for each in batch]
         own = {each.subject[:2] for each in batch if not each.subject.packed_keys}
-        elsewhere = await self._sessions.named_elsewhere(keys, own, self.loop_budget.slot)
+        elsewhere = await self._sessions.named_elsewhere(keys, own)
         for (stream, _, _, write), names in zip(batch, keys, strict=True):
             await self.loop_budget.slot()
             rows = stored_rows(self._blocks, stream.caller, [key for key in names if key not in elsewhere])

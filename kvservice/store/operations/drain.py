@@ -93,7 +93,9 @@ class Drain:
         return self._progress(True)
 
     async def progress(self, caller: Caller) -> AsyncGenerator[DrainProgress, None]:
-        """The progress, about twice per second; the last one has `done`, unless the drain was undone."""
+        """The progress, about twice per second; the last one has `done`, unless the drain was undone. The drain
+        continues if this is closed early.
+        """
         while True:
             writing = self._writing
             if not self.is_draining or writing is None:

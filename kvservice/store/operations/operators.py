@@ -1,31 +1,27 @@
-"""The operators' verbs, for ``kvctl``: the second half of the store's facade.
+"""What operators list, explain, discard and record.
 
 Called on the event loop's thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from kvservice.blocks import NO_ROW, BlockTable, TierName
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
-from kvservice.store.operations.drain import Drain, DrainProgress
 from kvservice.store.operations.explain import Explain, ExplainedBlock, ExplainedRequest, ExplainedSession
 from kvservice.store.operations.listings import BlockFacts, Listings
-from kvservice.store.operations.pins import PinOutcome, Pins, UnpinOutcome
-from kvservice.store.operations.policies import Policies, PolicyFacts
 from kvservice.store.operations.requests import Requests
-from kvservice.store.operations.scrub import Scrub, ScrubProgress
 from kvservice.store.operations.trace import TRACE_MAX_S, TraceRecorder, TraceStep
 from kvservice.store.sessions.manifests import StoredSession
 from kvservice.store.sessions.sessions import Sessions
 from kvservice.store.tasks import parts_of
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES
-from kvservice_api.layout import Layout, Shard
+from kvservice_api.layout import Shard
 
 DISCARD_KEYS_MAX = 65536  # In one call.
 _FINGERPRINT_BYTES = 32
@@ -42,12 +38,7 @@ class Operators:
         listings: Listings,
         explain: Explain,
         requests: Requests,
-        find_layout: Callable[[bytes], tuple[int, Layout]],
-        pins: Pins,
-        scrub: Scrub,
-        drain: Drain,
         trace: TraceRecorder,
-        policies: Policies,
     ) -> None:
         self._blocks = blocks
         self._index = index
@@ -57,12 +48,7 @@ class Operators:
         self._listings = listings
         self._explain = explain
         self._requests = requests
-        self._find_layout = find_layout
-        self._pins = pins
-        self._scrub = scrub
-        self._drain = drain
         self._trace = trace
-        self._policies = policies
 
     async def list_blocks(
         self, caller: Caller, page_token: str, page_size: int, fingerprint: bytes, tiers: Sequence[TierName]
@@ -116,43 +102,6 @@ class Operators:
             found.append(await self._explain.session(caller, history))
         return found
 
-    async def pin(self, caller: Caller, keys: Sequence[bytes], ttl_ms: int) -> PinOutcome:
-        """Pin blocks for `ttl_ms` from now. Raises as `Pins.pin`; then nothing has changed."""
-        return await self._pins.pin(caller, keys, ttl_ms)
-
-    async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
-        """End pins before their time. Raises StorageFailed, IndexFull."""
-        return await self._pins.unpin(caller, keys)
-
-    async def policy(self, caller: Caller) -> PolicyFacts:
-        """The policy that decides about places now, and what its shadow would have done."""
-        return await self._policies.show(caller)
-
-    async def set_policy(self, caller: Caller, name: str, shadow: str) -> PolicyFacts:
-        """Use another policy, or run one beside it, until the restart. Empty names change nothing. Raises
-        InvalidRequest.
-        """
-        return await self._policies.set(caller, name, shadow)
-
-    def scrub(
-        self, caller: Caller, tiers: Sequence[TierName], bytes_per_second: int
-    ) -> AsyncGenerator[ScrubProgress, None]:
-        """Verify all copies in these tiers; the last progress has `done`. Raises ScrubRunning, StorageFailed."""
-        return self._scrub.run(caller, tiers, bytes_per_second)
-
-    def drain(self, caller: Caller) -> AsyncGenerator[DrainProgress, None]:
-        """Refuse saves from now on, and write the blocks that are only in DRAM. Yields the progress; the last has
-        `done`.
-
-        The drain continues if this is closed early. Raises nothing.
-        """
-        self._drain.begin(caller)
-        return self._drain.progress(caller)
-
-    def undrain(self, caller: Caller) -> DrainProgress:
-        """Accept saves again. Raises Draining if the daemon itself is stopping."""
-        return self._drain.undo(caller)
-
     async def discard(self, caller: Caller, keys: Sequence[bytes]) -> tuple[int, int]:
         """Discard blocks from all tiers, pinned or not. Returns the number of objects, and of keys without one."""
         discarded = missing = 0
@@ -170,7 +119,7 @@ class Operators:
         rows = blocks.live_rows()
         if fingerprint is not None:
             self._listed_layout(fingerprint)  # Raises InvalidRequest for an invalid fingerprint.
-            rows = rows[blocks.layout_id[rows] == self._find_layout(fingerprint)[0]]
+            rows = rows[blocks.layout_id[rows] == self._index.find_layout(fingerprint)[0]]
         marks = blocks.generation[rows]
         discarded = 0
         for part in parts_of(range(len(rows))):
@@ -192,5 +141,5 @@ class Operators:
             raise InvalidRequest(
                 f"duration_ms must be from 1 ms to {TRACE_MAX_S / 86400:.0f} days", field="duration_ms"
             )
-        layout_id = self._find_layout(fingerprint)[0] if fingerprint else None
+        layout_id = self._index.find_layout(fingerprint)[0] if fingerprint else None
         return self._trace.record(caller, layout_id, duration_s)

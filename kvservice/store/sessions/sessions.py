@@ -1,7 +1,7 @@
 """Sessions: the manifest of each conversation, on disk before a change is answered.
 
-A manifest names blocks and does not hold them: they are stored, moved and evicted like others. Sessions add one rule
-for partial blocks, which no other conversation looks up: a partial block that no session names any more is dropped.
+A manifest names blocks and does not hold them: they are stored, moved and evicted like others, except for partial
+blocks (``partial_blocks.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -27,25 +27,25 @@ from kvservice.index.session_records import Manifest
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import Reason
+from kvservice.store.operations.trace import TraceRecorder
 from kvservice.store.prefix_match import Run, match_prefix, runs_of
 from kvservice.store.sessions import manifests
 from kvservice.store.sessions.manifests import SessionAppend, StoredSession
-from kvservice.store.tasks import Tasks
-from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull, StorageFailed
-from kvservice_api.layout import Layout, Shard
+from kvservice.store.sessions.partial_blocks import NamedPartialBlocks
+from kvservice.store.tasks import LoopBudget, Tasks
+from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull
+from kvservice_api.layout import Shard
 from kvservice_api.session_ids import checked_session_id
 
 log = logging.getLogger(__name__)
 
 _EXPIRED_AT_A_TIME = 256
 _FLUSHED_AT_A_TIME = 64
-_DROPPED_A_TURN = 32  # They take a millisecond of the event loop.
 POSITIONS_MAX = 65536  # Explicit positions in one session.
 _NAMES_A_TURN = 4096
 _KEYS_A_TURN = 8192  # They take a millisecond of the event loop.
 _TICK_S = 1.0
 _GONE_MAX = 4096  # Ended sessions in the history.
-_LET_GO = "no session names it any more"  # The reason of a dropped partial block, for `explain`.
 
 T = TypeVar("T")
 
@@ -80,12 +80,13 @@ class Sessions:
         clock: Clock,
         counters: Counters,
         tasks: Tasks,
-        find_layout: Callable[[bytes], tuple[int, Layout]],
+        loop_budget: LoopBudget,
+        trace: TraceRecorder,
         limits: SessionLimits,
     ) -> None:
-        """`find_layout` returns id and layout of a fingerprint, or raises UnknownLayout."""
         self._index = index
-        self._find_layout = find_layout
+        self._trace = trace
+        self._loop_budget = loop_budget
         self._lifecycle = lifecycle
         self._clock = clock
         self._counters = counters
@@ -96,7 +97,7 @@ class Sessions:
         self._next_serial = 1
         self.changes = 0  # How often a session was begun, changed, used or deleted.
         self._arriving = 0  # New sessions that are not on disk yet.
-        self._named: Counter[bytes] = Counter()  # Partial block -> how many manifests name it.
+        self._partial_blocks = NamedPartialBlocks(index, lifecycle, tasks)
         self._touched: dict[Name, None] = {}  # Sessions that were used since their times were written.
         self._gone: dict[str, tuple[int, str]] = {}  # Session id -> when and why it ended, for error messages.
         self._locks: WeakValueDictionary[Name, asyncio.Lock] = WeakValueDictionary()
@@ -119,21 +120,32 @@ class Sessions:
 
     # Reading
 
-    def get(self, caller: Caller, fingerprint: bytes, session_id: str) -> Manifest:
-        """The session's manifest; counts as a use. Raises SessionNotFound."""
+    def get(self, caller: Caller, fingerprint: bytes, session_id: str, shard: Shard | None) -> SessionHistory:
+        """A session, and how much of it is stored; counts as a use. Raises UnknownLayout, SessionNotFound."""
+        _, layout = self._index.find_layout(fingerprint)
+        wanted = Shard.whole(layout) if shard is None else shard.check(layout)
         name = self._name(fingerprint, session_id)
-        return self._use(name, self._found(name))
+        return self.history(self._use(name, self._found(name)), wanted)
+
+    async def keys(self, caller: Caller, names: Sequence[tuple[bytes, str]]) -> tuple[list[bytes], int]:
+        """All keys of these sessions, pairs of a fingerprint and an id, and how many sessions do not exist."""
+        keys: list[bytes] = []
+        missing = 0
+        for name in names:
+            await self._loop_budget.slot()
+            manifest = self.peek(caller, *name)
+            missing += manifest is None
+            keys += [] if manifest is None else manifest.slices["key"].tolist()
+        return keys, missing
 
     def peek(self, caller: Caller, fingerprint: bytes, session_id: str) -> Manifest | None:
         """The session's manifest, if there is one. Does not count as a use."""
         layout_id = self._index.layout_id(fingerprint)
         return None if layout_id is None else self._current((layout_id, session_id))
 
-    async def named_elsewhere(
-        self, keys: Sequence[Sequence[bytes]], own: Set[tuple[bytes, str]], pause: Callable[[], Awaitable[None]]
-    ) -> set[bytes]:
+    async def named_elsewhere(self, keys: Sequence[Sequence[bytes]], own: Set[tuple[bytes, str]]) -> set[bytes]:
         """The keys that occur in several of these lists, or that sessions name which are not among `own`: pairs of a
-        layout's fingerprint and a session id. Awaits `pause` after every few thousand keys.
+        layout's fingerprint and a session id.
         """
         counts = Counter(key for some in keys for key in set(some))
         found = {key for key, count in counts.items() if count > 1}
@@ -148,7 +160,7 @@ class Sessions:
                 examined += len(manifest.slices)
             if examined > _KEYS_A_TURN:
                 examined = 0
-                await pause()
+                await self._loop_budget.slot()
         return found
 
     def find_by_id(self, caller: Caller, session_id: str) -> list[Manifest]:
@@ -200,8 +212,11 @@ class Sessions:
 
     async def append(
         self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, turn: SessionAppend
-    ) -> Manifest:
-        """Add a turn; revision 0 begins the session. Returns once it is on disk."""
+    ) -> StoredSession:
+        """Add a turn; revision 0 begins the session. Returns once it is on disk.
+
+        Raises InvalidRequest, UnknownLayout, SessionNotFound, SessionChanged, SessionsFull, StorageFailed, IndexFull.
+        """
         name = self._name(fingerprint, session_id)
         layout = self._index.layouts[name[0]]
 
@@ -211,7 +226,9 @@ class Sessions:
                 return manifests.begun(session_id, name[0], layout, turn, self._clock.wall_ms())
             return manifests.appended(self._expected(name, now, expected_revision), layout, turn)
 
-        return await self._change(name, change)
+        after = await self._change(name, change)
+        self._trace.appended(turn)
+        return after
 
     async def truncate(
         self,
@@ -220,8 +237,8 @@ class Sessions:
         session_id: str,
         expected_revision: int,
         keep: Sequence[tuple[int, int]],
-    ) -> Manifest:
-        """Keep only these token ranges, (first, count) each."""
+    ) -> StoredSession:
+        """Keep only these token ranges, (first, count) each. Raises as `append`."""
         name = self._name(fingerprint, session_id)
         return await self._change(
             name, lambda now: manifests.truncated(self._expected(name, now, expected_revision), keep)
@@ -229,8 +246,8 @@ class Sessions:
 
     async def fork(
         self, caller: Caller, fingerprint: bytes, session_id: str, new_id: str, expected_revision: int
-    ) -> Manifest:
-        """A copy under `new_id`. `expected_revision` 0 accepts any revision."""
+    ) -> StoredSession:
+        """A copy under `new_id`. `expected_revision` 0 accepts any revision. Raises as `append`."""
         name, new_name = self._name(fingerprint, session_id), self._name(fingerprint, new_id, "new_session_id")
         if name == new_name:
             raise InvalidRequest("new_session_id is the session's own id", field="new_session_id")
@@ -269,7 +286,7 @@ class Sessions:
         if len(self._gone) > _GONE_MAX:
             del self._gone[next(iter(self._gone))]
 
-    async def _change(self, name: Name, change: Callable[[Manifest | None], Manifest]) -> Manifest:
+    async def _change(self, name: Name, change: Callable[[Manifest | None], Manifest]) -> StoredSession:
         """Replace a session by the result of `change`, on disk first. If that fails, the session is unchanged."""
 
         async def work() -> Manifest:
@@ -289,7 +306,7 @@ class Sessions:
                 await self._put(name, after)
                 return after
 
-        return await self._shielded(work(), "change of a session")
+        return self.stored(await self._shielded(work(), "change of a session"))
 
     async def _shielded(self, work: Coroutine[Any, Any, T], what: str) -> T:
         """Run a change to its end, also if its caller is cancelled, so that memory and disk stay equal."""
@@ -299,14 +316,14 @@ class Sessions:
         """Disk first, then memory. Blocks that `after` names count as named from now on, so that they are not
         dropped.
         """
-        before, named = self._manifests.get(name), self._partial_keys(after)
-        self._named.update(named)
+        before = self._manifests.get(name)
+        self._partial_blocks.add(after)
         is_new = self._current(name) is None
         self._arriving += is_new
         try:
             await self._index.put_session(after)
         except BaseException:
-            self._uncount(named)
+            self._partial_blocks.forget(after)
             raise
         finally:
             self._arriving -= is_new
@@ -314,10 +331,7 @@ class Sessions:
         self._install(name, after)
         self._touched.pop(name, None)
         if before is not None:
-            self._unname(self._partial_keys(before), Reason.DISCARDED)
-
-    def _partial_keys(self, manifest: Manifest) -> set[bytes]:
-        return manifests.partial_keys(manifest, self._index.layouts[manifest.layout_id])
+            self._partial_blocks.drop([before], Reason.DISCARDED)
 
     def _install(self, name: Name, manifest: Manifest) -> None:
         self.changes += 1
@@ -330,43 +344,12 @@ class Sessions:
     def _forget(self, names: Sequence[Name], why: Reason) -> None:
         """Delete sessions whose records are deleted."""
         self.changes += 1
-        named: list[bytes] = []
+        gone = []
         for name in names:
-            manifest = self._manifests.pop(name)
+            gone.append(self._manifests.pop(name))
             del self._serials[name]
             self._touched.pop(name, None)
-            named += self._partial_keys(manifest)
-        self._unname(named, why)
-
-    def _unname(self, keys: Iterable[bytes], why: Reason) -> None:
-        """One manifest fewer names these partial blocks. Blocks that no manifest names any more are dropped."""
-        if orphans := self._uncount(keys):
-            self._tasks.start(self._drop(orphans, why), "drop of partial blocks")
-
-    def _uncount(self, keys: Iterable[bytes]) -> list[bytes]:
-        """The keys that no manifest names any more."""
-        orphans = []
-        for key in keys:
-            self._named[key] -= 1
-            if not self._named[key]:
-                del self._named[key]
-                orphans.append(key)
-        return orphans
-
-    async def _drop(self, keys: Sequence[bytes], why: Reason) -> None:
-        for start in range(0, len(keys), _DROPPED_A_TURN):
-            try:
-                await self._lifecycle.discard(self._partial_rows(keys[start : start + _DROPPED_A_TURN]), why, _LET_GO)
-            except StorageFailed as error:  # They are invisible already; their records are removed later.
-                log.warning("partial blocks of sessions could not be dropped yet: %s", error.message)
-
-    def _partial_rows(self, keys: Sequence[bytes]) -> list[int]:
-        """The rows of these partial blocks that are stored and that still no manifest names."""
-        blocks, layouts = self._lifecycle.blocks, self._index.layouts
-        orphans = [key for key in keys if not self._named[key]]  # A session may name one again.
-        rows = [row for first in blocks.rows_of_keys(orphans).tolist() for row in blocks.shards_of(first)]
-        # Clients state which blocks are partial. A full block is not dropped, because other conversations can use it.
-        return [row for row in rows if blocks.token_count[row] < layouts[int(blocks.layout_id[row])].block_tokens]
+        self._partial_blocks.drop(gone, why)
 
     # Time
 
@@ -438,7 +421,7 @@ class Sessions:
 
     def _name(self, fingerprint: bytes, session_id: str, field: str = "session_id") -> Name:
         checked_session_id(session_id, field)
-        return self._find_layout(fingerprint)[0], session_id
+        return self._index.find_layout(fingerprint)[0], session_id
 
     def _current(self, name: Name) -> Manifest | None:
         manifest = self._manifests.get(name)
@@ -487,4 +470,4 @@ class Sessions:
         for manifest in sorted(found, key=lambda manifest: manifest.expires_at_ms):
             name = manifest.layout_id, manifest.session_id
             self._install(name, manifest)
-            self._named.update(self._partial_keys(manifest))
+            self._partial_blocks.add(manifest)

@@ -1,4 +1,4 @@
-"""Callers: one value per request, made in one place; every verb of the store requires it."""
+"""Callers: one value per request, made in one place; every operation of the store requires it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,62 @@ import pytest
 import kvservice
 from kvservice.rpc.calls import Callers, guarded
 from kvservice.store.caller import DEFAULT_TENANT, Caller, Tenant
-from kvservice.store.leases import Client
+from kvservice.store.hints.exchange import HintExchange
+from kvservice.store.layouts import Layouts
+from kvservice.store.leases import Client, Leases
+from kvservice.store.lookups import Lookups
+from kvservice.store.mover.requested_moves import RequestedMoves
+from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.operators import Operators
-from kvservice.store.store import BlockStore
+from kvservice.store.operations.pins import Pins
+from kvservice.store.operations.policies import Policies
+from kvservice.store.operations.scrub import Scrub
+from kvservice.store.sessions.sessions import Sessions
+from kvservice.store.status import Status
+from kvservice.store.tickets import Tickets
+from kvservice.store.transfers.loads import Loads
+from kvservice.store.transfers.saves import Saves
 from kvservice_api.errors import UnknownClient
 from kvservice_api.status import from_rpc_error
 from tests.certificates import Authority, Pair
 from tests.stores import CALLER, LAYOUT, WHOLE, OpenStore, StoreFiles, caller_of, some_chain, some_images
 
 _SOURCES = Path(kvservice.__file__).parent
-# Attributes of a store that others may use besides its verbs: plain values, and its start and end.
-_VALUES = {"arena", "boot_epoch", "draining", "limits", "store_id", "tier_names"}
-_READINGS = {"block_counts", "facts", "is_attached", "wall_ms"}
-_STARTS: dict[str, tuple[str, ...]] = {"store": (), "_store": (), "_operators": ("operators",)}
-_LIFE = {"begin_stop", "quiet", "start", "stop"}
+# What others may use of a store: the operations of its public parts, plain values, and its start and end.
+_PARTS = {
+    "drain": Drain,
+    "hints": HintExchange,
+    "layouts": Layouts,
+    "leases": Leases,
+    "loads": Loads,
+    "lookups": Lookups,
+    "moves": RequestedMoves,
+    "operators": Operators,
+    "pins": Pins,
+    "policies": Policies,
+    "saves": Saves,
+    "scrub": Scrub,
+    "sessions": Sessions,
+    "status": Status,
+    "tickets": Tickets,
+}
+# Their public methods are all for listeners, and none for other parts.
+_OFFERED_WHOLE = {
+    "layouts",
+    "loads",
+    "lookups",
+    "moves",
+    "operators",
+    "pins",
+    "policies",
+    "saves",
+    "scrub",
+    "tickets",
+}
+_VALUES = {"boot_epoch", "clock", "limits", "store_id", "tier_names"}
+_READINGS = {("status", "arena"), ("status", "block_counts"), ("status", "facts"), ("leases", "is_attached")}
+_STARTS: dict[str, tuple[str, ...]] = {"store": (), "_store": (), **{f"_{name}": (name,) for name in _PARTS}}
+_LIFE = {"begin_stop", "start", "stop"}
 
 
 # Where callers are made
@@ -60,7 +102,7 @@ class _StoreUses(ast.NodeVisitor):
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {"store": ()}
         self.calls: list[tuple[tuple[str, ...], ast.Call]] = []
-        self.read: set[tuple[str, ...]] = set()  # Per access path, the attributes of the store, or of its operators.
+        self.read: set[tuple[str, ...]] = set()  # The attributes of the store's public parts, or of the store.
 
     def path(self, node: ast.expr) -> tuple[str, ...] | None:
         """The attributes from the store to this expression; None if it does not begin at one."""
@@ -86,7 +128,7 @@ class _StoreUses(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         path = self.path(node)
         if path:
-            self.read.add(path[: 2 if path[0] == "operators" else 1])
+            self.read.add(path[: 2 if path[0] in _PARTS else 1])
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -108,48 +150,52 @@ def _uses(*modules: str) -> Iterator[tuple[str, _StoreUses]]:
 
 
 def _read(*modules: str) -> set[tuple[str, ...]]:
-    return {way for _, uses in _uses(*modules) for way in uses.read} - {("operators",)}
+    return {way for _, uses in _uses(*modules) for way in uses.read} - {(name,) for name in _PARTS}
 
 
-def test_listeners_and_metrics_use_the_verbs_of_the_store_and_named_plain_values_and_nothing_else() -> None:
-    plain = {(name,) for name in _VALUES | _READINGS}
-    assert _read("metrics.py") == {("facts",)}
-    assert _read("daemon.py") <= plain | {(name,) for name in _LIFE}
-    assert _read("rpc/*.py") - plain == _verbs()
+def test_listeners_and_metrics_use_the_operations_of_the_store_and_named_plain_values_and_nothing_else() -> None:
+    plain = {(name,) for name in _VALUES} | _READINGS
+    assert _read("metrics.py") == {("status", "facts")}
+    assert _read("daemon.py") <= plain | {(name,) for name in _LIFE} | {("drain", "quiet")}
+    used = _read("rpc/*.py") - plain
+    assert used <= _operations(), "others are for the other parts of the store"
+    assert used >= {way for way in _operations() if way[0] in _OFFERED_WHOLE}, "no listener offers them"
 
 
-def _verbs() -> set[tuple[str, ...]]:
-    """The methods of a store, or of its operators, whose first argument is a caller."""
-    found = set()
-    for kind, before in ((BlockStore, ()), (Operators, ("operators",))):
+def _operations() -> set[tuple[str, ...]]:
+    """The methods of a store's public parts whose first argument is a caller."""
+    found: set[tuple[str, ...]] = set()
+    for part, kind in _PARTS.items():
         for name, function in inspect.getmembers(kind, inspect.isfunction):
             parameters = list(inspect.signature(function).parameters.values())[1:]
             if not name.startswith("_") and parameters and parameters[0].name == "caller":
                 assert (parameters[0].annotation, parameters[0].default) == ("Caller", inspect.Parameter.empty), name
-                found.add((*before, name))
+                found.add((part, name))
     return found
 
 
-def test_no_part_of_a_store_is_public(opened: OpenStore) -> None:
+def test_only_the_parts_that_listeners_use_are_public(opened: OpenStore) -> None:
     own = {name for name in dir(opened.store) if not name.startswith("_")}
-    operators = {name for name in dir(opened.store.operators) if not name.startswith("_")}
-    verbs = _verbs()
-    assert own == {way[0] for way in verbs} | _VALUES | _READINGS | _LIFE
-    assert operators == {way[1] for way in verbs if way[0] == "operators"}
+    assert own == _PARTS.keys() | _VALUES | _LIFE
+    for part, kind in _PARTS.items():
+        assert type(getattr(opened.store, part)) is kind
+    for part in _OFFERED_WHOLE:
+        names = {(part, name) for name in dir(getattr(opened.store, part)) if not name.startswith("_")}
+        assert names <= _operations()
 
 
-def test_no_request_reaches_a_verb_of_the_store_without_a_caller() -> None:
+def test_no_request_reaches_an_operation_of_the_store_without_a_caller() -> None:
     reached = set()
     for module, uses in _uses("rpc/*.py"):
         for way, call in uses.calls:
-            if way[0] in _VALUES | _READINGS:
+            if way[0] in _VALUES or way in _READINGS:
                 continue
             given = call.args[0] if call.args else None
             is_made_there = isinstance(given, ast.Call) and ast.unparse(given.func) == "self._callers.of"
             is_given = is_made_there or (isinstance(given, ast.Name) and given.id == "caller")
             assert is_given, f"{module}:{call.lineno}: store.{'.'.join(way)} is not given a caller"
             reached.add(way)
-    assert reached == _verbs()
+    assert reached == _read("rpc/*.py") - {(name,) for name in _VALUES} - _READINGS
 
 
 # The principal
@@ -219,7 +265,7 @@ async def test_a_request_that_names_a_client_which_is_not_attached_is_refused(
     address = f"unix:{tmp_path}/socket"
     async with _asked(opened, address, None):
         assert await _principal(grpc.aio.insecure_channel(address), client.client_id) == "local"
-        opened.store.detach(CALLER, client)
+        opened.store.leases.detach(CALLER, client)
         for client_id in (client.client_id, b"unknown", bytes(16)):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await _principal(grpc.aio.insecure_channel(address), client_id)
@@ -235,8 +281,8 @@ async def test_blocks_are_of_the_tenant_of_the_caller_who_saved_them_also_after_
 ) -> None:
     files: StoreFiles = store_files()
     opened = files.open()
-    await opened.store.open_layout(CALLER, LAYOUT)
-    client = opened.store.attach(CALLER, "test")
+    await opened.store.layouts.open(CALLER, LAYOUT)
+    client = opened.store.leases.attach(CALLER, "test")
     ours, theirs = some_chain(2, seed=0), some_chain(2, seed=1)
     other = dataclasses.replace(caller_of(client), tenant=Tenant(0xFFFFFFFE, "another"))
     for caller, chain in ((caller_of(client), ours), (other, theirs)):

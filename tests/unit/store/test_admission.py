@@ -40,7 +40,7 @@ async def loads(opened: OpenStore, client: Client, send: Callable[[bytes], Any])
     await opened.save(client, chain, some_images(chain))
     lease = opened.lookup(client, chain.keys, ttl_s=10_000)
     assert lease is not None
-    await opened.store.load(caller_of(client), lease.lease_id, None, Span(), Span(), encode, send)
+    await opened.store.loads.load(caller_of(client), lease.lease_id, None, Span(), Span(), encode, send)
 
 
 async def test_a_load_whose_client_takes_nothing_ends_in_time_and_no_sooner(
@@ -114,10 +114,10 @@ async def test_a_refused_load_is_listed_with_its_request(opened: OpenStore, clie
     loading = asyncio.create_task(loads(opened, client, send))
     await until(lambda: len(sent) == 1)
     caller, keys = caller_of(client), some_chain(1).keys
-    lease = (await opened.store.lookup(caller, LAYOUT.fingerprint, WHOLE, keys, 30, "request")).lease
+    lease = (await opened.store.lookups.lookup(caller, LAYOUT.fingerprint, WHOLE, keys, 30, "request")).lease
     assert lease is not None
     with pytest.raises(Overloaded):
-        await opened.store.load(caller, lease.lease_id, None, Span(), Span(), encode, send)
+        await opened.store.loads.load(caller, lease.lease_id, None, Span(), Span(), encode, send)
     (lookup,) = opened.store.operators.explain_request(CALLER, "request").lookups
     assert [load.outcome for load in lookup.record.loads] == ["overloaded"]
     gate.set()
@@ -131,7 +131,7 @@ async def test_a_save_whose_client_sends_nothing_ends_in_time_and_no_sooner(
         yield b"first"
         await asyncio.Event().wait()
 
-    incoming = opened.store.incoming(CALLER, silent())
+    incoming = opened.store.saves.incoming(CALLER, silent())
     assert await incoming.next() == b"first"
     waiting = asyncio.create_task(incoming.next())
     await asyncio.sleep(0)
@@ -150,8 +150,8 @@ async def test_a_stream_that_ends_is_no_commit(opened: OpenStore) -> None:
             yield message
 
     with pytest.raises(IncompleteSave, match="without a commit"):
-        await opened.store.incoming(CALLER, nothing()).next()
-    assert await opened.store.incoming(CALLER, nothing()).ended()
+        await opened.store.saves.incoming(CALLER, nothing()).next()
+    assert await opened.store.saves.incoming(CALLER, nothing()).ended()
 
 
 async def test_a_frame_that_is_too_large_ends_its_save(opened: OpenStore, client: Client) -> None:

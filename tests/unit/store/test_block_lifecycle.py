@@ -73,7 +73,7 @@ async def test_the_space_of_an_evicted_copy_is_free_once_its_record_is_gone_and_
     space = opened.block_lifecycle.tiers[tier]
     used = space.used_bytes
     with opened.commits_held(tier):
-        evicting = asyncio.create_task(opened.store.evict(CALLER, keys, tier))
+        evicting = asyncio.create_task(opened.store.moves.evict(CALLER, keys, tier))
         await until(lambda: tier not in opened.residency(keys[0]))
         await turns()
         assert space.used_bytes == used and not evicting.done()
@@ -133,7 +133,7 @@ async def test_removals_of_one_object_follow_one_another(
         return asyncio.ensure_future(work())
 
     monkeypatch.setattr(opened.index, "delete", late)
-    evicting = asyncio.create_task(opened.store.evict(CALLER, chain.keys, TierName.DRAM))
+    evicting = asyncio.create_task(opened.store.moves.evict(CALLER, chain.keys, TierName.DRAM))
     await until(lambda: asked == [TierName.DRAM])
     discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
     await until(lambda: opened.hits(chain.keys) == 0)
@@ -153,7 +153,7 @@ async def test_where_an_old_record_cannot_be_removed_a_new_save_is_refused_in_ti
 ) -> None:
     clock = HandClock()
     opened: OpenStore = await open_store(clock=clock)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(1)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1)
     await opened.save(client, chain, some_images(chain))
     with opened.commits_held(TierName.DRAM):
         discarding = asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys))
@@ -170,7 +170,10 @@ async def test_one_block_evicted_twice_at_one_time_leaves_once(opened: OpenStore
     keys = await stored(opened, client)
     discarding = asyncio.ensure_future(opened.store.operators.discard(CALLER, keys))
     outcomes = await asyncio.gather(
-        *(opened.store.evict(CALLER, keys, tier) for tier in [TierName.DRAM, TierName.SSD, TierName.DRAM, TierName.SSD])
+        *(
+            opened.store.moves.evict(CALLER, keys, tier)
+            for tier in [TierName.DRAM, TierName.SSD, TierName.DRAM, TierName.SSD]
+        )
     )
     await discarding
     assert opened.hits(keys) == 0
@@ -183,8 +186,8 @@ async def test_an_eviction_whose_caller_is_cancelled_continues_and_leaks_nothing
     opened: OpenStore, client: Client, turns_before: int
 ) -> None:
     keys = await stored(opened, client, 3)
-    await opened.store.evict(CALLER, keys[2:], TierName.SSD)  # The last one has its only copy in DRAM.
-    evicting = asyncio.create_task(opened.store.evict(CALLER, keys, TierName.DRAM))
+    await opened.store.moves.evict(CALLER, keys[2:], TierName.SSD)  # The last one has its only copy in DRAM.
+    evicting = asyncio.create_task(opened.store.moves.evict(CALLER, keys, TierName.DRAM))
     await turns(turns_before)
     evicting.cancel()
     await asyncio.gather(evicting, return_exceptions=True)
@@ -221,8 +224,8 @@ async def test_a_full_index_refuses_saves_and_nothing_else(opened: OpenStore, cl
 
     lease = opened.lookup(client, keys)
     assert lease is not None and len(await opened.load(lease)) == 2
-    opened.leases.release(caller_of(client), lease.lease_id)
-    assert (await opened.store.evict(CALLER, keys, TierName.DRAM)).evicted == 1
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
+    assert (await opened.store.moves.evict(CALLER, keys, TierName.DRAM)).evicted == 1
     assert await opened.store.operators.discard(CALLER, keys) == (1, 0)
     await opened.index.delete(TierName.DRAM, names)
     assert not (await opened.save(client, chain, some_images(chain))).refused

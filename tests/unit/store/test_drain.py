@@ -73,7 +73,7 @@ async def test_when_it_is_undone_saves_are_accepted_again_and_watchers_receive_t
         drain.undo(CALLER)
         messages = await watching
         assert not messages[-1].done
-        assert not opened.store.draining
+        assert not opened.drain.is_draining
     assert not (await opened.save(client, chain, some_images(chain))).refused
     assert (await drained(opened)).done, "and it can be drained again"
 
@@ -95,7 +95,7 @@ async def test_a_drain_that_follows_an_undone_one_at_once_writes_everything(open
 
 async def test_reads_in_place_are_loads_that_run(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(share=True)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     await opened.save(client, chain, some_images(chain))
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
@@ -112,14 +112,14 @@ async def _all(drain: Any) -> list[DrainProgress]:
 async def test_what_the_policy_wants_nowhere_but_in_dram_is_counted(opened: OpenStore, client: Client) -> None:
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
-    await opened.store.evict(CALLER, chain.keys[:1], TierName.SSD)
+    await opened.store.moves.evict(CALLER, chain.keys[:1], TierName.SSD)
     last = await drained(opened)
     assert (last.done, last.only_in_dram, last.only_in_dram_bytes, last.unwritten) == (True, 1, BLOCK, 0)
 
 
 async def test_without_an_ssd_tier_it_is_done_at_once(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=0)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     await opened.save(client, chain, some_images(chain))
     last = await drained(opened)
     assert (last.done, last.only_in_dram) == (True, 2)
@@ -127,7 +127,7 @@ async def test_without_an_ssd_tier_it_is_done_at_once(open_store: Callable[..., 
 
 async def test_what_had_failed_for_want_of_space_is_tried_again_at_once(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=4 * BLOCK + 4 * KIB)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     first, second = some_chain(4, seed=1), some_chain(2, seed=2)
     await opened.save(client, first, some_images(first), on_ssd=True)
     lease = opened.lookup(client, first.keys)
@@ -135,7 +135,7 @@ async def test_what_had_failed_for_want_of_space_is_tried_again_at_once(open_sto
     await opened.save(client, second, some_images(second))
     await opened.settle()
     assert opened.residency(second.keys[0]) == {TierName.DRAM}, "all of SSD is leased"
-    opened.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
     await drained(opened)
     assert opened.residency(second.keys[0]) == {TierName.DRAM, TierName.SSD}
 
@@ -145,4 +145,4 @@ async def test_a_daemon_that_stops_cannot_be_undrained(opened: OpenStore) -> Non
     await opened.drain.quiet()
     with pytest.raises(Draining, match="stopping"):
         opened.drain.undo(CALLER)
-    assert opened.store.draining
+    assert opened.drain.is_draining

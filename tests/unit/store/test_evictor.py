@@ -36,7 +36,7 @@ async def test_the_least_recently_used_leave_first_and_a_suffix_before_its_prefi
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=10 * BLOCK + HEADER)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     old, newer = await saved(opened, client, 5, seed=1), await saved(opened, client, 5, seed=2)
     opened.hits(old)
 
@@ -48,9 +48,9 @@ async def test_the_least_recently_used_leave_first_and_a_suffix_before_its_prefi
 
 async def test_what_is_on_ssd_leaves_dram_before_what_would_be_lost(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     only_dram = await saved(opened, client, 2, seed=1)
-    await opened.store.evict(CALLER, only_dram, TierName.SSD)  # LRU does not write them there again.
+    await opened.store.moves.evict(CALLER, only_dram, TierName.SSD)  # LRU does not write them there again.
     await saved(opened, client, 2, seed=2)
 
     await saved(opened, client, 2, seed=3)
@@ -60,7 +60,7 @@ async def test_what_is_on_ssd_leaves_dram_before_what_would_be_lost(open_store: 
 
 async def test_without_an_ssd_tier_the_oldest_are_lost(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     old = await saved(opened, client, 3, seed=1, on_ssd=False)
     new = await saved(opened, client, 3, seed=2, on_ssd=False)
     assert (opened.hits(old), opened.hits(new)) == (1, 3)
@@ -71,7 +71,7 @@ async def test_where_everything_is_leased_a_save_is_refused_at_once_and_nothing_
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, limits=PATIENT)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 4)
     lease = opened.lookup(client, keys)
     chain = some_chain(2, seed=9)
@@ -81,14 +81,14 @@ async def test_where_everything_is_leased_a_save_is_refused_at_once_and_nothing_
     assert in_dram(opened, keys) == 4
 
     assert lease is not None
-    opened.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
     assert not (await opened.save(client, chain, some_images(chain))).refused
 
 
 @pytest.mark.parametrize("tier", [TierName.DRAM, TierName.SSD])
 async def test_a_block_larger_than_the_tier_evicts_nothing(open_store: Callable[..., Any], tier: TierName) -> None:
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=16 * BLOCK, ssd_files=2)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 4)
     capacity = opened.block_lifecycle.tiers[tier].capacity_bytes
     largest = capacity if tier == TierName.DRAM else capacity // 2  # An extent is never in two files.
@@ -145,7 +145,7 @@ async def test_who_waits_is_served_before_who_comes_later(open_store: Callable[.
 
 async def test_while_writes_fail_a_block_leaves_once_its_write_has_ended(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 4, on_ssd=False)
     evictor, cleaner = opened.evictor, StalledCleaner(is_failing=True)
     evictor._cleaner = cleaner
@@ -167,7 +167,7 @@ async def test_while_writes_fail_and_no_block_is_held_space_is_refused_at_once(
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     lease = opened.lookup(client, await saved(opened, client, 4, on_ssd=False))
     opened.evictor._cleaner = StalledCleaner(is_failing=True)
 
@@ -199,7 +199,7 @@ async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> 
 @pytest.mark.parametrize("turns", range(8))
 async def test_a_cancelled_wait_for_room_takes_nothing(open_store: Callable[..., Any], turns: int) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     await saved(opened, client, 4)
     waiting = asyncio.create_task(opened.evictor.reserve(TierName.DRAM, BLOCK, SpaceFor.SAVE))
     for _ in range(turns):
@@ -215,7 +215,7 @@ async def test_the_mover_keeps_room_free_ahead_of_need_and_loses_nothing_for_it(
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=1 * MIB, watermarks=Watermarks(0.2, 0.4))
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = []
     for seed in range(10):
         keys.append(await saved(opened, client, 10, seed=seed))
@@ -227,7 +227,7 @@ async def test_the_mover_keeps_room_free_ahead_of_need_and_loses_nothing_for_it(
 
 async def test_blocks_that_only_dram_has_do_not_leave_for_a_watermark(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=10 * BLOCK + HEADER, ssd_bytes=0, watermarks=Watermarks(0.5, 0.9))
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 10, on_ssd=False)
     for _ in range(50):
         await asyncio.sleep(0)
@@ -238,7 +238,7 @@ async def test_neither_tier_is_ever_over_its_capacity(open_store: Callable[..., 
     opened: OpenStore = await open_store(
         dram_bytes=9 * BLOCK + HEADER, ssd_bytes=20 * BLOCK, watermarks=Watermarks(0.1, 0.3)
     )
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     most = dict.fromkeys((TierName.DRAM, TierName.SSD), 0)
 
     async def watch() -> None:

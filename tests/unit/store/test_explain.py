@@ -77,9 +77,9 @@ async def test_each_copy_tells_how_and_when_it_came(opened: OpenStore, client: C
     await opened.settle()
     assert [place.arrival for place in places(opened, key)] == [Arrival.SAVED, Arrival.WRITTEN_BEHIND]
 
-    await opened.store.evict(CALLER, [key], TierName.DRAM)
+    await opened.store.moves.evict(CALLER, [key], TierName.DRAM)
     clock.advance(seconds=60)
-    await opened.store.prefetch(CALLER, [key], within_s=0, wait=True)
+    await opened.store.moves.prefetch(CALLER, [key], within_s=0, wait=True)
     assert places(opened, key)[0] == TierPlace(TierName.DRAM, Arrival.PROMOTED, saved_ms + 60_000)
     (event,) = opened.explain.events(CALLER, key)
     assert (event.reason, event.tier, event.last_copy) == (Reason.EVICTED_ON_REQUEST, TierName.DRAM, False)
@@ -88,8 +88,8 @@ async def test_each_copy_tells_how_and_when_it_came(opened: OpenStore, client: C
 async def test_blocks_of_an_earlier_start_are_explained_as_kept(store_files: Callable[..., StoreFiles]) -> None:
     files = store_files()
     opened = files.open()
-    await opened.store.open_layout(CALLER, LAYOUT)
-    (key,) = await saved(opened, opened.store.attach(CALLER, "test"), 1)
+    await opened.store.layouts.open(CALLER, LAYOUT)
+    (key,) = await saved(opened, opened.store.leases.attach(CALLER, "test"), 1)
     await opened.kill()
     opened = files.open()
     expected = [TierPlace(TierName.DRAM, Arrival.KEPT, 0), TierPlace(TierName.SSD, Arrival.KEPT, 0)]
@@ -102,9 +102,9 @@ async def test_blocks_of_an_earlier_start_are_explained_as_kept(store_files: Cal
 
 async def test_an_eviction_after_a_pins_end_is_explained_by_the_expiry(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0)
-    client, clock = opened.store.attach(CALLER, "test"), opened.files.clock
+    client, clock = opened.store.leases.attach(CALLER, "test"), opened.files.clock
     pinned, other = await saved(opened, client, 2, on_ssd=False)
-    pin = await opened.store.operators.pin(CALLER, [pinned], 60_000)
+    pin = await opened.store.pins.pin(CALLER, [pinned], 60_000)
     clock.advance(seconds=100)
     await saved(opened, client, 4, seed=1, on_ssd=False)
     found = opened.explain.missing(CALLER, pinned)
@@ -138,9 +138,9 @@ async def test_saves_that_a_draining_daemon_refuses_are_explained(opened: OpenSt
 async def test_of_a_dram_tier_that_is_gone_only_the_time_is_known(store_files: Callable[..., StoreFiles]) -> None:
     files = store_files(ssd_bytes=0)
     opened = files.open()
-    await opened.store.open_layout(CALLER, LAYOUT)
+    await opened.store.layouts.open(CALLER, LAYOUT)
     assert opened.explain.dram_emptied is None, "nothing was lost by the store's first start"
-    (key,) = await saved(opened, opened.store.attach(CALLER, "test"), 1, on_ssd=False)
+    (key,) = await saved(opened, opened.store.leases.attach(CALLER, "test"), 1, on_ssd=False)
     await opened.close()
     files.clock.advance(seconds=50)
     files.lose_power()
@@ -159,9 +159,9 @@ async def test_of_a_dram_tier_that_is_gone_only_the_time_is_known(store_files: C
 async def test_of_an_arena_that_was_replaced_each_block_is_known(store_files: Callable[..., StoreFiles]) -> None:
     files = store_files()
     opened = files.open()
-    await opened.store.open_layout(CALLER, LAYOUT)
-    only_dram, both = await saved(opened, opened.store.attach(CALLER, "test"), 2)
-    await opened.store.evict(CALLER, [only_dram], TierName.SSD)
+    await opened.store.layouts.open(CALLER, LAYOUT)
+    only_dram, both = await saved(opened, opened.store.leases.attach(CALLER, "test"), 2)
+    await opened.store.moves.evict(CALLER, [only_dram], TierName.SSD)
     await opened.close()
     files.dram_bytes *= 2
     opened = files.open()
@@ -195,7 +195,7 @@ async def test_a_save_that_waits_in_line_for_another_one_does_not_count_as_its_e
 def ask(
     opened: OpenStore, keys: list[bytes], request_id: str = "r", *, layout: Layout = LAYOUT, shard: Shard = WHOLE
 ) -> Any:
-    at_once(opened.store.lookup(CALLER, layout.fingerprint, shard, keys, 0, request_id))
+    at_once(opened.store.lookups.lookup(CALLER, layout.fingerprint, shard, keys, 0, request_id))
     return requests_of(opened, request_id)[-1]
 
 
@@ -215,8 +215,8 @@ async def test_a_miss_is_explained_as_of_the_time_of_the_lookup(opened: OpenStor
     clock.advance(seconds=1)
     await saved(opened, client, 2)  # As an engine saves after a miss.
     await opened.settle()
-    await opened.store.evict(CALLER, keys[1:], TierName.DRAM)
-    await opened.store.evict(CALLER, keys[1:], TierName.SSD)
+    await opened.store.moves.evict(CALLER, keys[1:], TierName.DRAM)
+    await opened.store.moves.evict(CALLER, keys[1:], TierName.SSD)
     (again,) = requests_of(opened)
     assert again.missing.why is Miss.DISCARDED, "what came later does not count"
     assert opened.explain.missing(CALLER, keys[1]).why is Miss.EVICTED
@@ -249,7 +249,7 @@ async def test_other_layout_is_the_reason_only_if_this_layout_has_no_blocks_and_
     other = changed(LAYOUT, dtype="float16", block_tokens=32)
     stranger = replace(LAYOUT, model_id="another")
     for layout in (other, stranger):
-        await opened.store.open_layout(CALLER, layout)
+        await opened.store.layouts.open(CALLER, layout)
     chain = some_chain(2, layout=other)
     lookup = ask(opened, list(chain.keys), layout=other)
     assert lookup.missing.why is Miss.OTHER_LAYOUT
@@ -272,9 +272,9 @@ async def test_other_layout_is_the_reason_for_an_emptied_layout_and_after_a_rest
     chain = some_chain(2, layout=other)
     files = store_files()
     opened = files.open()
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     for layout in (LAYOUT, other):
-        await opened.store.open_layout(CALLER, layout)
+        await opened.store.layouts.open(CALLER, layout)
     await saved(opened, client, 2)
     await opened.save(client, chain, some_images(chain, layout=other), layout=other)
     await opened.store.operators.discard_layout(CALLER, other.fingerprint)
@@ -300,13 +300,13 @@ async def test_only_the_last_requests_are_remembered_and_only_so_much_of_each(
     open_store: Callable[..., Any],
 ) -> None:
     opened = await open_store(limits=replace(LIMITS, requests_remembered=3))
-    client, store = opened.store.attach(CALLER, "test"), opened.store
+    client, store = opened.store.leases.attach(CALLER, "test"), opened.store
     keys = await saved(opened, client, 1)
     for number in range(5):
         ask(opened, keys, f"request {number}")
     with pytest.raises(RequestNotFound, match="'request 1'"):
         opened.requests.get(CALLER, "request 1")
-    lease = at_once(store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30, "request 2")).lease
+    lease = at_once(store.lookups.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30, "request 2")).lease
     assert lease is not None
     for _ in range(100):
         ask(opened, keys, "request 2")
@@ -322,7 +322,7 @@ async def test_only_the_last_requests_are_remembered_and_only_so_much_of_each(
 
 async def test_no_request_is_remembered_where_the_operator_wants_none(open_store: Callable[..., Any]) -> None:
     opened = await open_store(limits=replace(LIMITS, requests_remembered=0))
-    at_once(opened.store.lookup(CALLER, LAYOUT.fingerprint, WHOLE, some_chain(1).keys, 0, "none"))
+    at_once(opened.store.lookups.lookup(CALLER, LAYOUT.fingerprint, WHOLE, some_chain(1).keys, 0, "none"))
     with pytest.raises(RequestNotFound):
         opened.store.operators.explain_request(CALLER, "none")
 
@@ -366,14 +366,14 @@ async def test_a_report_stands_beside_the_lookups_of_its_request(opened: OpenSto
 
 async def test_a_request_id_that_is_too_long_is_refused(opened: OpenStore) -> None:
     with pytest.raises(InvalidRequest, match="200"):
-        at_once(opened.store.lookup(CALLER, LAYOUT.fingerprint, WHOLE, list(some_chain(1).keys), 0, "x" * 201))
+        at_once(opened.store.lookups.lookup(CALLER, LAYOUT.fingerprint, WHOLE, list(some_chain(1).keys), 0, "x" * 201))
 
 
 async def test_how_loads_ended_is_remembered_with_their_lookup(opened: OpenStore, client: Client) -> None:
     keys = await saved(opened, client, 2)
-    await opened.store.evict(CALLER, keys[1:], TierName.DRAM)
+    await opened.store.moves.evict(CALLER, keys[1:], TierName.DRAM)
     store = opened.store
-    lease = at_once(store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30, "r")).lease
+    lease = at_once(store.lookups.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30, "r")).lease
     assert lease is not None
     with opened.requests.load(CALLER, lease, range(2), range(2)) as record:
         record.sent_bytes = 7
@@ -390,11 +390,11 @@ async def test_how_loads_ended_is_remembered_with_their_lookup(opened: OpenStore
 
 async def test_a_session_tells_its_worth_and_what_got_its_space_in_dram(open_store: Callable[..., Any]) -> None:
     opened = await open_store(dram_bytes=8 * BLOCK, policy=PLACEMENTS["fifo"]())
-    client = opened.store.attach(CALLER, "engine")
+    client = opened.store.leases.attach(CALLER, "engine")
     chain = some_chain(4, seed=1)
     await opened.save(client, chain, some_images(chain, seed=1), on_ssd=True)
     turn = SessionAppend(chain.parent, chain.keys)
-    await opened.store.append_turn(CALLER, LAYOUT.fingerprint, "talk", 0, turn)
+    await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, "talk", 0, turn)
     (found,) = await opened.store.operators.explain_session(CALLER, "talk")
     assert (found.left_dram, found.missing, found.worth.policy) == (None, None, "fifo")
     assert [value.tier for value in found.worth.values] == [TierName.DRAM, TierName.SSD]
@@ -428,7 +428,7 @@ async def test_a_policy_that_fails_to_explain_leaves_the_rest_of_the_answer(
             raise ArithmeticError
 
     opened = await open_store(policy=Silent())
-    (key,) = await saved(opened, opened.store.attach(CALLER, "engine"), 1)
+    (key,) = await saved(opened, opened.store.leases.attach(CALLER, "engine"), 1)
     found = await opened.store.operators.explain_block(CALLER, key)
     assert len(found.shards) == 1
     assert found.worth.values == []

@@ -102,8 +102,8 @@ async def stored_session(opened: OpenStore, client: Client, name: str, chain: Bl
     outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
     assert not outcome.refused
     append = SessionAppend(chain.parent, chain.keys)
-    await opened.store.append_turn(CALLER, LAYOUT.fingerprint, name, 0, append)
-    await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
+    await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, name, 0, append)
+    await opened.store.moves.evict(CALLER, chain.keys, TierName.DRAM)
 
 
 async def stored_sessions(opened: OpenStore, client: Client, count: int) -> list[BlockChain]:
@@ -136,12 +136,12 @@ def whole_in_dram(opened: OpenStore, chain: BlockChain) -> bool:
 
 @pytest.fixture
 def stream(opened: OpenStore, client: Client) -> Iterator[HintStream]:
-    with opened.store.hints(caller_of(client)) as stream:
+    with opened.store.hints.open(caller_of(client)) as stream:
         yield stream
 
 
 def exchange_of(opened: OpenStore) -> HintExchange:
-    return opened.store._hints
+    return opened.store.hints
 
 
 class Seen:
@@ -207,8 +207,8 @@ async def test_a_request_of_higher_priority_is_promoted_first(
     opened: OpenStore, client: Client, stream: HintStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chains, seen = await stored_sessions(opened, client, 4), Seen(stream)
-    other = opened.store.attach(CALLER, "other")
-    with opened.store.hints(caller_of(other)) as second:
+    other = opened.store.leases.attach(CALLER, "other")
+    with opened.store.hints.open(caller_of(other)) as second:
         order: list[int] = []
         promoter = opened.promoter
         assert promoter is not None
@@ -231,7 +231,7 @@ async def test_another_tenants_blocks_and_sessions_look_as_if_they_did_not_exist
 ) -> None:
     chains = await stored_sessions(opened, client, 1)
     stranger = replace(caller_of(client), tenant=Tenant(7, "other"))
-    with opened.store.hints(stranger) as stream:
+    with opened.store.hints.open(stranger) as stream:
         seen = Seen(stream)
         stream.put("keys", keys_of(*chains), None, 0, "")
         stream.put("session", session("chat-0"), None, 0, "")
@@ -278,9 +278,9 @@ async def test_hints_promote_no_more_than_their_share_and_no_faster_than_their_r
 ) -> None:
     limits = HintLimits(QueueLimits(16, 256), 0.5, 10 * BLOCK)
     opened: OpenStore = await open_store(dram_bytes=40 * BLOCK + 4 * KIB, limits=replace(PATIENT, hints=limits))
-    client, clock = opened.store.attach(CALLER, "test"), opened.files.clock
+    client, clock = opened.store.leases.attach(CALLER, "test"), opened.files.clock
     chains = await stored_sessions(opened, client, 6)
-    with opened.store.hints(caller_of(client)) as stream:
+    with opened.store.hints.open(caller_of(client)) as stream:
         queue_sessions(stream, range(6))
         exchange = exchange_of(opened)
 
@@ -333,14 +333,14 @@ async def test_an_error_of_ours_ends_no_engines_hints(
 async def test_the_queue_of_a_client_that_leaves_promotes_nothing_more(opened: OpenStore, client: Client) -> None:
     await stored_sessions(opened, client, 4)
     exchange = exchange_of(opened)
-    with opened.store.hints(caller_of(client)) as stream:
+    with opened.store.hints.open(caller_of(client)) as stream:
         queue_sessions(stream, range(4))
         assert (exchange.stream_count, exchange.queued_count) == (1, 4)
-        opened.store.detach(CALLER, client)
+        opened.store.leases.detach(CALLER, client)
         assert await stream.changed(10) is None
     assert (exchange.stream_count, exchange.queued_count) == (0, 0)
     await exchange.tick()
-    with pytest.raises(UnknownClient), opened.store.hints(caller_of(client)):
+    with pytest.raises(UnknownClient), opened.store.hints.open(caller_of(client)):
         pass
 
 
@@ -356,7 +356,7 @@ async def test_blocks_of_an_ended_session_are_evicted_first(
 ) -> None:
     chains = await stored_sessions(opened, client, 1)
     old = await fill(opened, client, 16, seed=100)
-    await opened.store.prefetch(CALLER, chains[0].keys, within_s=0, wait=True)
+    await opened.store.moves.prefetch(CALLER, chains[0].keys, within_s=0, wait=True)
     opened.hits(chains[0].keys)  # The session is the newest of all.
     await fill(opened, client, 4, seed=101)
     assert whole_in_dram(opened, chains[0])
@@ -376,12 +376,15 @@ async def test_blocks_of_an_ended_session_are_evicted_first_by_every_policy(
     opened: OpenStore = await open_store(
         policy=daemon_policy(name), clock=HandClock(), dram_bytes=24 * BLOCK + 4 * KIB, limits=PATIENT
     )
-    client, chains = opened.store.attach(CALLER, "test"), [some_chain(BLOCKS, seed=number) for number in range(6)]
+    client, chains = (
+        opened.store.leases.attach(CALLER, "test"),
+        [some_chain(BLOCKS, seed=number) for number in range(6)],
+    )
     for number, chain in enumerate(chains):
         await opened.save(client, chain, some_images(chain), on_ssd=True)
         append = SessionAppend(chain.parent, chain.keys)
-        await opened.store.append_turn(CALLER, LAYOUT.fingerprint, f"chat-{number}", 0, append)
-    with opened.store.hints(caller_of(client)) as stream:
+        await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, f"chat-{number}", 0, append)
+    with opened.store.hints.open(caller_of(client)) as stream:
         stream.not_needed(session("chat-4"), write=True)
         await until(lambda: not exchange_of(opened)._ended)
         await opened.decided()  # An order of victims from before is out of date.
@@ -402,7 +405,7 @@ async def test_queued_requests_are_read_in_the_order_of_the_queue(
         limits=replace(PATIENT, hints=HintLimits(QueueLimits(16, 256), 0.9, 1 << 40)),
     )  # fmt: skip
     assert opened.promoter is not None
-    client, order, promote = opened.store.attach(CALLER, "test"), list[int](), opened.promoter.promote
+    client, order, promote = opened.store.leases.attach(CALLER, "test"), list[int](), opened.promoter.promote
     chains = await stored_sessions(opened, client, 5)
 
     async def noted(rows: Sequence[int], **options: Any) -> None:
@@ -410,7 +413,7 @@ async def test_queued_requests_are_read_in_the_order_of_the_queue(
         await promote(rows, **options)
 
     monkeypatch.setattr(opened.promoter, "promote", noted)
-    with opened.store.hints(caller_of(client)) as stream:
+    with opened.store.hints.open(caller_of(client)) as stream:
         queue_sessions(stream, range(5))
         await until(lambda: in_dram(opened, chains) == [0, 1, 2, 3, 4])
     assert order == [0, 1, 2, 3, 4]
@@ -419,13 +422,13 @@ async def test_queued_requests_are_read_in_the_order_of_the_queue(
 async def test_blocks_that_another_session_names_or_another_client_has_used_are_not_evicted_first(
     opened: OpenStore, client: Client, stream: HintStream
 ) -> None:
-    chains, other = await stored_sessions(opened, client, 3), opened.store.attach(CALLER, "other")
+    chains, other = await stored_sessions(opened, client, 3), opened.store.leases.attach(CALLER, "other")
     blocks = opened.blocks
     shared = SessionAppend(chains[0].parent, chains[0].keys[:3])
-    await opened.store.append_turn(CALLER, LAYOUT.fingerprint, "shared", 0, shared)
+    await opened.store.sessions.append(CALLER, LAYOUT.fingerprint, "shared", 0, shared)
     lease = opened.lookup(other, chains[1].keys[:2])
     assert lease is not None
-    opened.leases.release(caller_of(other), lease.lease_id)
+    opened.leases.begin_release(caller_of(other), lease.lease_id)
 
     for number in range(3):
         stream.not_needed(session(f"chat-{number}"), write=True)
@@ -444,8 +447,8 @@ async def test_a_block_that_is_not_to_be_kept_is_not_written_to_ssd_until_it_is_
 ) -> None:
     calls = FaultyCalls()
     opened: OpenStore = await open_store(calls=calls)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(40)
-    with calls.held("pwritev"), opened.store.hints(caller_of(client)) as stream:
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(40)
+    with calls.held("pwritev"), opened.store.hints.open(caller_of(client)) as stream:
         await opened.save(client, chain, some_images(chain))
         stream.not_needed(keys_of(chain), write=False)
         await until(lambda: not exchange_of(opened)._is_telling)
@@ -459,14 +462,14 @@ async def test_a_block_that_is_not_to_be_kept_is_not_written_to_ssd_until_it_is_
 
 async def test_hints_that_repeat_are_bounded(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=24 * BLOCK + 4 * KIB, limits=PATIENT)
-    client = opened.store.attach(CALLER, "test")
-    with opened.store.hints(caller_of(client)) as stream:
+    client = opened.store.leases.attach(CALLER, "test")
+    with opened.store.hints.open(caller_of(client)) as stream:
         await repeat_hints(opened, client, stream)
 
 
 async def repeat_hints(opened: OpenStore, client: Client, stream: HintStream) -> None:
     chains = await stored_sessions(opened, client, 1)
-    await opened.store.prefetch(CALLER, chains[0].keys, within_s=0, wait=True)
+    await opened.store.moves.prefetch(CALLER, chains[0].keys, within_s=0, wait=True)
     for number in range(3000):
         stream.not_needed(session("chat-0"), write=True)
         stream.expect(keys_of(some_chain(1, seed=number)), 5.0, Hint.TYPING)
@@ -484,8 +487,8 @@ async def test_the_readiness_of_a_long_queue_is_evaluated_in_parts_and_completel
 ) -> None:
     limits = HintLimits(QueueLimits(5000, 5000), 0.5, 1 << 40)
     opened: OpenStore = await open_store(limits=replace(PATIENT, hints=limits))
-    client = opened.store.attach(CALLER, "test")
-    with opened.store.hints(caller_of(client)) as stream:
+    client = opened.store.leases.attach(CALLER, "test")
+    with opened.store.hints.open(caller_of(client)) as stream:
         for number in range(5000):
             stream.put(str(number), session("no-such-session"), None, 0, "")
         found: dict[str, Nearness] = {}
@@ -506,10 +509,10 @@ async def test_the_window_is_promoted_and_other_blocks_are_evicted_before_it(
 ) -> None:
     limits = HintLimits(QueueLimits(16, 256), 0.5, 1 << 40)
     opened: OpenStore = await open_store(dram_bytes=24 * BLOCK + 4 * KIB, limits=replace(PATIENT, hints=limits))
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     chains = await stored_sessions(opened, client, 6)
     await fill(opened, client, 20, seed=100)
-    with opened.store.hints(caller_of(client)) as stream:
+    with opened.store.hints.open(caller_of(client)) as stream:
         seen = Seen(stream)
         queue_sessions(stream, range(6))
         for number in range(3):
@@ -529,9 +532,9 @@ async def test_readiness_goes_from_on_ssd_over_coming_to_in_dram(open_store: Cal
     opened: OpenStore = await open_store(
         dram_bytes=24 * BLOCK + 4 * KIB, limits=replace(PATIENT, hints=limits), calls=calls
     )
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     await stored_sessions(opened, client, 4)
-    with opened.store.hints(caller_of(client)) as stream:
+    with opened.store.hints.open(caller_of(client)) as stream:
         seen = Seen(stream)
         with calls.held("preadv"):
             queue_sessions(stream, range(4))

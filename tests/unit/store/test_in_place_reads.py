@@ -69,18 +69,18 @@ async def test_places_in_dram_are_returned_at_once_and_stay_until_the_reader_end
     assert isinstance(located, Located)
     assert await anext(steps) == LAYOUT.layers
     assert [bytes_at(opened, located, block, 1) for block in range(3)] == [layer_of(image, 1) for image in images]
-    opened.leases.release(caller_of(client), lease.lease_id)
-    assert (await opened.store.evict(CALLER, chain.keys, DRAM)).held == 3
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
+    assert (await opened.store.moves.evict(CALLER, chain.keys, DRAM)).held == 3
     await steps.aclose()
-    assert (await opened.store.evict(CALLER, chain.keys, DRAM)).held == 0
+    assert (await opened.store.moves.evict(CALLER, chain.keys, DRAM)).held == 0
     generations = opened.dram.generations(located.extents)
     assert generations == [generation + 1 for generation in located.generations]
 
 
 async def test_blocks_on_ssd_are_promoted_layer_by_layer(opened: OpenStore, client: Client) -> None:
     chain, images, lease = await saved(opened, client)
-    opened.leases.release(caller_of(client), lease.lease_id)
-    await opened.store.evict(CALLER, chain.keys[1:], DRAM)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
+    await opened.store.moves.evict(CALLER, chain.keys[1:], DRAM)
     leased = opened.lookup(client, chain.keys)
     assert leased is not None
     steps = run(opened, leased)
@@ -99,10 +99,10 @@ async def test_blocks_on_ssd_are_promoted_layer_by_layer(opened: OpenStore, clie
 async def test_while_bytes_arrive_the_number_of_layers_is_repeated(open_store: Callable[..., Any]) -> None:
     """So that a client does not take a slow disk for a daemon that hangs."""
     opened = await open_store(share=True, clock=SlowClock())
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     chain, _, lease = await saved(opened, client)
-    opened.leases.release(caller_of(client), lease.lease_id)
-    await opened.store.evict(CALLER, chain.keys, DRAM)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
+    await opened.store.moves.evict(CALLER, chain.keys, DRAM)
     leased = opened.lookup(client, chain.keys)
     assert leased is not None
     steps = run(opened, leased)
@@ -119,11 +119,11 @@ async def test_the_number_of_layers_is_repeated_also_while_the_disk_reads_for_ea
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = await open_store(share=True, clock=SlowClock())
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     chain, other = some_chain(1), some_chain(2, seed=1)
     for each in (chain, other):
         await opened.save(client, each, some_images(each), on_ssd=True)
-        await opened.store.evict(CALLER, each.keys, DRAM)
+        await opened.store.moves.evict(CALLER, each.keys, DRAM)
     leased = opened.lookup(client, chain.keys)
     assert leased is not None
     assert opened.ssd is not None
@@ -139,7 +139,7 @@ async def test_the_number_of_layers_is_repeated_also_while_the_disk_reads_for_ea
     assert isinstance(await anext(steps), Located)
     assert await anext(steps) == 0
     waits = asyncio.ensure_future(anext(steps))
-    await opened.store.prefetch(CALLER, other.keys, within_s=0.0, wait=True)
+    await opened.store.moves.prefetch(CALLER, other.keys, within_s=0.0, wait=True)
     assert await waits == 0
     turn.set()
     while await anext(steps) < LAYOUT.layers:
@@ -159,8 +159,8 @@ async def test_a_promoted_block_without_a_record_stays_while_it_is_read(
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain, images, lease = await saved(opened, client)
-    opened.leases.release(caller_of(client), lease.lease_id)
-    await opened.store.evict(CALLER, chain.keys, DRAM)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
+    await opened.store.moves.evict(CALLER, chain.keys, DRAM)
     leased, promotion = opened.lookup(client, chain.keys), opened.promoter
     assert leased is not None and promotion is not None
     put = opened.index.put
@@ -192,18 +192,18 @@ async def test_the_end_of_the_client_ends_the_call(opened: OpenStore, client: Cl
     await anext(steps)
     waiting = asyncio.ensure_future(anext(steps))
     await asyncio.sleep(0)
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
     with pytest.raises(LeaseExpired, match="Attach"):
         await waiting
-    await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
+    await asyncio.wait_for(opened.store.drain.quiet(), 30)  # No load is open.
 
 
 async def test_what_does_not_lie_in_one_piece_in_dram_is_not_in_place(open_store: Callable[..., Any]) -> None:
     opened = await open_store(share=True, dram_bytes=32 * KIB)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
-    await opened.store.evict(CALLER, chain.keys, DRAM)
+    await opened.store.moves.evict(CALLER, chain.keys, DRAM)
     other = some_chain(2, seed=1)
     await opened.save(client, other, some_images(other), on_ssd=True)
     held = opened.lookup(client, other.keys)
@@ -214,23 +214,23 @@ async def test_what_does_not_lie_in_one_piece_in_dram_is_not_in_place(open_store
 
     halves = some_chain(1, seed=2)
     for shard in (Shard(0, 1, 0, 2), Shard(1, 2, 0, 2)):
-        opened.leases.release(caller_of(client), held.lease_id)
+        opened.leases.begin_release(caller_of(client), held.lease_id)
         await opened.save(client, halves, some_images(halves, shard=shard), shard=shard)
     lease = opened.lookup(client, halves.keys)
     assert lease is not None
     found = await anext(run(opened, lease))
     assert isinstance(found, NotInPlace) and "several shards" in found.why
-    await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
+    await asyncio.wait_for(opened.store.drain.quiet(), 30)  # No load is open.
 
 
 async def test_verified_is_what_this_daemon_has_seen(opened: OpenStore, client: Client) -> None:
     chain, _, lease = await saved(opened, client)
     blocks = opened.blocks
     assert blocks.verified[lease.rows].all(), "an upload's checksums matched"
-    opened.leases.release(caller_of(client), lease.lease_id)
-    await opened.store.evict(CALLER, chain.keys, DRAM)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
+    await opened.store.moves.evict(CALLER, chain.keys, DRAM)
     assert not blocks.verified[lease.rows].any()
-    await opened.store.prefetch(CALLER, chain.keys, within_s=0, wait=True)
+    await opened.store.moves.prefetch(CALLER, chain.keys, within_s=0, wait=True)
     assert blocks.verified[lease.rows].all(), "a promotion verifies"
 
 
@@ -242,7 +242,7 @@ async def test_after_a_restart_blocks_are_verified_for_who_views_them_and_damage
     await opened.close()
     again = files.open()
     try:
-        client = again.store.attach(CALLER, "again")
+        client = again.store.leases.attach(CALLER, "again")
         lease = again.lookup(client, chain.keys)
         assert lease is not None
         verified = again.blocks.verified
@@ -265,7 +265,7 @@ async def test_after_a_restart_blocks_are_verified_for_who_views_them_and_damage
 
 async def test_an_arena_that_is_not_shared_has_no_places(open_store: Callable[..., Any]) -> None:
     opened = await open_store()
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     _, _, lease = await saved(opened, client)
     with pytest.raises(NotShared):
         await anext(run(opened, lease))
@@ -273,7 +273,7 @@ async def test_an_arena_that_is_not_shared_has_no_places(open_store: Callable[..
 
 async def test_open_calls_are_bounded(open_store: Callable[..., Any]) -> None:
     opened = await open_store(share=True, limits=replace(LIMITS, loads_max=1))
-    _, _, lease = await saved(opened, opened.store.attach(CALLER, "test"))
+    _, _, lease = await saved(opened, opened.store.leases.attach(CALLER, "test"))
     first = run(opened, lease)
     await anext(first)
     with pytest.raises(Overloaded):

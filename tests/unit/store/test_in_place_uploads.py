@@ -62,7 +62,7 @@ def lock(opened: OpenStore, client: Client) -> Iterator[WriterLock]:
 
 
 async def reserve(opened: OpenStore, client: Client, chain: BlockChain, number: int = 1) -> list[Place]:
-    places, _ = await opened.store.reserve(caller_of(client), number, header_of(chain), on_ssd=False)
+    places, _ = await opened.store.saves.reserve(caller_of(client), number, header_of(chain), on_ssd=False)
     return places
 
 
@@ -78,7 +78,7 @@ async def commit(
     opened: OpenStore, client: Client, places: list[Place], images: list[bytes], number: int = 1
 ) -> SaveOutcome:
     sums = checksums_of(WHOLE, [images[place.position] for place in places])
-    return await opened.store.commit(caller_of(client), number, sums)
+    return await opened.store.saves.commit(caller_of(client), number, sums)
 
 
 async def loaded(opened: OpenStore, client: Client, chain: BlockChain) -> list[bytes]:
@@ -114,14 +114,14 @@ async def test_nothing_is_reserved_for_who_holds_no_lock(opened: OpenStore, clie
 async def test_an_arena_that_is_not_shared_is_not_written(open_store: Callable[..., Any]) -> None:
     opened = await open_store()
     with pytest.raises(NotShared):
-        await reserve(opened, opened.store.attach(CALLER, "test"), some_chain(1))
+        await reserve(opened, opened.store.leases.attach(CALLER, "test"), some_chain(1))
 
 
 async def test_a_reservation_is_its_clients_alone(opened: OpenStore, client: Client, lock: WriterLock) -> None:
     chain = some_chain(1)
     images = some_images(chain)
     places = await reserve(opened, client, chain)
-    stranger = opened.store.attach(CALLER, "stranger")
+    stranger = opened.store.leases.attach(CALLER, "stranger")
     with pytest.raises(ReservationNotYours):
         await commit(opened, stranger, places, images)
     with pytest.raises(ReservationNotYours):
@@ -181,7 +181,7 @@ async def test_a_reserved_block_is_not_uploaded_by_another_client(
     chain = some_chain(2)
     images = some_images(chain)
     places = await reserve(opened, client, chain)
-    other = asyncio.create_task(opened.save(opened.store.attach(CALLER, "other"), chain, images))
+    other = asyncio.create_task(opened.save(opened.store.leases.attach(CALLER, "other"), chain, images))
     await asyncio.sleep(0)
     write(opened, places, images)
     await commit(opened, client, places, images)
@@ -194,7 +194,7 @@ async def test_who_waits_for_an_abandoned_reservation_takes_over(
     chain = some_chain(2)
     images = some_images(chain)
     await reserve(opened, client, chain)
-    other = asyncio.create_task(opened.save(opened.store.attach(CALLER, "other"), chain, images))
+    other = asyncio.create_task(opened.save(opened.store.leases.attach(CALLER, "other"), chain, images))
     await asyncio.sleep(0)
     opened.in_place_uploads.abandon(CALLER, 1, client)
     assert (await other).stored == [0, 1]
@@ -204,10 +204,10 @@ async def test_a_block_that_could_never_fit_is_refused_before_it_is_written(
     open_store: Callable[..., Any],
 ) -> None:
     opened = await open_store(share=True, dram_bytes=24 * 1024)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     lock = WriterLock(opened.dram.arena.directory, client.client_id)
     chain = some_chain(3)
-    places, refused = await opened.store.reserve(caller_of(client), 1, header_of(chain), on_ssd=False)
+    places, refused = await opened.store.saves.reserve(caller_of(client), 1, header_of(chain), on_ssd=False)
     assert len(places) == 1
     assert {position: type(error) for position, error in refused.items()} == {1: TierFull, 2: TierFull}
     lock.release()
@@ -226,7 +226,7 @@ async def test_space_that_a_lost_client_may_be_writing_comes_back_with_its_lock_
         return look(writer)
 
     monkeypatch.setattr(Writer, "remove_if_unlocked", counted)
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
     opened.files.clock.advance(seconds=10_000)
     await until(lambda: looks == 3)
     assert opened.dram.used_bytes == used
@@ -244,7 +244,7 @@ async def test_much_space_of_a_lost_client_comes_back_in_short_turns(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = await open_store(share=True, dram_bytes=4 * MIB)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     lock = WriterLock(opened.dram.arena.directory, client.client_id)
     await reserve(opened, client, some_chain(200))
     release, turn, released = opened.dram.release, 0, Counter[int]()
@@ -261,7 +261,7 @@ async def test_much_space_of_a_lost_client_comes_back_in_short_turns(
 
     monkeypatch.setattr(opened.dram, "release", counted)
     counting = asyncio.create_task(count_turns())
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
     lock.release()
     await until(lambda: opened.dram.used_bytes == 0)
     counting.cancel()
@@ -277,11 +277,11 @@ async def test_what_was_committed_stays_where_it_is_when_its_writer_ends(opened:
     await commit(opened, client, places, images)
     used = opened.dram.used_bytes
 
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
     lock.release()
     await until(lambda: not any("writer" in task.get_name() for task in opened.tasks._running))
     assert opened.dram.used_bytes == used
-    assert await loaded(opened, opened.store.attach(CALLER, "other"), chain) == layers_of(images)
+    assert await loaded(opened, opened.store.leases.attach(CALLER, "other"), chain) == layers_of(images)
 
 
 async def test_an_index_that_refuses_the_record_costs_the_save_and_no_space(
@@ -307,8 +307,8 @@ async def test_the_daemon_after_this_one_sets_aside_what_a_living_client_may_be_
 ) -> None:
     files = store_files(share=True)
     opened = files.open()
-    await opened.store.open_layout(CALLER, LAYOUT)
-    client = opened.store.attach(CALLER, "writer")
+    await opened.store.layouts.open(CALLER, LAYOUT)
+    client = opened.store.leases.attach(CALLER, "writer")
     lock = WriterLock(opened.dram.arena.directory, client.client_id)
     places = [await reserve(opened, client, some_chain(2, seed=seed), seed) for seed in (1, 2, 3)]
     committed, abandoned, open_still = places
@@ -341,7 +341,7 @@ async def test_a_block_written_in_place_counts_as_verified_after_its_first_read(
     open_store: Callable[..., Any],
 ) -> None:
     opened = await open_store(share=True, ssd_bytes=0, dram_bytes=MIB)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     lock = WriterLock(opened.dram.arena.directory, client.client_id)
     chain = some_chain(2)
     images = some_images(chain)

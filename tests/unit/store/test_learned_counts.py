@@ -92,8 +92,8 @@ async def test_counts_survive_a_kill_and_a_stop(store_files: Callable[..., Store
     clock, path = HandClock(), tmp_path / "learned"
     files = store_files(clock=clock, policy=Learner(), learned=path)
     opened = files.open()
-    await opened.store.open_layout(CALLER, LAYOUT)
-    client = opened.store.attach(CALLER, "engine")
+    await opened.store.layouts.open(CALLER, LAYOUT)
+    client = opened.store.leases.attach(CALLER, "engine")
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
     assert not path.exists()
@@ -127,7 +127,7 @@ async def test_what_an_other_version_has_learned_is_not_used(
 
 async def test_a_policy_that_returns_begins_with_what_it_knew(open_store: Callable[..., Any]) -> None:
     opened = await open_store(policy=Learner())
-    client, chain, policy = opened.store.attach(CALLER, "engine"), some_chain(2), opened.store._policy
+    client, chain, policy = opened.store.leases.attach(CALLER, "engine"), some_chain(2), opened.store._policy
     await opened.save(client, chain, some_images(chain))
     await policy.switch(None)
     back = Learner()

@@ -51,7 +51,7 @@ def leases(residency: CountingResidency, clock: FakeClock) -> Leases:
 
 
 def new_leases(residency: CountingResidency, clock: FakeClock, **limits: int) -> Leases:
-    bounds = {"clients_max": 3, "per_client_max": 5, "blocks_per_client_max": 100_000} | limits
+    bounds = {"clients_max": 3, "per_client_max": 5, "blocks_per_client_max": 100_000, "ttl_max_s": 300} | limits
     return Leases(residency, clock, Counters(), Tasks(), LoopBudget(), **bounds)  # type: ignore[arg-type]
 
 
@@ -117,8 +117,8 @@ def test_a_renewed_lease_lives_from_the_renewal_on_longer_or_shorter(leases: Lea
 def test_a_released_lease_is_over_and_may_be_released_again(leases: Leases, residency: CountingResidency) -> None:
     client = leases.attach(CALLER, "test")
     lease = granted(leases, client, [1, 2])
-    leases.release(caller_of(client), lease.lease_id)
-    leases.release(caller_of(client), lease.lease_id)
+    leases.begin_release(caller_of(client), lease.lease_id)
+    leases.begin_release(caller_of(client), lease.lease_id)
     assert residency.leased == {1: 0, 2: 0}
     with pytest.raises(LeaseExpired):
         leases.get(caller_of(client), lease.lease_id)
@@ -145,7 +145,7 @@ def test_a_clients_leases_end_with_it_and_others_stay(leases: Leases, residency:
 # Owners of leases
 
 
-@pytest.mark.parametrize("call", ["get", "renew", "release"])
+@pytest.mark.parametrize("call", ["get", "renew", "begin_release"])
 def test_another_clients_lease_is_refused_and_stays(leases: Leases, call: str) -> None:
     owner, other = leases.attach(CALLER, "owner"), leases.attach(CALLER, "other")
     lease = granted(leases, owner, [1])
@@ -197,7 +197,7 @@ def test_the_blocks_that_one_clients_leases_hold_are_bounded(clock: FakeClock, r
     granted(leases, other, [1] * 10)
     assert residency.leased == {1: 16, 2: 4} and len(greedy.leases) == 2
 
-    leases.release(caller_of(greedy), lease.lease_id)
+    leases.begin_release(caller_of(greedy), lease.lease_id)
     granted(leases, greedy, [1] * 6)
 
 
@@ -206,7 +206,7 @@ def test_many_short_leases_leave_nothing_behind(leases: Leases) -> None:
     for _ in range(10_000):
         lease = granted(leases, client, [1], ttl_s=300)
         leases.renew(caller_of(client), lease.lease_id, 300)
-        leases.release(caller_of(client), lease.lease_id)
+        leases.begin_release(caller_of(client), lease.lease_id)
     assert len(leases._by_end) < 5000
 
 
@@ -227,7 +227,7 @@ def test_what_is_forgotten_of_old_ends_is_never_a_lease_that_lives(leases: Lease
 
 async def leased_at_length(opened: OpenStore, client: Client, keys: Sequence[bytes]) -> Lease | None:
     """A lookup of more keys than fit into one iteration of the event loop."""
-    return (await opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)).lease
+    return (await opened.store.lookups.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)).lease
 
 
 async def test_a_leased_block_survives_pressure_until_its_lease_expires(opened: OpenStore, client: Client) -> None:
@@ -261,7 +261,7 @@ async def test_a_leased_block_that_is_discarded_can_be_loaded_until_its_lease_en
     await fill_dram(opened, client)
     assert await opened.load(lease) == layers_of(images)
 
-    opened.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
     with pytest.raises(KVError):
         opened.leases.get(caller_of(client), lease.lease_id)
     await opened.settle()
@@ -272,11 +272,11 @@ async def test_a_client_with_many_leased_blocks_is_gone_at_once_and_its_blocks_f
 ) -> None:
     limits = StoreLimits(leases_per_client_max=100, leased_blocks_per_client_max=100_000)
     opened: OpenStore = await open_store(limits=limits)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     await opened.save(client, chain, some_images(chain))
     for _ in range(50):
         lease = (
-            await opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, chain.keys[:1] * 2000, 30)
+            await opened.store.lookups.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, chain.keys[:1] * 2000, 30)
         ).lease
     assert lease is not None
     row = int(lease.rows[0])
@@ -287,7 +287,7 @@ async def test_a_client_with_many_leased_blocks_is_gone_at_once_and_its_blocks_f
         unlease(rows)
 
     monkeypatch.setattr(opened.block_lifecycle, "unlease", watched)
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
     assert opened.leases.count == 0
     with pytest.raises(UnknownClient):
         opened.leases.get(caller_of(client), lease.lease_id)
@@ -324,7 +324,7 @@ async def test_a_released_lease_of_many_blocks_holds_none_of_them_once_its_count
     lease = await leased_at_length(opened, client, chain.keys[:1] * 5000)
     assert lease is not None
     await opened.store.operators.discard(CALLER, chain.keys)
-    opened.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
     with pytest.raises(LeaseExpired):
         opened.leases.get(caller_of(client), lease.lease_id)
     await opened.leases.drain_ended()
@@ -347,6 +347,6 @@ async def test_a_block_that_is_named_twice_in_a_lookup_is_free_once_its_lease_en
     assert opened.lookup(client, [chain.keys[0], chain.keys[1], chain.keys[1]]) is not None
     assert opened.lookup(client, chain.keys) is not None
 
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
 
     assert not opened.blocks.leases.any()

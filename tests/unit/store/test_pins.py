@@ -44,9 +44,9 @@ def records_pinned(opened: OpenStore, tier: TierName) -> dict[bytes, int]:
 
 async def test_a_pinned_block_leaves_dram_for_its_copy_on_ssd_and_never_ssd(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=8 * BLOCK + HEADER, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     pinned = await saved(opened, client, 2)
-    assert (await opened.store.operators.pin(CALLER, pinned, HOUR_MS)).pinned == 2
+    assert (await opened.store.pins.pin(CALLER, pinned, HOUR_MS)).pinned == 2
     for seed in range(1, 8):
         await saved(opened, client, 3, seed=seed)
     assert [opened.residency(key) for key in pinned] == [{TierName.SSD}, {TierName.SSD}]
@@ -56,9 +56,9 @@ async def test_a_pinned_block_leaves_dram_for_its_copy_on_ssd_and_never_ssd(open
 
 async def test_a_pinned_block_that_only_dram_holds_stays_there(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=6 * BLOCK + HEADER, ssd_bytes=0, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     pinned = await saved(opened, client, 2, on_ssd=False)
-    await opened.store.operators.pin(CALLER, pinned, HOUR_MS)
+    await opened.store.pins.pin(CALLER, pinned, HOUR_MS)
     for seed in range(1, 6):
         await saved(opened, client, 3, seed=seed, on_ssd=False)
     assert opened.hits(pinned) == 2
@@ -70,25 +70,25 @@ async def test_a_pinned_block_that_only_dram_holds_stays_there(open_store: Calla
 
 async def test_where_everything_is_pinned_saves_are_refused(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 4, on_ssd=False)
-    await opened.store.operators.pin(CALLER, keys, HOUR_MS)
+    await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     chain = some_chain(1, seed=5)
     outcome = await opened.save(client, chain, some_images(chain))
     assert isinstance(outcome.refused[0], TierFull)
 
-    await opened.store.operators.unpin(CALLER, keys[3:])
+    await opened.store.pins.unpin(CALLER, keys[3:])
     assert not (await opened.save(client, chain, some_images(chain))).refused
     assert opened.hits(keys) == 3
 
 
 async def test_a_block_that_is_pinned_once_it_was_chosen_to_leave_stays(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     first, second, third, _ = [(await saved(opened, client, 1, seed=seed, on_ssd=False))[0] for seed in range(4)]
     await saved(opened, client, 1, seed=4, on_ssd=False)
     assert opened.hits([first]) == 0, "all four are ranked now"
-    await opened.store.operators.pin(CALLER, [second], HOUR_MS)
+    await opened.store.pins.pin(CALLER, [second], HOUR_MS)
     await saved(opened, client, 1, seed=5, on_ssd=False)
     assert (opened.hits([second]), opened.hits([third])) == (1, 0)
 
@@ -99,10 +99,10 @@ async def test_many_pinned_blocks_do_not_hide_the_others_from_eviction(
 ) -> None:
     monkeypatch.setattr(evictor, "_VICTIMS_AHEAD", 2)
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=ssd_bytes, limits=ALL)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     pinned = await saved(opened, client, 4, seed=1, on_ssd=bool(ssd_bytes))
     await saved(opened, client, 4, seed=2, on_ssd=bool(ssd_bytes))
-    await opened.store.operators.pin(CALLER, pinned, HOUR_MS)
+    await opened.store.pins.pin(CALLER, pinned, HOUR_MS)
     await saved(opened, client, 3, seed=3, on_ssd=bool(ssd_bytes))
     assert opened.hits(pinned) == 4
 
@@ -111,9 +111,9 @@ async def test_watermarks_do_not_evict_pinned_blocks(open_store: Callable[..., A
     opened: OpenStore = await open_store(
         dram_bytes=10 * BLOCK + HEADER, ssd_bytes=10 * BLOCK + HEADER, limits=ALL, watermarks=Watermarks(0.5, 0.6)
     )
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 3)
-    await opened.store.operators.pin(CALLER, keys, HOUR_MS)
+    await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     for seed in range(1, 6):
         await saved(opened, client, 3, seed=seed)
     await until(lambda: opened.counters.evicted_ssd_blocks > 3)
@@ -125,10 +125,10 @@ async def test_an_eviction_on_request_leaves_what_a_pin_keeps(
     opened: OpenStore, client: Client, tier: TierName
 ) -> None:
     keys = await saved(opened, client, 2)
-    await opened.store.operators.pin(CALLER, keys[:1], HOUR_MS)
+    await opened.store.pins.pin(CALLER, keys[:1], HOUR_MS)
     other = TierName.SSD if tier == TierName.DRAM else TierName.DRAM
-    await opened.store.evict(CALLER, keys, other)
-    outcome = await opened.store.evict(CALLER, keys, tier)
+    await opened.store.moves.evict(CALLER, keys, other)
+    outcome = await opened.store.moves.evict(CALLER, keys, tier)
     assert outcome.held == (tier == TierName.SSD or opened.residency(keys[0]) == {TierName.DRAM})
     assert opened.residency(keys[0]) >= {TierName.SSD}, "the copy on SSD is the one that a pin keeps"
     assert opened.residency(keys[1]) == set()
@@ -136,7 +136,7 @@ async def test_an_eviction_on_request_leaves_what_a_pin_keeps(
 
 async def test_an_explicit_discard_drops_a_pinned_block(opened: OpenStore, client: Client) -> None:
     keys = await saved(opened, client, 1)
-    await opened.store.operators.pin(CALLER, keys, HOUR_MS)
+    await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     assert await opened.store.operators.discard(CALLER, keys) == (1, 0)
     await opened.settle()
     assert opened.hits(keys) == 0
@@ -148,10 +148,10 @@ async def test_a_pin_has_a_block_written_to_ssd_that_the_policy_had_dropped_ther
     opened: OpenStore, client: Client
 ) -> None:
     keys = await saved(opened, client, 1)
-    await opened.store.evict(CALLER, keys, TierName.SSD)
+    await opened.store.moves.evict(CALLER, keys, TierName.SSD)
     await opened.settle()
     assert opened.residency(keys[0]) == {TierName.DRAM}
-    await opened.store.operators.pin(CALLER, keys, HOUR_MS)
+    await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     await opened.settle()
     assert opened.residency(keys[0]) == {TierName.DRAM, TierName.SSD}
 
@@ -165,11 +165,11 @@ async def test_a_pin_is_in_the_index_when_it_is_answered_and_survives_a_kill(
     files = store_files(dram_bytes=4 * BLOCK + HEADER, ssd_bytes=0, limits=ALL)
     opened = files.open()
     keys = await _first_saved(opened)
-    await opened.store.operators.pin(CALLER, keys, HOUR_MS)
+    await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     await opened.kill()
 
     opened = files.open()
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     for seed in (7, 8, 9):
         await saved(opened, client, 2, seed=seed, on_ssd=False)
     assert opened.hits(keys) == 2
@@ -177,14 +177,14 @@ async def test_a_pin_is_in_the_index_when_it_is_answered_and_survives_a_kill(
 
     files.clock.advance(seconds=3601)
     opened = files.open()
-    await saved(opened, opened.store.attach(CALLER, "test"), 4, seed=10, on_ssd=False)
+    await saved(opened, opened.store.leases.attach(CALLER, "test"), 4, seed=10, on_ssd=False)
     assert opened.hits(keys) == 0, "its time has passed, though no call noticed it yet"
     await opened.close()
 
 
 async def _first_saved(opened: OpenStore) -> list[bytes]:
-    await opened.store.open_layout(CALLER, LAYOUT)
-    client = opened.store.attach(CALLER, "test")
+    await opened.store.layouts.open(CALLER, LAYOUT)
+    client = opened.store.leases.attach(CALLER, "test")
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain))
     return list(chain.keys)
@@ -196,7 +196,7 @@ async def test_a_clock_that_was_set_back_prolongs_no_pin_beyond_the_longest(
     files = store_files()
     opened = files.open()
     keys = await _first_saved(opened)
-    await opened.store.operators.pin(CALLER, keys, HOUR_MS)
+    await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     await opened.close()
     files.clock._wall_offset_ms -= 10 * 365 * 86_400_000
     opened = files.open()
@@ -209,12 +209,12 @@ async def test_a_clock_that_was_set_back_prolongs_no_pin_beyond_the_longest(
 async def test_a_later_pin_replaces_an_earlier_one(opened: OpenStore, client: Client) -> None:
     keys = await saved(opened, client, 1)
     for ttl_ms in (HOUR_MS, 1000):
-        outcome = await opened.store.operators.pin(CALLER, keys, ttl_ms)
+        outcome = await opened.store.pins.pin(CALLER, keys, ttl_ms)
         assert outcome.until_ms == opened.files.clock.wall_ms() + ttl_ms
         for tier in (TierName.DRAM, TierName.SSD):
             assert records_pinned(opened, tier) == {keys[0]: outcome.until_ms}
     opened.files.clock.advance(seconds=1)
-    assert await opened.store.operators.unpin(CALLER, keys) == (0, 1, 0), "at its end it is over"
+    assert await opened.store.pins.unpin(CALLER, keys) == (0, 1, 0), "at its end it is over"
 
 
 @pytest.mark.parametrize("ttl_ms", [0, 30 * 86_400_000 + 1])
@@ -223,17 +223,17 @@ async def test_a_time_of_nothing_or_beyond_the_longest_is_refused(
 ) -> None:
     keys = await saved(opened, client, 1)
     with pytest.raises(InvalidRequest, match="at most 2592000 s"):
-        await opened.store.operators.pin(CALLER, keys, ttl_ms)
+        await opened.store.pins.pin(CALLER, keys, ttl_ms)
     assert records_pinned(opened, TierName.SSD) == {keys[0]: 0}
 
 
 async def test_what_is_not_there_is_counted(opened: OpenStore, client: Client) -> None:
     keys = await saved(opened, client, 2)
     absent = list(some_chain(3, seed=5).keys)
-    outcome = await opened.store.operators.pin(CALLER, [*keys, *absent, keys[0]], HOUR_MS)
+    outcome = await opened.store.pins.pin(CALLER, [*keys, *absent, keys[0]], HOUR_MS)
     assert (outcome.pinned, outcome.missing) == (2, 3)
-    assert await opened.store.operators.unpin(CALLER, [keys[0], *absent]) == (1, 0, 3)
-    assert await opened.store.operators.unpin(CALLER, keys) == (1, 1, 0)
+    assert await opened.store.pins.unpin(CALLER, [keys[0], *absent]) == (1, 0, 3)
+    assert await opened.store.pins.unpin(CALLER, keys) == (1, 1, 0)
 
 
 # Limits
@@ -242,28 +242,28 @@ async def test_what_is_not_there_is_counted(opened: OpenStore, client: Client) -
 async def test_pins_take_a_share_of_ssd_at_most_all_or_none_of_a_request(open_store: Callable[..., Any]) -> None:
     limits = StoreLimits(pin_fraction_max=0.5)
     opened: OpenStore = await open_store(ssd_bytes=8 * BLOCK + HEADER, limits=limits)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = await saved(opened, client, 6)
     with pytest.raises(PinsFull, match="ssd"):
-        await opened.store.operators.pin(CALLER, keys[:5], HOUR_MS)
+        await opened.store.pins.pin(CALLER, keys[:5], HOUR_MS)
     assert set(records_pinned(opened, TierName.SSD).values()) == {0}
 
-    outcome = await opened.store.operators.pin(CALLER, keys[:4], HOUR_MS)
+    outcome = await opened.store.pins.pin(CALLER, keys[:4], HOUR_MS)
     assert (outcome.pinned_bytes, outcome.pinned_bytes_max) == (4 * BLOCK, 4 * BLOCK)
-    assert (await opened.store.operators.pin(CALLER, keys[:4], HOUR_MS)).pinned_bytes == 4 * BLOCK, "none counts twice"
+    assert (await opened.store.pins.pin(CALLER, keys[:4], HOUR_MS)).pinned_bytes == 4 * BLOCK, "none counts twice"
     with pytest.raises(PinsFull):
-        await opened.store.operators.pin(CALLER, keys[4:5], HOUR_MS)
+        await opened.store.pins.pin(CALLER, keys[4:5], HOUR_MS)
     opened.files.clock.advance(seconds=3600)
-    assert (await opened.store.operators.pin(CALLER, keys[4:5], HOUR_MS)).pinned_bytes == BLOCK
+    assert (await opened.store.pins.pin(CALLER, keys[4:5], HOUR_MS)).pinned_bytes == BLOCK
 
 
 async def test_pins_take_a_share_of_dram_at_most_where_there_is_no_ssd(open_store: Callable[..., Any]) -> None:
     limits = StoreLimits(pin_fraction_max=0.5)
     opened: OpenStore = await open_store(dram_bytes=8 * BLOCK + HEADER, ssd_bytes=0, limits=limits)
-    keys = await saved(opened, opened.store.attach(CALLER, "test"), 6, on_ssd=False)
+    keys = await saved(opened, opened.store.leases.attach(CALLER, "test"), 6, on_ssd=False)
     with pytest.raises(PinsFull, match="dram"):
-        await opened.store.operators.pin(CALLER, keys[:5], HOUR_MS)
-    assert (await opened.store.operators.pin(CALLER, keys[:4], HOUR_MS)).pinned == 4
+        await opened.store.pins.pin(CALLER, keys[:5], HOUR_MS)
+    assert (await opened.store.pins.pin(CALLER, keys[:4], HOUR_MS)).pinned == 4
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
@@ -272,8 +272,8 @@ async def test_two_pins_at_one_time_do_not_both_take_the_last_space(
 ) -> None:
     monkeypatch.setattr(pins, "_ROWS_BEFORE_A_THREAD", 0 if in_thread else 1000)
     opened: OpenStore = await open_store(ssd_bytes=8 * BLOCK + HEADER, limits=StoreLimits(pin_fraction_max=0.5))
-    keys = await saved(opened, opened.store.attach(CALLER, "test"), 6)
-    both = [opened.store.operators.pin(CALLER, part, HOUR_MS) for part in (keys[:3], keys[3:])]
+    keys = await saved(opened, opened.store.leases.attach(CALLER, "test"), 6)
+    both = [opened.store.pins.pin(CALLER, part, HOUR_MS) for part in (keys[:3], keys[3:])]
     outcomes = await asyncio.gather(*both, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [PinOutcome, PinsFull]
     assert np.count_nonzero(opened.blocks.pinned(opened.files.clock.wall_ms())) == 3
@@ -284,7 +284,7 @@ async def test_a_block_that_goes_while_the_bound_is_computed_is_missing(
 ) -> None:
     monkeypatch.setattr(pins, "_ROWS_BEFORE_A_THREAD", 0)
     keys = await saved(opened, client, 2)
-    pinning = asyncio.create_task(opened.store.operators.pin(CALLER, keys, HOUR_MS))
+    pinning = asyncio.create_task(opened.store.pins.pin(CALLER, keys, HOUR_MS))
     await asyncio.sleep(0)
     assert not pinning.done()
     await opened.store.operators.discard(CALLER, keys[1:])
@@ -301,15 +301,13 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
 ) -> None:
     keys = await saved(opened, client, 1)
     if first_pinned:
-        await opened.store.operators.pin(CALLER, keys, HOUR_MS)
-    await opened.store.evict(CALLER, keys, TierName.DRAM)
+        await opened.store.pins.pin(CALLER, keys, HOUR_MS)
+    await opened.store.moves.evict(CALLER, keys, TierName.DRAM)
     with opened.commits_held(TierName.DRAM):
-        promoting = asyncio.create_task(opened.store.prefetch(CALLER, keys, within_s=0, wait=True))
+        promoting = asyncio.create_task(opened.store.moves.prefetch(CALLER, keys, within_s=0, wait=True))
         await until(lambda: bool(opened.block_lifecycle._placing))  # The commit of the record, with the old pin, runs.
         change: Any = (
-            opened.store.operators.unpin(CALLER, keys)
-            if first_pinned
-            else opened.store.operators.pin(CALLER, keys, HOUR_MS)
+            opened.store.pins.unpin(CALLER, keys) if first_pinned else opened.store.pins.pin(CALLER, keys, HOUR_MS)
         )
         changing: asyncio.Task[Any] = asyncio.create_task(change)
         await until(lambda: bool(opened.blocks.pinned(0).any()) != first_pinned)
@@ -324,7 +322,7 @@ async def test_a_pin_that_changes_while_a_copy_is_recorded_is_in_that_record_too
 async def test_a_block_discarded_while_it_is_pinned_leaves_no_record(opened: OpenStore, client: Client) -> None:
     keys = await saved(opened, client, 1)
     with opened.commits_held(TierName.SSD):
-        pinning = asyncio.create_task(opened.store.operators.pin(CALLER, keys, HOUR_MS))
+        pinning = asyncio.create_task(opened.store.pins.pin(CALLER, keys, HOUR_MS))
         await asyncio.sleep(0)
         discarding = asyncio.create_task(opened.store.operators.discard(CALLER, keys))
         await until(lambda: opened.blocks.live_count == 0)
@@ -337,11 +335,11 @@ async def test_a_block_discarded_while_its_pin_waits_for_a_copys_record_leaves_n
     opened: OpenStore, client: Client
 ) -> None:
     keys = await saved(opened, client, 1)
-    await opened.store.evict(CALLER, keys, TierName.DRAM)
+    await opened.store.moves.evict(CALLER, keys, TierName.DRAM)
     with opened.commits_held(TierName.DRAM):
-        promoting = asyncio.create_task(opened.store.prefetch(CALLER, keys, within_s=0, wait=True))
+        promoting = asyncio.create_task(opened.store.moves.prefetch(CALLER, keys, within_s=0, wait=True))
         await until(lambda: bool(opened.block_lifecycle._placing))
-        pinning = asyncio.create_task(opened.store.operators.pin(CALLER, keys, HOUR_MS))
+        pinning = asyncio.create_task(opened.store.pins.pin(CALLER, keys, HOUR_MS))
         await until(lambda: bool(opened.blocks.pinned(0).any()))
         discarding = asyncio.create_task(opened.store.operators.discard(CALLER, keys))
         # The removal runs: a record that is written after it would stay for ever.
@@ -355,7 +353,7 @@ async def test_a_pin_that_the_index_refuses_changes_nothing_and_the_next_flush_p
     opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = await saved(opened, client, 2)
-    before = await opened.store.operators.pin(CALLER, keys[:1], 1000)
+    before = await opened.store.pins.pin(CALLER, keys[:1], 1000)
     await opened.block_lifecycle.flush_recency()
     put, puts = opened.index.put, []
 
@@ -370,7 +368,7 @@ async def test_a_pin_that_the_index_refuses_changes_nothing_and_the_next_flush_p
     with monkeypatch.context() as patched:
         patched.setattr(opened.index, "put", failing)
         with pytest.raises(StorageFailed):
-            await opened.store.operators.pin(CALLER, keys, HOUR_MS)
+            await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     await asyncio.gather(*puts)
     rows = opened.blocks.rows_of_keys(keys)
     assert opened.blocks.pinned_until_ms[rows].tolist() == [before.until_ms, 0]
@@ -383,9 +381,9 @@ async def test_thousands_of_keys_are_pinned_by_one_request(open_store: Callable[
     opened: OpenStore = await open_store(
         dram_bytes=700 * BLOCK, ssd_bytes=800 * BLOCK, map_bytes=4 << 20, limits=LIMITS
     )
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     keys = [*await saved(opened, client, 250, seed=1), *await saved(opened, client, 100, seed=2)]
-    outcome = await opened.store.operators.pin(CALLER, keys, HOUR_MS)
+    outcome = await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     assert outcome.pinned == 350
     assert set(records_pinned(opened, TierName.SSD).values()) == {outcome.until_ms}
     assert np.count_nonzero(opened.blocks.pinned(opened.files.clock.wall_ms())) == 350

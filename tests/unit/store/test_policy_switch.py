@@ -46,11 +46,11 @@ async def turns(opened: OpenStore, client: Client, seed: int, count: int) -> int
             await opened.save(client, chain, _IMAGES)
         else:
             if random.random() < 0.3:
-                await opened.store.prefetch(CALLER, chain.keys, within_s=0.0, wait=False)
+                await opened.store.moves.prefetch(CALLER, chain.keys, within_s=0.0, wait=False)
             layers = await opened.load(lease)
             assert sum(map(len, layers)) == sum(map(len, _IMAGES[: len(lease.rows)]))
             found += len(lease.rows) == _BLOCKS
-            await opened.store.release(caller_of(client), lease.lease_id)
+            await opened.store.leases.release(caller_of(client), lease.lease_id)
         await asyncio.sleep(0)
     return found
 
@@ -69,7 +69,7 @@ async def leases_known(opened: OpenStore) -> tuple[list[int], list[int]]:
 
 
 async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenStore) -> None:
-    operators, client = small.store.operators, small.store.attach(CALLER, "engine")
+    policies, client = small.store.policies, small.store.leases.attach(CALLER, "engine")
     held = _CHAINS[0]
     await small.save(client, held, _IMAGES, on_ssd=True)
     lease = small.lookup(client, held.keys, ttl_s=300)
@@ -80,7 +80,7 @@ async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenS
     while not all(task.done() for task in load):
         name = DAEMON_POLICIES[switches % len(DAEMON_POLICIES)]
         shadow = ("none", *DAEMON_POLICIES)[switches // 2 % 6]
-        facts = await operators.set_policy(CALLER, name, shadow)
+        facts = await policies.set(CALLER, name, shadow)
         switches += 1
         assert (facts.name, facts.configured, facts.shadow is None) == (name, "lru", shadow == "none")
         running = [small.store._policy.items, small.store._policy.shadow]
@@ -91,27 +91,27 @@ async def test_policies_are_switched_under_load_and_nothing_is_lost(small: OpenS
     assert len(await small.load(lease)) == 2
     await small.settle()
 
-    await operators.set_policy(CALLER, "foresight", "none")
+    await policies.set(CALLER, "foresight", "none")
     known, real = await leases_known(small)
     assert known == real
     assert sum(real) == _BLOCKS
-    await small.store.release(caller_of(client), lease.lease_id)
+    await small.store.leases.release(caller_of(client), lease.lease_id)
     known, real = await leases_known(small)
     assert known == real
     assert not any(real), "a lease that began before the switch ends under the new policy"
     assert await turns(small, client, 9, 20) >= 0, "decisions continue"
 
-    await operators.set_policy(CALLER, "lru", "")
+    await policies.set(CALLER, "lru", "")
     await until(lambda: placement_threads() == before)
     assert len(small.blocks.listeners) == listeners
 
 
 async def test_a_ranking_of_the_policy_before_is_not_used(small: OpenStore) -> None:
     """It was asked for before the switch, and answers after it."""
-    client, policy = small.store.attach(CALLER, "engine"), small.store._policy
+    client, policy = small.store.leases.attach(CALLER, "engine"), small.store._policy
     for chain in _CHAINS[:5]:
         await small.save(client, chain, _IMAGES, on_ssd=True)
-    await small.store.operators.set_policy(CALLER, "fifo", "")
+    await small.store.policies.set(CALLER, "fifo", "")
     assert policy.items is not None
     may_go_on = threading.Event()
     busy = asyncio.create_task(policy.items.on_thread(lambda items, now_s: may_go_on.wait()))
@@ -130,7 +130,7 @@ async def test_a_ranking_of_the_policy_before_is_not_used(small: OpenStore) -> N
 async def test_what_a_policy_has_refused_is_written_later(
     small: OpenStore, monkeypatch: pytest.MonkeyPatch, mended_by: str
 ) -> None:
-    client, policy = small.store.attach(CALLER, "engine"), daemon_policy("foresight")
+    client, policy = small.store.leases.attach(CALLER, "engine"), daemon_policy("foresight")
     assert policy is not None
     await small.store._policy.switch(policy)
     monkeypatch.setattr(small.store._policy.items, "wanted_on_ssd", _refuse)
@@ -140,9 +140,10 @@ async def test_what_a_policy_has_refused_is_written_later(
     assert not small.blocks.lie_in(rows, TierName.SSD).any()
 
     if mended_by == "switch":
-        await small.store.operators.set_policy(CALLER, "lru", "")
+        await small.store.policies.set(CALLER, "lru", "")
     else:
-        async for progress in small.store.operators.drain(CALLER):
+        small.store.drain.begin(CALLER)
+        async for progress in small.store.drain.progress(CALLER):
             last = progress
         assert (last.done, last.only_in_dram) == (True, 0)
     await until(lambda: bool(small.blocks.lie_in(rows, TierName.SSD).all()))
@@ -153,8 +154,8 @@ async def _refuse(rows: Rows) -> NDArray[np.bool_]:
 
 
 async def test_what_ssd_evicts_while_the_policy_is_asked_is_not_written(small: OpenStore) -> None:
-    await small.store.operators.set_policy(CALLER, "foresight", "")
-    client = small.store.attach(CALLER, "engine")
+    await small.store.policies.set(CALLER, "foresight", "")
+    client = small.store.leases.attach(CALLER, "engine")
     may_go_on, items = threading.Event(), small.store._policy.items
     assert items is not None
     busy = asyncio.create_task(items.on_thread(lambda items, now_s: may_go_on.wait()))
@@ -171,43 +172,43 @@ async def test_what_ssd_evicts_while_the_policy_is_asked_is_not_written(small: O
 
 
 async def test_an_unknown_policy_is_refused_and_changes_nothing(small: OpenStore) -> None:
-    operators = small.store.operators
-    await operators.set_policy(CALLER, "s3fifo", "")
+    policies = small.store.policies
+    await policies.set(CALLER, "s3fifo", "")
     for name, shadow in (("belady", ""), ("lru", "belady"), ("none", ""), ("LRU", "")):
         with pytest.raises(InvalidRequest, match="choose among lru, fifo, s3fifo, lookahead, foresight"):
-            await operators.set_policy(CALLER, name, shadow)
-    assert (await operators.policy(CALLER)).name == "s3fifo"
+            await policies.set(CALLER, name, shadow)
+    assert (await policies.show(CALLER)).name == "s3fifo"
 
 
 async def test_an_empty_request_shows_what_the_policy_knows(small: OpenStore) -> None:
-    client = small.store.attach(CALLER, "engine")
-    since_ms = (await small.store.operators.policy(CALLER)).since_ms
+    client = small.store.leases.attach(CALLER, "engine")
+    since_ms = (await small.store.policies.show(CALLER)).since_ms
     small.files.clock.advance(seconds=60)
-    await small.store.operators.set_policy(CALLER, "lookahead", "")
+    await small.store.policies.set(CALLER, "lookahead", "")
     for chain in _CHAINS[:3]:
         await small.save(client, chain, _IMAGES)
-    facts = await small.store.operators.policy(CALLER)
+    facts = await small.store.policies.show(CALLER)
     assert (facts.name, facts.configured, facts.items, facts.blocks) == ("lookahead", "lru", 3, 3 * _BLOCKS)
     assert facts.since_ms == since_ms + 60_000
     assert (facts.queued, facts.read_ahead_bytes, facts.shadow) == (0, 0, None)
-    again = await small.store.operators.set_policy(CALLER, "lookahead", "")
+    again = await small.store.policies.set(CALLER, "lookahead", "")
     assert again.since_ms == facts.since_ms, "it decides already, and stays"
 
 
 async def test_a_new_policy_gets_the_queue_that_there_is(small: OpenStore) -> None:
     """Engines send changes of their queues alone."""
-    operators, client = small.store.operators, small.store.attach(CALLER, "engine")
+    policies, client = small.store.policies, small.store.leases.attach(CALLER, "engine")
     for chain in _CHAINS[:2]:
         await small.save(client, chain, _IMAGES, on_ssd=True)
-    with small.store.hints(caller_of(client)) as stream:
+    with small.store.hints.open(caller_of(client)) as stream:
         for name, chain in zip("ab", _CHAINS[:2], strict=True):
             stream.put(name, HintSubject(LAYOUT.fingerprint, "", b"".join(chain.keys)), None, 0, "")
         for name in ("lookahead", "foresight", "lru", "lookahead"):
-            facts = await operators.set_policy(CALLER, name, "fifo")
+            facts = await policies.set(CALLER, name, "fifo")
             async with asyncio.timeout(30):
                 while name != "lru" and facts.queued < 2:
                     await asyncio.sleep(0.01)
-                    facts = await operators.policy(CALLER)
+                    facts = await policies.show(CALLER)
 
 
 async def test_a_policy_that_fails_is_logged_once_and_the_store_works(
@@ -222,7 +223,7 @@ async def test_a_policy_that_fails_is_logged_once_and_the_store_works(
     for method in ("retention", "wants_on_ssd"):
         monkeypatch.setattr(type(policy), method, fail)
     await small.store._policy.switch(policy)
-    client = small.store.attach(CALLER, "engine")
+    client = small.store.leases.attach(CALLER, "engine")
     with caplog.at_level(logging.ERROR):
         for chain in _CHAINS:
             assert not (await small.save(client, chain, _IMAGES)).refused
@@ -247,10 +248,14 @@ async def test_no_report_of_an_engine_lasts(small: OpenStore) -> None:
 async def test_a_policy_whose_thread_is_stuck_can_be_replaced(open_store: Callable[..., Any]) -> None:
     clock = HandClock()
     opened: OpenStore = await open_store(clock=clock, policy=daemon_policy("foresight"))
-    client, stuck, may_go_on = opened.store.attach(CALLER, "engine"), opened.store._policy.items, threading.Event()
+    client, stuck, may_go_on = (
+        opened.store.leases.attach(CALLER, "engine"),
+        opened.store._policy.items,
+        threading.Event(),
+    )
     assert stuck is not None
     busy = asyncio.create_task(stuck.on_thread(lambda items, now_s: may_go_on.wait()))
-    switching = asyncio.create_task(opened.store.operators.set_policy(CALLER, "fifo", ""))
+    switching = asyncio.create_task(opened.store.policies.set(CALLER, "fifo", ""))
     while not switching.done():
         await asyncio.sleep(0.001)
         clock.advance(seconds=1)

@@ -127,7 +127,7 @@ async def test_a_long_lookup_answers_as_a_short_one_and_lets_the_event_loop_go_r
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    hit = await opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
+    hit = await opened.store.lookups.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30)
     counting.cancel()
     assert turns >= 3
     short = opened.lookup(client, keys[:20])
@@ -137,7 +137,7 @@ async def test_a_long_lookup_answers_as_a_short_one_and_lets_the_event_loop_go_r
     assert hit.lease.parts == {block + 20 * turn: rows for block, rows in short.parts.items() for turn in range(200)}
     assert sorted(hit.lease.held_rows.tolist()) == sorted(short.held_rows.tolist() * 200)
     for lease in (hit.lease, short):
-        opened.leases.release(caller_of(client), lease.lease_id)
+        opened.leases.begin_release(caller_of(client), lease.lease_id)
     await opened.leases.drain_ended()
     assert not opened.blocks.leases.any() and not opened.blocks.holds.any()
 
@@ -145,7 +145,7 @@ async def test_a_long_lookup_answers_as_a_short_one_and_lets_the_event_loop_go_r
 async def test_a_long_lookup_ends_with_the_first_block_that_is_missing(opened: OpenStore, client: Client) -> None:
     keys = [*await saved(opened, client, 20)] * 200
     keys[1500] = b"\0" * 32
-    hit = await opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 0)
+    hit = await opened.store.lookups.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 0)
     assert hit.blocks == 1500 and hit.lease is None
     assert not opened.blocks.holds.any()
 
@@ -168,11 +168,13 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
 
     monkeypatch.setattr(opened.loop_budget, "slot", turn)
     asking = asyncio.create_task(
-        opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, [*keys[:-1]] * 40, 30)
+        opened.store.lookups.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, [*keys[:-1]] * 40, 30)
     )
     await waiting.wait()
     rows = list(opened.blocks.shards_of(int(opened.blocks.rows_of_keys([first])[0])))
-    assert (await opened.store.evict(CALLER, [first, last], TierName.DRAM)).evicted == 2, "only what was not found"
+    assert (await opened.store.moves.evict(CALLER, [first, last], TierName.DRAM)).evicted == 2, (
+        "only what was not found"
+    )
     discarding = asyncio.create_task(opened.store.operators.discard(CALLER, [first]))
     await until(lambda: opened.hits([first]) == 0)
     gate.set()
@@ -182,16 +184,16 @@ async def test_what_a_long_lookup_has_found_stays_until_its_lease_has_it(
     assert hit.lease is not None and set(rows) <= set(hit.lease.held_rows.tolist())
     assert all(opened.blocks.is_resident(row, TierName.DRAM) for row in hit.lease.held_rows.tolist())
     assert len(await opened.load(hit.lease, range(19))) == 2
-    opened.leases.release(caller_of(client), hit.lease.lease_id)
+    opened.leases.begin_release(caller_of(client), hit.lease.lease_id)
     await opened.settle()
     assert opened.blocks.row_of(first, LEFT) == NO_ROW
 
 
 async def test_a_long_lookup_of_a_client_that_has_gone_leases_nothing(opened: OpenStore, client: Client) -> None:
     keys = [*await saved(opened, client, 20)] * 200
-    asking = asyncio.ensure_future(opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30))
+    asking = asyncio.ensure_future(opened.store.lookups.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, keys, 30))
     await asyncio.sleep(0)
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
     with pytest.raises(UnknownClient):
         await asking
     blocks = opened.blocks

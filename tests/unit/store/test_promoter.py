@@ -43,7 +43,7 @@ async def on_ssd(opened: OpenStore, client: Client, chain: BlockChain, **more: A
     images = some_images(chain, shard=Shard.whole(layout), layout=layout)
     outcome = await opened.save(client, chain, images, shard=Shard.whole(layout), on_ssd=True, **more)
     assert not outcome.refused
-    await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
+    await opened.store.moves.evict(CALLER, chain.keys, TierName.DRAM)
     return images
 
 
@@ -71,7 +71,7 @@ async def test_many_who_want_a_block_at_one_time_cause_one_read(
     assert lease is not None
     before = reads(calls)
     answers = await asyncio.gather(
-        *(opened.load(lease) for _ in range(5)), opened.store.prefetch(CALLER, chain.keys, within_s=0, wait=True)
+        *(opened.load(lease) for _ in range(5)), opened.store.moves.prefetch(CALLER, chain.keys, within_s=0, wait=True)
     )
     assert answers[:5] == [layers_of(images)] * 5
     assert reads(calls) - before == 2 * 3, "a trailer and one piece of each block"
@@ -92,7 +92,7 @@ async def test_a_block_that_is_discarded_during_its_promotion_is_still_loaded_co
         await until(lambda: opened.hits(chain.keys) == 0)
     assert await loading == layers_of(images)
     await discarding
-    opened.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
     await opened.settle()
     assert opened.dram.used_bytes == 0
 
@@ -141,7 +141,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
 
 async def test_what_dram_has_no_room_for_is_read_where_it_lies(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER, limits=PATIENT)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     chain, other = some_chain(3, seed=1), some_chain(3, seed=2)
     images = await on_ssd(opened, client, chain)
     await opened.save(client, other, some_images(other))
@@ -174,8 +174,8 @@ async def test_a_layer_that_is_there_does_not_wait_for_the_next_one(open_store: 
     size = block_geometry(layout, Shard.whole(layout), 16).image_bytes
     calls = HeldReads()
     opened: OpenStore = await open_store(calls=calls, dram_bytes=4 * size, ssd_bytes=8 * size)
-    await opened.store.open_layout(CALLER, layout)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(1, layout=layout)
+    await opened.store.layouts.open(CALLER, layout)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1, layout=layout)
     images = await on_ssd(opened, client, chain, layout=layout)
     lease = opened.lookup(client, chain.keys, shard=Shard.whole(layout), layout=layout)
     assert lease is not None
@@ -231,7 +231,7 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
 ) -> None:
     dram_bytes = BLOCK + HEADER if how == "read through" else 64 * BLOCK
     opened: OpenStore = await open_store(calls=calls, dram_bytes=dram_bytes)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(1)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1)
     [key] = chain.keys
     if how == "write behind":
         with calls.held("pwritev"):
@@ -268,7 +268,7 @@ async def test_a_flipped_bit_is_found_before_any_byte_of_its_slice_leaves_and_th
             await load()
         sound = layers_of(some_images(chain))
         assert all(payload == sound[layer] for layer, payload in received), "what left is right"
-        opened.leases.release(caller_of(client), lease.lease_id)
+        opened.leases.begin_release(caller_of(client), lease.lease_id)
     assert opened.hits([key]) == 0, "it reads as a miss"
     assert opened.counters.quarantined_blocks == 1
     await until(lambda: key not in {name[:32] for name in opened.records(TierName.DRAM)})
@@ -304,9 +304,9 @@ async def test_a_load_that_is_cancelled_at_any_point_releases_its_blocks(
         await asyncio.sleep(0)
     loading.cancel()
     await asyncio.gather(loading, return_exceptions=True)
-    opened.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
     await until(lambda: not opened.blocks.holds.any())
-    await asyncio.wait_for(opened.store.quiet(), 30)  # No load is open.
+    await asyncio.wait_for(opened.store.drain.quiet(), 30)  # No load is open.
     assert await opened.store.operators.discard(CALLER, chain.keys) == (4, 0)
     await until(lambda: opened.dram.used_bytes == 0)
     assert opened.unsettled() == ""
@@ -320,7 +320,7 @@ async def test_shards_of_several_ranks_come_back_as_one(opened: OpenStore, clien
     for shard in shards:
         parts = [part_of(image, whole, shard) for image in images]
         await opened.save(client, chain, parts, shard=shard, on_ssd=True)
-    await opened.store.evict(CALLER, chain.keys[1:], TierName.DRAM)
+    await opened.store.moves.evict(CALLER, chain.keys[1:], TierName.DRAM)
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
     assert await opened.load(lease) == layers_of(images)

@@ -31,7 +31,7 @@ class Service:
 
     def __init__(self, opened: OpenStore, clock: HandClock) -> None:
         self.opened, self.clock = opened, clock
-        self.client = opened.store.attach(CALLER, "engine")
+        self.client = opened.store.leases.attach(CALLER, "engine")
 
     async def turn(self, session: int) -> float:
         """A request with the session's history. Returns the share of it that is in DRAM when it comes."""
@@ -43,8 +43,8 @@ class Service:
             assert self.opened.write_behind is not None
             await self.opened.write_behind.idle()
         else:
-            await store.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
-            await store.release(caller_of(self.client), lease.lease_id)
+            await store.moves.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
+            await store.leases.release(caller_of(self.client), lease.lease_id)
         return in_dram
 
     async def second(self) -> None:
@@ -81,7 +81,10 @@ async def test_what_returns_at_regular_times_is_in_dram_when_it_does(service: Se
     shares = await service.hits(6)
     assert shares[0] == 0
     assert shares[-1] > 0.5, shares
-    assert at_once(service.opened.store.lookup(CALLER, LAYOUT.fingerprint, None, history_of(0).keys, 0)).blocks == 6
+    assert (
+        at_once(service.opened.store.lookups.lookup(CALLER, LAYOUT.fingerprint, None, history_of(0).keys, 0)).blocks
+        == 6
+    )
 
 
 @pytest.mark.parametrize("service", ["foresight"], indirect=True)
@@ -93,7 +96,7 @@ async def test_what_a_client_evicts_is_not_read_ahead_before_the_next_request(se
     evicted = rows[blocks.lie_in(rows, TierName.DRAM)]
     assert len(evicted) >= _BLOCKS
     for each in keys:
-        await store.evict(CALLER, each, TierName.DRAM)
+        await store.moves.evict(CALLER, each, TierName.DRAM)
 
     read = service.opened.counters.read_ahead_blocks
     for _ in range(round(_AWAY_S)):

@@ -70,7 +70,7 @@ async def on_ssd(opened: OpenStore, client: Client) -> tuple[BlockChain, Lease]:
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
     await opened.settle()
-    await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
+    await opened.store.moves.evict(CALLER, chain.keys, TierName.DRAM)
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
     return chain, lease
@@ -93,7 +93,7 @@ async def test_a_load_that_fails_holds_its_blocks_until_the_last_of_its_reads_ha
     loading = asyncio.create_task(opened.load(lease))
     await until(lambda: opened.counters.quarantined_blocks == 1)
 
-    opened.leases.release(caller_of(client), lease.lease_id)
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
     await opened.store.operators.discard(CALLER, chain.keys[1:])
     other = some_chain(2, seed=9)
     assert not (await opened.save(client, other, some_images(other, seed=9))).refused
@@ -161,7 +161,7 @@ async def test_a_row_that_has_another_block_by_now_is_not_taken_out_of_service(
 async def leased_on_ssd(opened: OpenStore, client: Client) -> tuple[BlockChain, Lease]:
     chain = some_chain(1)
     await opened.save(client, chain, some_images(chain), on_ssd=True)
-    await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
+    await opened.store.moves.evict(CALLER, chain.keys, TierName.DRAM)
     assert opened.dram.used_bytes == 0
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
@@ -195,7 +195,7 @@ async def first_frame_of_a_landing(
 async def test_a_block_whose_record_is_refused_once_it_is_up_keeps_its_space_until_its_last_reader_has_left(
     promoting: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = promoting.store.attach(CALLER, "test")
+    client = promoting.store.leases.attach(CALLER, "test")
     chain, lease = await leased_on_ssd(promoting, client)
     delete, withdrawn = promoting.index.delete, asyncio.Event()
 
@@ -224,7 +224,7 @@ async def test_a_block_whose_record_is_refused_once_it_is_up_keeps_its_space_unt
 async def test_a_block_that_is_discarded_during_its_promotion_keeps_its_space_until_its_last_reader_has_left(
     promoting: OpenStore,
 ) -> None:
-    client = promoting.store.attach(CALLER, "test")
+    client = promoting.store.leases.attach(CALLER, "test")
     chain, lease = await leased_on_ssd(promoting, client)
 
     def discard() -> None:
@@ -272,11 +272,11 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
     calls = DamagingRead()
     limits = replace(LIMITS, reads_in_flight=1)  # The first piece is verified before the second one is read.
     opened: OpenStore = await open_store(calls=calls, limits=limits, dram_bytes=8 * MIB, ssd_bytes=8 * MIB)
-    await opened.store.open_layout(CALLER, layout)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(1, layout=layout)
+    await opened.store.layouts.open(CALLER, layout)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1, layout=layout)
     images = some_images(chain, shard=whole, layout=layout)
     await opened.save(client, chain, images, shard=whole, layout=layout, on_ssd=True)
-    await opened.store.evict(CALLER, chain.keys, TierName.DRAM)
+    await opened.store.moves.evict(CALLER, chain.keys, TierName.DRAM)
     [extent] = opened.extents(TierName.SSD).values()
     calls.damaged_at = HEADER + extent.offset_bytes + second.start
     lease = opened.lookup(client, chain.keys, shard=whole, layout=layout)

@@ -27,7 +27,7 @@ def opened_again(opened: OpenStore) -> OpenStore:
 
 
 async def saved(opened: OpenStore, blocks: int = 4, *, seed: int = 0, on_ssd: bool = True) -> list[bytes]:
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(blocks, seed=seed)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(blocks, seed=seed)
     outcome = await opened.save(client, chain, some_images(chain, seed=seed), on_ssd=on_ssd)
     assert not outcome.refused
     return list(chain.keys)
@@ -37,9 +37,9 @@ async def saved(opened: OpenStore, blocks: int = 4, *, seed: int = 0, on_ssd: bo
 async def test_a_store_that_is_opened_again_has_every_block_where_it_was(opened: OpenStore, end: str) -> None:
     both = await saved(opened, seed=1)
     only_dram, only_ssd = await saved(opened, seed=2), await saved(opened, seed=3)
-    await opened.store.evict(CALLER, only_dram, TierName.SSD)
-    await opened.store.evict(CALLER, only_ssd, TierName.DRAM)
-    client = opened.store.attach(CALLER, "test")
+    await opened.store.moves.evict(CALLER, only_dram, TierName.SSD)
+    await opened.store.moves.evict(CALLER, only_ssd, TierName.DRAM)
+    client = opened.store.leases.attach(CALLER, "test")
     halves = (Shard(0, 2, 0, 1), Shard(0, 2, 1, 2))
     sharded = some_chain(2, seed=4)
     for half in halves:
@@ -53,7 +53,7 @@ async def test_a_store_that_is_opened_again_has_every_block_where_it_was(opened:
         assert everything(again) == before
         assert again.unsettled() == "", "free space is what no record names"
         assert again.hits(sharded.keys) == 2
-        lease = again.lookup(again.store.attach(CALLER, "test"), both)
+        lease = again.lookup(again.store.leases.attach(CALLER, "test"), both)
         assert lease is not None
         assert await again.load(lease) == layers_of(some_images(some_chain(4, seed=1), seed=1))
     finally:
@@ -107,7 +107,7 @@ async def test_blocks_that_only_dram_had_are_written_to_ssd_by_the_next_daemon(
     store_files: Callable[..., StoreFiles],
 ) -> None:
     opened = store_files().open(started=False)  # Its mover never runs.
-    await opened.store.open_layout(CALLER, LAYOUT)
+    await opened.store.layouts.open(CALLER, LAYOUT)
     keys = await saved(opened, on_ssd=False)
     await opened.kill()
     again = opened_again(opened)
@@ -122,7 +122,7 @@ async def test_after_a_power_cut_the_dram_tier_is_empty_and_the_ssd_whole(opened
     on_ssd = await saved(opened, seed=1)
     await opened.settle()
     only_dram = await saved(opened, seed=2)
-    await opened.store.evict(CALLER, only_dram, TierName.SSD)
+    await opened.store.moves.evict(CALLER, only_dram, TierName.SSD)
     await opened.kill()
     opened.files.lose_power()
     again = opened_again(opened)
@@ -205,7 +205,7 @@ async def test_a_record_that_contradicts_the_store_is_dropped_for_good_and_its_s
         assert "of the tier dram" in message and f": {REASONS[spoil]}" in message
         await until(lambda: again.unsettled() == "")
         assert again.hits(keys) == 2
-        lease = again.lookup(again.store.attach(CALLER, "test"), keys)
+        lease = again.lookup(again.store.leases.attach(CALLER, "test"), keys)
         assert lease is not None
         assert await again.load(lease) == layers_of(some_images(some_chain(2)))
     finally:
@@ -218,7 +218,7 @@ async def test_a_store_that_belongs_to_the_arena_of_another_starts_with_an_empty
     one, other = store_files(), store_files()
     for files in (one, other):
         opened = files.open()
-        await opened.store.open_layout(CALLER, LAYOUT)
+        await opened.store.layouts.open(CALLER, LAYOUT)
         await saved(opened)
         await opened.close()
     [mine], [others] = (list(files.shared_memory.iterdir()) for files in (one, other))
@@ -248,7 +248,7 @@ async def test_damage_in_a_recovered_block_is_found_at_its_first_load(opened: Op
 
     again = opened_again(opened)
     try:
-        lease = again.lookup(again.store.attach(CALLER, "test"), keys)
+        lease = again.lookup(again.store.leases.attach(CALLER, "test"), keys)
         assert lease is not None
         answers: Any = await asyncio.gather(again.load(lease), return_exceptions=True)
         assert type(answers[0]).__name__ == "ChecksumMismatch"

@@ -46,16 +46,17 @@ def turn_of(chain: BlockChain) -> SessionAppend:
 
 async def begin(opened: OpenStore, session_id: str = "chat", chain: BlockChain | None = None) -> Manifest:
     chain = some_chain(2, tail_tokens=5) if chain is None else chain
-    return await opened.sessions.append(CALLER, LAYOUT.fingerprint, session_id, 0, turn_of(chain))
+    return (await opened.sessions.append(CALLER, LAYOUT.fingerprint, session_id, 0, turn_of(chain))).manifest
 
 
 async def append(opened: OpenStore, manifest: Manifest, chain: BlockChain) -> Manifest:
     turn = turn_of(chain)
-    return await opened.sessions.append(CALLER, LAYOUT.fingerprint, manifest.session_id, manifest.revision, turn)
+    appended = await opened.sessions.append(CALLER, LAYOUT.fingerprint, manifest.session_id, manifest.revision, turn)
+    return appended.manifest
 
 
 def get(opened: OpenStore, session_id: str = "chat") -> Manifest:
-    return opened.sessions.get(CALLER, LAYOUT.fingerprint, session_id)
+    return opened.sessions.get(CALLER, LAYOUT.fingerprint, session_id, None).session.manifest
 
 
 def same(one: Manifest, other: Manifest) -> bool:
@@ -76,7 +77,7 @@ async def drops_ended(opened: OpenStore) -> None:
 async def reopened(opened: OpenStore, *, kill: bool = False) -> OpenStore:
     await (opened.kill() if kill else opened.close())
     again = opened.files.open()
-    await again.store.open_layout(CALLER, LAYOUT)
+    await again.store.layouts.open(CALLER, LAYOUT)
     return again
 
 
@@ -90,7 +91,7 @@ async def test_a_session_is_there_after_a_restart(opened: OpenStore, kill: bool)
 
     again = await reopened(opened, kill=kill)
 
-    assert same(get(again), cut)
+    assert same(get(again), cut.manifest)
     await again.close()
 
 
@@ -142,8 +143,8 @@ async def test_a_session_that_an_index_has_no_space_for_is_as_it_was(open_store:
     long = SessionAppend(too_long.parent, too_long.keys)
 
     async def grow(session_id: str) -> None:
-        now = await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", session_id, 0)
-        await opened.sessions.append(CALLER, LAYOUT.fingerprint, now.session_id, 1, long)
+        await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", session_id, 0)
+        await opened.sessions.append(CALLER, LAYOUT.fingerprint, session_id, 1, long)
 
     await grow("one")
     await grow("two")
@@ -171,7 +172,7 @@ async def test_a_session_that_could_not_be_written_is_as_it_was(
     with pytest.raises(StorageFailed):
         await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 3)])
     with pytest.raises(StorageFailed):
-        await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
+        await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
 
     assert same(get(opened), first)
 
@@ -193,7 +194,7 @@ async def test_a_tail_whose_turn_could_not_be_written_may_be_appended_again(
     assert stored(opened, chain.keys[0])
 
     await append(opened, first, chain)
-    await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
+    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
     await until(lambda: not stored(opened, chain.keys[0]))
 
 
@@ -251,13 +252,13 @@ async def test_a_tail_that_a_fork_names_stays_until_the_fork_no_longer_names_it(
     fork = await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", "fork", 0)
 
     await append(opened, first, BlockChain(first.tip, (bytes(32),), (16,)))
-    await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "fork", fork.revision, [(0, 33)])
+    await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "fork", fork.manifest.revision, [(0, 33)])
     await drops_ended(opened)
     assert stored(opened, chain.keys[-1]), "one of its tokens is in the fork's history"
 
     again = await reopened(opened)
     assert stored(again, chain.keys[-1])
-    await again.store.end_session(CALLER, LAYOUT.fingerprint, "fork")
+    await again.store.sessions.end(CALLER, LAYOUT.fingerprint, "fork")
     await until(lambda: not stored(again, chain.keys[-1]))
     await again.close()
 
@@ -267,7 +268,7 @@ async def test_a_tail_that_is_named_again_while_it_is_dropped_stays(opened: Open
     await begin(opened, chain=chain)
 
     with opened.commits_held(TierName.SSD):
-        end = asyncio.ensure_future(opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat"))
+        end = asyncio.ensure_future(opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat"))
         fork = asyncio.ensure_future(opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat", "fork", 0))
         await some_turns()
     assert await end
@@ -281,7 +282,7 @@ async def test_a_full_block_that_a_session_names_as_its_tail_is_not_dropped(open
     chain = await saved(opened, client, some_chain(2))
     await opened.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, SessionAppend(chain.parent, chain.keys, 3))
 
-    await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
+    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
     await drops_ended(opened)
 
     assert opened.hits(chain.keys) == 2
@@ -307,7 +308,7 @@ async def test_tails_that_many_sessions_drop_at_once_are_dropped_in_small_steps(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: OpenStore = await open_store(limits=replace(LIMITS, session=SessionLimits(ttl_s=TTL_S)))
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     chains = [await saved(opened, client, some_chain(0, seed=seed, tail_tokens=3)) for seed in range(70)]
     for number, chain in enumerate(chains):
         await begin(opened, f"chat-{number}", chain)
@@ -329,11 +330,11 @@ async def test_full_blocks_outlive_their_session(opened: OpenStore, client: Clie
     chain = await saved(opened, client, some_chain(2, tail_tokens=5))
     await begin(opened, chain=chain)
 
-    assert await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
+    assert await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
     await until(lambda: not stored(opened, chain.keys[-1]))
 
     assert opened.hits(chain.keys) == 2
-    assert not await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat")
+    assert not await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat")
 
 
 # Time
@@ -451,7 +452,7 @@ async def test_a_clock_that_was_set_back_lengthens_no_session_beyond_its_time(op
     files.clock._wall_offset_ms -= 10**10
 
     again = files.open()
-    assert again.sessions.get(CALLER, LAYOUT.fingerprint, "chat").expires_at_ms <= files.clock.wall_ms() + TTL_S * 1000
+    assert get(again).expires_at_ms <= files.clock.wall_ms() + TTL_S * 1000
     files.clock.advance(seconds=TTL_S)
     with pytest.raises(SessionNotFound):
         get(again)
@@ -469,7 +470,7 @@ async def test_no_more_sessions_are_kept_than_allowed(opened: OpenStore) -> None
     with pytest.raises(SessionsFull):
         await opened.sessions.fork(CALLER, LAYOUT.fingerprint, "chat-0", "one-more", 0)
 
-    await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat-3")
+    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat-3")
     await begin(opened, "one-more")
 
 
@@ -488,7 +489,7 @@ async def test_a_truncation_that_keeps_everything_is_a_use_and_no_change(opened:
     opened.files.clock.advance(seconds=1)
     with opened.commits_held(TierName.SSD):
         async with asyncio.timeout(60):
-            kept = await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 37)])
+            kept, _ = await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 37)])
     assert same(kept, first)
     assert kept.expires_at_ms == first.expires_at_ms + 1000
     assert opened.counters.sessions_begun == 1
@@ -509,7 +510,7 @@ async def test_no_session_has_more_slices_than_allowed(opened: OpenStore) -> Non
     "session_id", ["", "a b", "x" * 201, "ü", "tab\t", "line\n", "nul\0", "quote'", "star*", "back\\slash"]
 )
 async def test_odd_session_ids_are_refused(opened: OpenStore, session_id: str) -> None:
-    for work in (begin(opened, session_id), opened.store.end_session(CALLER, LAYOUT.fingerprint, session_id)):
+    for work in (begin(opened, session_id), opened.store.sessions.end(CALLER, LAYOUT.fingerprint, session_id)):
         with pytest.raises(InvalidRequest, match="session_id"):
             await work
     await begin(opened)
@@ -528,7 +529,7 @@ async def test_sane_session_ids_are_taken(opened: OpenStore, session_id: str) ->
 
 async def test_a_session_of_a_layout_that_was_not_opened_is_refused(opened: OpenStore) -> None:
     with pytest.raises(UnknownLayout):
-        opened.sessions.get(CALLER, bytes(32), "chat")
+        opened.sessions.get(CALLER, bytes(32), "chat", None)
 
 
 async def test_pages_go_through_all_sessions_in_the_order_of_beginning(opened: OpenStore) -> None:
@@ -539,7 +540,7 @@ async def test_pages_go_through_all_sessions_in_the_order_of_beginning(opened: O
     first, following = await opened.sessions.page(CALLER, 0, 3, "", None)
     assert [each.session_id for each in first] == ["chat-0", "chat-1", "chat-2"]
     assert following is not None
-    await opened.store.end_session(CALLER, LAYOUT.fingerprint, "chat-1")
+    await opened.store.sessions.end(CALLER, LAYOUT.fingerprint, "chat-1")
     rest, end = await opened.sessions.page(CALLER, following, 3, "", None)
     assert ([each.session_id for each in rest], end) == (["chat-3"], None)
     one, end = await opened.sessions.page(CALLER, 0, 3, "chat-2", None)
@@ -551,7 +552,7 @@ async def test_a_block_of_another_size_than_the_session_says_is_missing(opened: 
     wrong = SessionAppend(chain.parent, chain.keys, 7)
     await opened.sessions.append(CALLER, LAYOUT.fingerprint, "chat", 0, wrong)
 
-    _, usable, runs = opened.store.session(CALLER, LAYOUT.fingerprint, "chat", None)
+    _, usable, runs = opened.store.sessions.get(CALLER, LAYOUT.fingerprint, "chat", None)
 
     assert usable == sum(count for count, _, _ in runs) == 2
 
@@ -560,7 +561,7 @@ async def test_blocks_after_a_cut_are_no_ordinary_prefix(opened: OpenStore, clie
     """An ordinary prompt with the same tokens as a history after its cut does not find the blocks after the cut."""
     chain = await saved(opened, client, some_chain(3))
     first = await begin(opened, chain=chain)
-    cut = await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 16)])
+    cut, _ = await opened.sessions.truncate(CALLER, LAYOUT.fingerprint, "chat", 1, [(0, 16)])
     tokens = list(range(16))
     after = await saved(opened, client, BlockChain(cut.tip, (block_key(cut.tip, tokens),), (16,)))
     await append(opened, cut, after)

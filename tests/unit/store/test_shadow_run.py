@@ -52,36 +52,36 @@ async def test_a_shadow_that_fails_at_its_begin_keeps_no_notes(
 
     listeners = len(opened.blocks.listeners)
     monkeypatch.setattr(ShadowStore, "begin", fail)
-    await opened.store.operators.set_policy(CALLER, "", "lookahead")
+    await opened.store.policies.set(CALLER, "", "lookahead")
     shadow = opened.store._policy.shadow
     assert shadow is not None
     await until(lambda: len(opened.blocks.listeners) == listeners)
     shadow.events.take()
-    client = opened.store.attach(CALLER, "engine")
+    client = opened.store.leases.attach(CALLER, "engine")
     await opened.save(client, _CHAINS[0], _IMAGES)
     opened.lookup(client, _CHAINS[0].keys, ttl_s=300)
     assert not shadow.events.take()
-    assert (await opened.store.operators.set_policy(CALLER, "", "none")).shadow is None
+    assert (await opened.store.policies.set(CALLER, "", "none")).shadow is None
 
 
 async def rounds(opened: OpenStore, clock: HandClock, count: int) -> PolicyFacts:
     """Each user returns after exactly the same time, after all the others."""
-    client = opened.store.attach(CALLER, "engine")
+    client = opened.store.leases.attach(CALLER, "engine")
     for _ in range(count):
         for chain in _CHAINS:
             lease = opened.lookup(client, chain.keys, ttl_s=300)
             if lease is None:
                 await opened.save(client, chain, _IMAGES, on_ssd=True)
             else:
-                await opened.store.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
-                await opened.store.release(caller_of(client), lease.lease_id)
+                await opened.store.moves.prefetch(CALLER, chain.keys, within_s=0.0, wait=True)
+                await opened.store.leases.release(caller_of(client), lease.lease_id)
             for _ in range(round(_AWAY_S / _SESSIONS)):
                 await looked(opened, clock)
-    return await opened.store.operators.policy(CALLER)
+    return await opened.store.policies.show(CALLER)
 
 
 async def test_a_shadow_of_the_same_policy_finds_what_is_found(opened: OpenStore, clock: HandClock) -> None:
-    await opened.store.operators.set_policy(CALLER, "", "lru")
+    await opened.store.policies.set(CALLER, "", "lru")
     facts = await rounds(opened, clock, 3)
     assert facts.shadow is not None and facts.name == "lru"
     real, shadow = facts.shadow.real, facts.shadow.shadow
@@ -94,7 +94,7 @@ async def test_a_shadow_of_the_same_policy_finds_what_is_found(opened: OpenStore
 
 async def test_a_better_policy_in_the_shadow_shows_it(opened: OpenStore, clock: HandClock) -> None:
     """And the real tiers are as without it."""
-    await opened.store.operators.set_policy(CALLER, "", "foresight")
+    await opened.store.policies.set(CALLER, "", "foresight")
     facts = await rounds(opened, clock, 6)
     assert facts.shadow is not None
     real, shadow = facts.shadow.real, facts.shadow.shadow
@@ -106,22 +106,22 @@ async def test_a_better_policy_in_the_shadow_shows_it(opened: OpenStore, clock: 
 
 
 async def test_a_shadow_begins_with_what_the_tiers_have(opened: OpenStore, clock: HandClock) -> None:
-    client = opened.store.attach(CALLER, "engine")
+    client = opened.store.leases.attach(CALLER, "engine")
     for chain in _CHAINS[:3]:
         await opened.save(client, chain, _IMAGES, on_ssd=True)
-    await opened.store.evict(CALLER, _CHAINS[0].keys, TierName.DRAM)
-    await opened.store.operators.set_policy(CALLER, "", "fifo")
+    await opened.store.moves.evict(CALLER, _CHAINS[0].keys, TierName.DRAM)
+    await opened.store.policies.set(CALLER, "", "fifo")
     await until(lambda: opened.store._policy.shadow is not None and opened.store._policy.shadow.looks > 0)
     for chain in _CHAINS[:2]:
         lease = opened.lookup(client, chain.keys)
         assert lease is not None
-        await opened.store.release(caller_of(client), lease.lease_id)
+        await opened.store.leases.release(caller_of(client), lease.lease_id)
     await looked(opened, clock)
-    facts = await opened.store.operators.policy(CALLER)
+    facts = await opened.store.policies.show(CALLER)
     assert facts.shadow is not None and facts.shadow.requests == 2
     for found in (facts.shadow.real, facts.shadow.shadow):
         assert (found.requests_in_dram, found.dram_bytes, found.ssd_bytes) == (1, _SIZE, _SIZE)
-    facts = await opened.store.operators.set_policy(CALLER, "", "none")
+    facts = await opened.store.policies.set(CALLER, "", "none")
     assert facts.shadow is None
 
 
@@ -130,8 +130,8 @@ async def test_a_shadow_of_lru_agrees_with_lru(open_store: Callable[..., Any], c
     opened: OpenStore = await open_store(
         clock=clock, dram_bytes=_SESSIONS * _SIZE // 2, ssd_bytes=16 * MIB, limits=PATIENT
     )
-    await opened.store.operators.set_policy(CALLER, "", "lru")
-    client, random = opened.store.attach(CALLER, "engine"), np.random.default_rng(7)
+    await opened.store.policies.set(CALLER, "", "lru")
+    client, random = opened.store.leases.attach(CALLER, "engine"), np.random.default_rng(7)
     popularity = 1 / np.arange(1, _SESSIONS + 1)
     for number in random.choice(_SESSIONS, 300, p=popularity / popularity.sum()).tolist():
         clock.advance(seconds=1)
@@ -139,9 +139,9 @@ async def test_a_shadow_of_lru_agrees_with_lru(open_store: Callable[..., Any], c
         if lease is None:
             await opened.save(client, _CHAINS[number], _IMAGES, on_ssd=True)
         else:
-            await opened.store.prefetch(CALLER, _CHAINS[number].keys, within_s=0.0, wait=True)
-            await opened.store.release(caller_of(client), lease.lease_id)
-    facts = await opened.store.operators.policy(CALLER)
+            await opened.store.moves.prefetch(CALLER, _CHAINS[number].keys, within_s=0.0, wait=True)
+            await opened.store.leases.release(caller_of(client), lease.lease_id)
+    facts = await opened.store.policies.show(CALLER)
     assert facts.shadow is not None
     real, shadow = facts.shadow.real, facts.shadow.shadow
     used_bytes = facts.shadow.requests * _SIZE

@@ -31,7 +31,7 @@ async def saved(
 def tails_of(
     opened: OpenStore, chain: BlockChain = HISTORY, *, shard: Shard = WHOLE, caller: Caller = CALLER
 ) -> list[Tail]:
-    asked = opened.store.lookup(caller, LAYOUT.fingerprint, shard, chain.keys, 0, parent_key=chain.parent)
+    asked = opened.store.lookups.lookup(caller, LAYOUT.fingerprint, shard, chain.keys, 0, parent_key=chain.parent)
     return list(at_once(asked).tails)
 
 
@@ -39,7 +39,7 @@ async def evict(opened: OpenStore, tail: BlockChain) -> None:
     """From every tier."""
     await opened.settle()
     for tier in (TierName.DRAM, TierName.SSD):
-        assert (await opened.store.evict(CALLER, tail.keys, tier)).evicted == 1
+        assert (await opened.store.moves.evict(CALLER, tail.keys, tier)).evicted == 1
 
 
 def named(*tails: BlockChain) -> list[Tail]:
@@ -68,7 +68,7 @@ async def test_a_lookup_without_a_parent_key_lists_nothing(opened: OpenStore, cl
     for chain in (HISTORY, a_tail(3)):
         await saved(opened, client, chain)
 
-    hit = at_once(opened.store.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, HISTORY.keys, 30))
+    hit = at_once(opened.store.lookups.lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, HISTORY.keys, 30))
     assert (hit.blocks, hit.tails) == (2, ())
 
 
@@ -144,7 +144,7 @@ async def test_listed_tails_are_neither_leased_nor_used(opened: OpenStore, clien
     row = opened.blocks.row_of(tail.keys[0], WHOLE)
     before = (opened.blocks.access_seq[row], opened.blocks.hits[row], opened.blocks.leases[row])
 
-    asked = opened.store.lookup(
+    asked = opened.store.lookups.lookup(
         caller_of(client), LAYOUT.fingerprint, WHOLE, HISTORY.keys, 30, parent_key=HISTORY.parent
     )
     assert at_once(asked).tails == named(tail)

@@ -49,7 +49,7 @@ BOOT_EPOCH_AT = range(8, 16)
 
 @pytest.fixture
 def rank(opened: OpenStore) -> Client:
-    return opened.store.attach(CALLER, "rank")
+    return opened.store.leases.attach(CALLER, "rank")
 
 
 async def leased(opened: OpenStore, client: Client, blocks: int = 3, **options: Any) -> tuple[BlockChain, Lease]:
@@ -62,19 +62,19 @@ async def leased(opened: OpenStore, client: Client, blocks: int = 3, **options: 
 
 
 def export(opened: OpenStore, client: Client, lease: Lease, *, ttl_s: float = TTL_S, adoptions: int = 1) -> bytes:
-    ticket, _ = opened.store.export_lease(caller_of(client), lease.lease_id, ttl_s, adoptions)
+    ticket, _ = opened.store.tickets.export(caller_of(client), lease.lease_id, ttl_s, adoptions)
     return ticket
 
 
 async def adopt(
     opened: OpenStore, client: Client, ticket: bytes, *, shard: Shard | None = None, ttl_s: float = TTL_S
 ) -> Lease:
-    return (await opened.store.adopt(caller_of(client), ticket, LAYOUT.fingerprint, shard, ttl_s)).lease
+    return (await opened.store.tickets.adopt(caller_of(client), ticket, LAYOUT.fingerprint, shard, ttl_s)).lease
 
 
 async def evictable(opened: OpenStore, chain: BlockChain) -> int:
     """How many of the blocks nothing holds in DRAM. They are evicted."""
-    return (await opened.store.evict(CALLER, chain.keys, TierName.DRAM)).evicted
+    return (await opened.store.moves.evict(CALLER, chain.keys, TierName.DRAM)).evicted
 
 
 # The blocks of a ticket
@@ -88,10 +88,10 @@ async def test_an_adopted_lease_is_the_ranks_own_on_the_same_blocks(
 
     assert adopted.rows.tolist() == lease.rows.tolist()
     assert (adopted.client, adopted.layout, adopted.shard) == (rank, LAYOUT, WHOLE)
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
     assert await opened.load(opened.leases.get(caller_of(rank), adopted.lease_id)) == layers_of(some_images(chain))
     assert await evictable(opened, chain) == 0
-    await opened.store.release(caller_of(rank), adopted.lease_id)
+    await opened.store.leases.release(caller_of(rank), adopted.lease_id)
     assert await evictable(opened, chain) == 3
 
 
@@ -112,16 +112,16 @@ async def test_a_ticket_holds_the_blocks_though_its_exporter_is_gone(
 ) -> None:
     chain, lease = await leased(opened, client)
     ticket = export(opened, client, lease, adoptions=2)
-    await opened.store.release(caller_of(client), lease.lease_id)
-    opened.store.detach(CALLER, client)
+    await opened.store.leases.release(caller_of(client), lease.lease_id)
+    opened.store.leases.detach(CALLER, client)
 
     assert await evictable(opened, chain) == 0
     first = await adopt(opened, rank, ticket)
     assert await evictable(opened, chain) == 0
-    await opened.store.release(caller_of(rank), first.lease_id)
+    await opened.store.leases.release(caller_of(rank), first.lease_id)
     assert await evictable(opened, chain) == 0, "one more adoption is allowed"
     second = await adopt(opened, rank, ticket)
-    await opened.store.release(caller_of(rank), second.lease_id)
+    await opened.store.leases.release(caller_of(rank), second.lease_id)
     assert await evictable(opened, chain) == 3, "after the last adoption the ticket holds nothing"
 
 
@@ -130,12 +130,12 @@ async def test_a_ticket_releases_its_blocks_exactly_when_it_expires(
 ) -> None:
     chain, lease = await leased(opened, client)
     ticket = export(opened, client, lease, ttl_s=TTL_S, adoptions=9)
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
 
     opened.files.clock.advance(seconds=TTL_S - 0.002)
     opened.leases.expire()
     adopted = await adopt(opened, rank, ticket)
-    await opened.store.release(caller_of(rank), adopted.lease_id)
+    await opened.store.leases.release(caller_of(rank), adopted.lease_id)
     assert await evictable(opened, chain) == 0
 
     opened.files.clock.advance(seconds=0.002)
@@ -152,14 +152,14 @@ async def test_the_clients_limits_apply_to_adopted_leases_and_a_refused_adoption
 ) -> None:
     limits = dataclasses.replace(LIMITS, leases_per_client_max=2, leased_blocks_per_client_max=7)
     opened: OpenStore = await open_store(limits=limits)
-    client, rank = opened.store.attach(CALLER, "scheduler"), opened.store.attach(CALLER, "rank")
+    client, rank = opened.store.leases.attach(CALLER, "scheduler"), opened.store.leases.attach(CALLER, "rank")
     _, lease = await leased(opened, client)
     ticket = export(opened, client, lease, adoptions=3)
     first, _ = await adopt(opened, rank, ticket), await adopt(opened, rank, ticket)
     for _ in range(5):
         with pytest.raises(Overloaded):
             await adopt(opened, rank, ticket)
-    await opened.store.release(caller_of(rank), first.lease_id)
+    await opened.store.leases.release(caller_of(rank), first.lease_id)
     await adopt(opened, rank, ticket)
     with pytest.raises(TicketSpent):
         await adopt(opened, rank, ticket)
@@ -170,13 +170,13 @@ async def test_the_open_tickets_of_one_client_hold_no_more_than_it_may_and_leave
 ) -> None:
     limits = dataclasses.replace(LIMITS, leases_per_client_max=2)
     opened: OpenStore = await open_store(limits=limits)
-    client = opened.store.attach(CALLER, "scheduler")
+    client = opened.store.leases.attach(CALLER, "scheduler")
     _, lease = await leased(opened, client)
     for _ in range(2):
         export(opened, client, lease, ttl_s=5)
     with pytest.raises(Overloaded, match="open tickets"):
         export(opened, client, lease)
-    other = opened.store.attach(CALLER, "another scheduler")
+    other = opened.store.leases.attach(CALLER, "another scheduler")
     _, another = await leased(opened, other)
     export(opened, other, another)
     opened.files.clock.advance(seconds=5)
@@ -199,7 +199,7 @@ async def test_loads_of_adopted_leases_are_listed_with_the_exporters_lookup(
     chain = some_chain(2)
     await opened.save(client, chain, some_images(chain))
     caller, requests = caller_of(client), opened.requests
-    lease = at_once(opened.store.lookup(caller, LAYOUT.fingerprint, WHOLE, chain.keys, 30, "request")).lease
+    lease = at_once(opened.store.lookups.lookup(caller, LAYOUT.fingerprint, WHOLE, chain.keys, 30, "request")).lease
     assert lease is not None
     adopted = await adopt(opened, rank, export(opened, client, lease))
     with requests.load(caller_of(rank), adopted, range(2), range(1)):
@@ -241,7 +241,7 @@ async def test_a_rank_adopts_its_shard_and_holds_only_what_it_takes(
         fewest = 1 if any(part.covers(shard) for part in stored) else len(adopted.held_rows) // 3
         assert len(adopted.held_rows) == 3 * fewest
         assert set(adopted.held_rows.tolist()) <= set(lease.held_rows.tolist())
-        await opened.store.release(caller_of(rank), adopted.lease_id)
+        await opened.store.leases.release(caller_of(rank), adopted.lease_id)
 
 
 def part_of(image: bytes, whole: Shard, shard: Shard) -> bytes:
@@ -306,14 +306,14 @@ async def test_a_ticket_of_another_daemon_or_of_before_the_restart_is_refused(
     _, lease = await leased(opened, client)
     ticket = export(opened, client, lease)
     other: OpenStore = store_files().open()
-    await other.store.open_layout(CALLER, LAYOUT)
+    await other.store.layouts.open(CALLER, LAYOUT)
     with pytest.raises(TicketForeign):
         await adopt(other, other.leases.attach(CALLER, "rank"), ticket)
     await other.close()
     await opened.close()
     again = opened.files.open()
     with pytest.raises(TicketForeign):
-        await adopt(again, again.store.attach(CALLER, "rank"), ticket)
+        await adopt(again, again.store.leases.attach(CALLER, "rank"), ticket)
     await again.close()
 
 
@@ -324,12 +324,12 @@ async def test_a_ticket_is_for_its_layout_and_its_tenant_and_an_attached_client(
     ticket = export(opened, client, lease)
     stranger = dataclasses.replace(caller_of(rank), tenant=Tenant(1, "another"))
     with pytest.raises(TicketNotYours):
-        await opened.store.adopt(stranger, ticket, LAYOUT.fingerprint, None, TTL_S)
+        await opened.store.tickets.adopt(stranger, ticket, LAYOUT.fingerprint, None, TTL_S)
     for fingerprint in (bytes(32), b"", LAYOUT.fingerprint[:31]):
         with pytest.raises(TicketLayoutMismatch):
-            await opened.store.adopt(caller_of(rank), ticket, fingerprint, None, TTL_S)
+            await opened.store.tickets.adopt(caller_of(rank), ticket, fingerprint, None, TTL_S)
     with pytest.raises(UnknownClient):
-        await opened.store.adopt(CALLER, ticket, LAYOUT.fingerprint, None, TTL_S)
+        await opened.store.tickets.adopt(CALLER, ticket, LAYOUT.fingerprint, None, TTL_S)
     await adopt(opened, rank, ticket)
 
 
@@ -358,10 +358,10 @@ async def test_of_adoptions_at_the_same_moment_no_more_succeed_than_the_ticket_a
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
     ticket = export(opened, client, lease, adoptions=3)
-    ranks = [opened.store.attach(CALLER, f"rank {number}") for number in range(8)]
+    ranks = [opened.store.leases.attach(CALLER, f"rank {number}") for number in range(8)]
     outcomes = await asyncio.gather(*(adopt(opened, rank, ticket) for rank in ranks), return_exceptions=True)
     assert sum(isinstance(outcome, Lease) for outcome in outcomes) == 3
     assert all(isinstance(outcome, (Lease, TicketSpent)) for outcome in outcomes)
     for each in (client, *ranks):
-        opened.store.detach(CALLER, each)
+        opened.store.leases.detach(CALLER, each)
     await until(lambda: not opened.blocks.leases.any())

@@ -29,7 +29,7 @@ class Recording:
     def __init__(self, opened: OpenStore, clock: HandClock) -> None:
         self.opened = opened
         self.clock = clock
-        self.client: Client = opened.store.attach(CALLER, "test")
+        self.client: Client = opened.store.leases.attach(CALLER, "test")
         self._steps = opened.store.operators.record_trace(CALLER, b"", 1000.0)
         self._next = asyncio.ensure_future(anext(self._steps))
 
@@ -48,14 +48,14 @@ class Recording:
     def ask(self, chain: BlockChain, request_id: str = "") -> int:
         """A lookup with a lease. Returns the lease's id, 0 without hits."""
         caller = caller_of(self.client)
-        hit = at_once(self.opened.store.lookup(caller, LAYOUT.fingerprint, None, chain.keys, 30.0, request_id))
+        hit = at_once(self.opened.store.lookups.lookup(caller, LAYOUT.fingerprint, None, chain.keys, 30.0, request_id))
         return 0 if hit.lease is None else hit.lease.lease_id
 
     async def save(self, chain: BlockChain) -> None:
         await self.opened.save(self.client, chain, some_images(chain))
 
     async def release(self, lease_id: int) -> None:
-        await self.opened.store.release(caller_of(self.client), lease_id)
+        await self.opened.store.leases.release(caller_of(self.client), lease_id)
 
     async def close(self) -> None:
         self._next.cancel()
@@ -176,7 +176,7 @@ async def test_a_report_tells_the_tokens_of_the_prompt(recording: Recording) -> 
     await recording.save(chain)
     message = blocks_pb2.RequestReport(history_tokens=TOKENS, new_tokens=10)
     report = ReportRecord(1, 0, "load", "done", message)
-    recording.opened.store.report(caller_of(recording.client), "cmpl-1", report)
+    recording.opened.store.lookups.report(caller_of(recording.client), "cmpl-1", report)
 
     (turn,) = await recording.turns()
     assert (turn.prompt_tokens, turn.answer_tokens) == (TOKENS + 10, 2 * TOKENS - 10)
@@ -195,8 +195,8 @@ async def test_an_appended_turn_has_the_blocks_of_its_session(recording: Recordi
     recording.ask(chain[:2])
     store, caller = recording.opened.store, caller_of(recording.client)
     turn = SessionAppend(chain.parent, chain.keys)
-    await store.append_turn(caller, LAYOUT.fingerprint, "chat", 0, turn)
-    await recording.opened.store.release(caller, next(iter(recording.client.leases)))
+    await store.sessions.append(caller, LAYOUT.fingerprint, "chat", 0, turn)
+    await recording.opened.store.leases.release(caller, next(iter(recording.client.leases)))
     turns = await recording.turns()
     assert (turns[-1].prompt_tokens, turns[-1].answer_tokens) == (2 * TOKENS, TOKENS)
 
@@ -216,7 +216,7 @@ async def test_nothing_is_kept_without_a_recording(open_store: Callable[..., Any
     async with recorded(open_store) as recording:
         await recording.save(some_chain(2))
         opened = recording.opened
-    client = opened.store.attach(CALLER, "later")
+    client = opened.store.leases.attach(CALLER, "later")
     chain = some_chain(2, seed=3)
     await opened.save(client, chain, some_images(chain))
     opened.lookup(client, chain.keys)

@@ -66,7 +66,7 @@ async def loaded(opened: OpenStore, client: Client, chain: BlockChain) -> list[b
     try:
         return await opened.load(lease)
     finally:
-        opened.leases.release(caller_of(client), lease.lease_id)
+        opened.leases.begin_release(caller_of(client), lease.lease_id)
 
 
 async def nothing_left(opened: OpenStore, used_before: int = 0) -> None:
@@ -121,7 +121,7 @@ async def test_a_save_of_many_blocks_lets_the_event_loop_go_round_while_it_reser
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    async with opened.begin_save(opened.store.attach(CALLER, "test"), chain):
+    async with opened.begin_save(opened.store.leases.attach(CALLER, "test"), chain):
         counting.cancel()
     assert turns >= 2
 
@@ -197,7 +197,7 @@ async def test_a_block_of_another_layout_under_the_same_key_does_not_count_as_st
 ) -> None:
     """Keys contain their layout's fingerprint, except keys that a client made in another way."""
     chain, images, other = some_chain(2), some_images(some_chain(2)), replace(LAYOUT, model_revision="other")
-    await opened.store.open_layout(CALLER, other)
+    await opened.store.layouts.open(CALLER, other)
     await opened.save(client, chain, images)
 
     outcome = await opened.save(client, chain, images, layout=other)
@@ -218,7 +218,7 @@ async def test_a_block_of_another_layout_under_the_same_key_does_not_count_as_st
 
 async def test_a_save_that_waited_for_one_of_another_layout_is_refused(opened: OpenStore, client: Client) -> None:
     chain, images, other = some_chain(1), some_images(some_chain(1)), replace(LAYOUT, model_revision="other")
-    await opened.store.open_layout(CALLER, other)
+    await opened.store.layouts.open(CALLER, other)
     async with opened.begin_save(client, chain) as first:
         second = asyncio.create_task(opened.save(client, chain, images, layout=other))
         await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2)
@@ -304,11 +304,11 @@ async def test_a_second_commit_is_refused_while_the_first_one_runs_and_after_it(
 
 async def test_slices_too_large_to_be_hashed_at_once_are_hashed_on_threads(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=8 * MIB, ssd_bytes=16 * MIB)
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     layout = Layout(
         model_id="large", dtype="float32", layers=2, kv_heads=1, k_head_dim=8192, v_head_dim=8192, block_tokens=17
     )
-    await opened.store.open_layout(CALLER, layout)
+    await opened.store.layouts.open(CALLER, layout)
     chain, shard = some_chain(1, layout=layout), Shard.whole(layout)
     images = some_images(chain, shard=shard, layout=layout)
     assert len(images[0]) > 2 * MIB
@@ -337,7 +337,7 @@ async def test_a_client_that_goes_in_the_middle_leaves_nothing_at_once(opened: O
     upload = await half_saved(opened, client, chain)
     assert opened.dram.used_bytes == 3 * BLOCK
 
-    opened.store.detach(CALLER, client)
+    opened.store.leases.detach(CALLER, client)
     assert opened.dram.used_bytes == 0
     with pytest.raises(IncompleteSave):
         await upload.commit(checksums_of(WHOLE, some_images(chain)), on_ssd=False)
@@ -350,11 +350,11 @@ async def test_a_client_that_disconnects_during_its_commit_does_not_delay_other_
 ) -> None:
     """The save is complete: its commit continues, and another save of the same block meanwhile finds it stored."""
     chain, images = some_chain(2), some_images(some_chain(2))
-    other = opened.store.attach(CALLER, "other")
+    other = opened.store.leases.attach(CALLER, "other")
     with opened.commits_held(TierName.DRAM):
         first = asyncio.create_task(opened.save(client, chain, images))
         await until(lambda: opened.blocks.row_end > 0)
-        opened.store.detach(CALLER, client)
+        opened.store.leases.detach(CALLER, client)
         second = asyncio.create_task(opened.save(other, chain, images))
         for _ in range(10):
             await asyncio.sleep(0)
@@ -367,14 +367,14 @@ async def test_a_client_that_disconnects_while_it_waits_for_another_save_or_for_
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER)
-    owner, waiting = (opened.store.attach(CALLER, name) for name in ("owner", "waiting"))
+    owner, waiting = (opened.store.leases.attach(CALLER, name) for name in ("owner", "waiting"))
     chain = some_chain(2)
     upload = await half_saved(opened, owner, chain)
     save = asyncio.create_task(opened.save(waiting, chain, some_images(chain)))
     await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2)
     assert not save.done()
 
-    opened.store.detach(CALLER, waiting)
+    opened.store.leases.detach(CALLER, waiting)
     with pytest.raises(IncompleteSave, match="disconnected"):
         await asyncio.wait_for(save, 30)
     await upload.__aexit__(None, None, None)
@@ -406,7 +406,7 @@ async def test_of_two_clients_that_save_the_same_one_stores_it_and_the_other_fin
     chain = some_chain(4)
     mine, others = some_images(chain, seed=1), some_images(chain, seed=2)
     outcomes = await asyncio.gather(
-        opened.save(client, chain, mine), opened.save(opened.store.attach(CALLER, "other"), chain, others)
+        opened.save(client, chain, mine), opened.save(opened.store.leases.attach(CALLER, "other"), chain, others)
     )
     assert [outcome.stored for outcome in outcomes] == [[0, 1, 2, 3], []]
     assert outcomes[1].already_stored == [0, 1, 2, 3]
@@ -431,7 +431,7 @@ async def test_waiting_for_another_save_ends_in_time_and_costs_only_what_it_stor
 ) -> None:
     clock = HandClock()
     opened: OpenStore = await open_store(clock=clock, limits=StoreLimits(upload_wait_s=10))
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(3)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(3)
     slow = await half_saved(opened, client, chain[:2])
     saving = asyncio.create_task(opened.save(client, chain, some_images(chain)))
     await until(lambda: opened.claims.waiting_for(chain.keys[0]) == 2 and len(opened.uploading()) == 3)
@@ -484,7 +484,7 @@ async def test_blocks_that_find_no_room_are_refused_and_those_before_them_stored
     open_store: Callable[..., Any],
 ) -> None:
     opened: OpenStore = await open_store(dram_bytes=3 * BLOCK + HEADER, limits=PATIENT)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(5)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(5)
     outcome = await asyncio.wait_for(opened.save(client, chain, some_images(chain)), 30)
     assert outcome.stored == [0, 1, 2]
     assert [type(error) for error in outcome.refused.values()] == [TierFull, TierFull]
@@ -496,7 +496,7 @@ async def test_an_acknowledgement_from_ssd_holds_for_blocks_that_others_had_stor
 ) -> None:
     calls = FaultyCalls()
     opened: OpenStore = await open_store(calls=calls)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     images = some_images(chain)
     with calls.held("pwritev"):
         await opened.save(client, chain, images)
@@ -512,7 +512,7 @@ async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_blo
 ) -> None:
     calls = FaultyCalls()
     opened: OpenStore = await open_store(calls=calls)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     calls.failing["pwritev"] = 28
     outcome = await opened.save(client, chain, some_images(chain), on_ssd=True)
     assert not outcome.stored
@@ -524,7 +524,7 @@ async def test_where_the_ssd_refuses_a_durable_save_says_so_and_dram_has_the_blo
 async def test_without_an_ssd_tier_a_durable_save_is_refused(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(ssd_bytes=0)
     chain = some_chain(1)
-    outcome = await opened.save(opened.store.attach(CALLER, "test"), chain, some_images(chain), on_ssd=True)
+    outcome = await opened.save(opened.store.leases.attach(CALLER, "test"), chain, some_images(chain), on_ssd=True)
     assert isinstance(outcome.refused[0], TierFull) and not outcome.stored
 
 
@@ -553,7 +553,7 @@ async def test_a_save_of_what_cannot_be_is_refused(
     of_chain = {name: asked.pop(name) for name in SaveChain._fields if name in asked}
     header = header._replace(chains=[header.chains[0]._replace(**of_chain)], **asked)
     with pytest.raises(error):
-        opened.store.save(caller, header)
+        opened.store.saves.save(caller, header)
     assert not opened.claims.object_count and not client.on_detach
 
 
@@ -572,7 +572,7 @@ async def test_a_save_of_many_chains_is_a_use_of_the_earlier_blocks_of_each(open
     both = BlockChain(bytes(32), tails[0].keys + tails[1].keys, tails[0].token_counts + tails[1].token_counts)
     images = some_images(both)
 
-    async with opened.store.save(caller_of(client), header_of(*tails)) as upload:
+    async with opened.store.saves.save(caller_of(client), header_of(*tails)) as upload:
         for frame in frames_of(LAYOUT, WHOLE, both, images):
             upload.write(frame)
         outcome = await upload.commit(checksums_of(WHOLE, images), on_ssd=False)
@@ -587,9 +587,9 @@ async def test_a_save_of_many_chains_is_a_use_of_the_earlier_blocks_of_each(open
 async def test_a_block_of_two_chains_is_stored_or_refused_for_both(open_store: Callable[..., Any]) -> None:
     for ssd_bytes, refused in ((0, {0, 1, 2}), (MIB, set[int]())):  # Without SSD no block is as durable as requested.
         opened: OpenStore = await open_store(ssd_bytes=ssd_bytes)
-        client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
+        client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
         images = some_images(chain)
-        async with opened.store.save(caller_of(client), header_of(chain[:1], chain)) as upload:
+        async with opened.store.saves.save(caller_of(client), header_of(chain[:1], chain)) as upload:
             assert [place.position for place in upload.places] == [0, 2]
             for position, image in ((0, images[0]), (2, images[1])):
                 for layer, data in enumerate(layers_of([image])):

@@ -45,7 +45,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[OpenStore]:
     files = StoreFiles(tmp_path / "store", dram_bytes=256 * 1024, limits=PATIENT)
     files.folder.mkdir()
     opened = files.open()
-    await opened.store.open_layout(CALLER, LAYOUT)
+    await opened.store.layouts.open(CALLER, LAYOUT)
     yield opened
     await opened.close()
     files.remove()
@@ -63,7 +63,7 @@ def index(opened: OpenStore, monkeypatch: pytest.MonkeyPatch) -> RefusingIndex:
 async def test_an_index_that_refuses_costs_ssd_copies_and_no_save(
     opened: OpenStore, index: RefusingIndex, error: KVError
 ) -> None:
-    client = opened.store.attach(CALLER, "test")
+    client = opened.store.leases.attach(CALLER, "test")
     index.error = error
 
     for seed in range(6):  # Three times DRAM's capacity.
@@ -79,7 +79,7 @@ async def test_an_index_that_refuses_costs_ssd_copies_and_no_save(
 
 
 async def test_once_the_index_takes_records_again_blocks_reach_the_ssd(opened: OpenStore, index: RefusingIndex) -> None:
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(4)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(4)
     index.error = StorageFailed("the disk is gone")
     await opened.save(client, chain, some_images(chain))
     await until(lambda: index.refused > 0)
@@ -98,7 +98,7 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
     opened: OpenStore = await open_store(clock=clock, dram_bytes=256 * 1024, limits=PATIENT)
     index = RefusingIndex(opened)
     monkeypatch.setattr(opened.index, "put", index.put)
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(16)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(16)
     index.error = StorageFailed("the disk is gone")
 
     await opened.save(client, chain, some_images(chain))
@@ -115,7 +115,7 @@ async def test_while_commits_fail_blocks_are_not_all_written_again_and_again(
 async def test_a_save_to_ssd_ends_and_nothing_stays_held_with_every_error_of_its_record(
     opened: OpenStore, index: RefusingIndex
 ) -> None:
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(4)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(4)
     index.error = RuntimeError("an unexpected error")
 
     async with asyncio.timeout(60):
@@ -125,7 +125,7 @@ async def test_a_save_to_ssd_ends_and_nothing_stays_held_with_every_error_of_its
     await until(lambda: not opened.blocks.holds.any() and not opened.unsettled())
     assert opened.hits(chain.keys) == 4, "they are in DRAM"
     index.error = None
-    client_of_next, other = opened.store.attach(CALLER, "next"), some_chain(1, seed=7)
+    client_of_next, other = opened.store.leases.attach(CALLER, "next"), some_chain(1, seed=7)
     assert not (await opened.save(client_of_next, other, some_images(other, seed=7), on_ssd=True)).refused
 
 
@@ -133,7 +133,7 @@ async def test_a_save_to_ssd_ends_where_the_index_was_damaged_under_the_daemon(
     opened: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_lifecycle, "_SETTLED_WITHIN_S", 0.1)  # The second save waits for the first for this time.
-    client, chain = opened.store.attach(CALLER, "test"), some_chain(2)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
     environment = opened.index._environments[TierName.SSD]
     assert environment._env is not None
     environment._env.close()  # An example of an error from which LMDB does not recover.
@@ -162,8 +162,8 @@ async def test_bytes_written_before_a_failed_flush_are_written_again_though_the_
         return calls.names().count("pwritev")
 
     try:
-        await opened.store.open_layout(CALLER, LAYOUT)
-        client = opened.store.attach(CALLER, "test")
+        await opened.store.layouts.open(CALLER, LAYOUT)
+        client = opened.store.leases.attach(CALLER, "test")
         first, second = some_chain(1, seed=1), some_chain(1, seed=2)
         before = writes()
         with calls.held("fdatasync") as flushing:
@@ -196,8 +196,8 @@ async def test_where_the_index_of_the_ssd_is_full_old_blocks_leave_it_and_new_on
         await until(lambda: TierName.SSD in opened.residency(key))
 
     try:
-        await opened.store.open_layout(CALLER, LAYOUT)
-        client = opened.store.attach(CALLER, "test")
+        await opened.store.layouts.open(CALLER, LAYOUT)
+        client = opened.store.leases.attach(CALLER, "test")
         for seed in range(8):  # The map has space for some hundred records, SSD for five thousand blocks.
             chain = some_chain(200, seed=seed)
             outcome = await opened.save(client, chain, some_images(chain, seed=seed))
