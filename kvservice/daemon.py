@@ -44,6 +44,7 @@ from kvservice.rpc.hints import HintService
 from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
+from kvservice.service_manager import ServiceManager
 from kvservice.start_checks import check_start
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.hints.exchange import HintLimits
@@ -194,18 +195,23 @@ class Daemon:
 
 
 async def run(settings: Settings) -> None:
-    """A daemon's whole life: open, serve until SIGTERM or SIGINT, drain, close."""
+    """A daemon's whole life: open, serve until SIGTERM or SIGINT, drain, close. The service manager learns of each."""
     tune_process()
+    manager, tasks = ServiceManager(SystemClock()), Tasks()
     daemon = await Daemon.open(settings)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         await daemon.serve()
+        await manager.notify("READY=1", "STATUS=serving")
+        tasks.start(manager.keep_watchdog(), "watchdog")
         await stop.wait()
+        await manager.notify("STOPPING=1", "STATUS=draining: running loads and saves end")
         await daemon.drain()
     finally:
         await daemon.close()
+        await tasks.stop()
 
 
 def tune_process() -> None:

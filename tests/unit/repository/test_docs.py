@@ -28,7 +28,7 @@ from kvservice_client.cli.trace import trace
 ROOT = Path(__file__).parents[3]
 VERBS: tuple[Callable[..., None], ...] = (simulate, plan, policy)
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("ops/**/*.md")])
 
 
 def program(verb: Callable[..., None]) -> typer.Typer:
@@ -74,7 +74,11 @@ def test_every_source_file_that_the_architecture_names_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/container.md", "docs/hints.md", "docs/security.md", "docs/tickets.md", "docs/vllm.md"]
+    "page",
+    [
+        *("docs/container.md", "docs/deploying.md", "docs/hints.md", "docs/security.md", "docs/tickets.md"),
+        *("docs/vllm.md", "ops/kubernetes/README.md"),
+    ],
 )
 def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
     sections = "|".join({name.partition(".")[0] for name in SETTINGS})
