@@ -296,6 +296,17 @@ class BlockTable:
             bits |= (offsets[rows] != _NOWHERE).astype(np.int64) << position
         return bits
 
+    def count_by_fastest(self, rows: Rows) -> list[int]:
+        """How many of the rows have their fastest copy in each tier. Rows without a copy are not counted."""
+        counts = []
+        for tier in self.tiers:
+            is_here = self.lie_in(rows, tier)
+            counts.append(int(np.count_nonzero(is_here)))
+            if counts[-1] == len(rows):
+                break
+            rows = rows[~is_here]
+        return counts + [0] * (len(self.tiers) - len(counts))
+
     def resident_slower(self, tier: TierName) -> NDArray[np.bool_]:
         """Which of the rows below `row_end` have a copy in a tier that is slower than `tier`."""
         return self._any_copy(slice(self._position[tier] + 1, None), slice(self.row_end))

@@ -306,7 +306,7 @@ class HistorySettings(_Section):
 
     events_max: int = _setting(
         262_144,
-        "Events kept: why blocks left a tier or were not stored. Each takes 69 bytes. 0 means none.",
+        "Events kept: why blocks left a tier or were not stored. Each takes 77 to 85 bytes. 0 means none.",
         unit="events",
         ge=0,
         le=4_194_304,

@@ -40,7 +40,9 @@ from kvservice.store.mover.shadow_run import ShadowRun
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.explain import Explain
+from kvservice.store.operations.gauges import Gauges, StoreGauges
 from kvservice.store.operations.listings import Listings
+from kvservice.store.operations.lookup_counts import LookupCounts
 from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.policies import Policies
@@ -257,7 +259,12 @@ class BlockStore:
             self._leases, blocks, self._requests, clock, self._loop_budget, boot_epoch=self.boot_epoch
         )
         self._explain = Explain(blocks, index, self._history, self._uploads.claims, clock, self._policy)
+        self._lookup_counts = LookupCounts(blocks, index.layouts, self._explain, clock, counters)
         self._drain = Drain(blocks, self._uploads.claims, self._admission, self._write_behind, self._tasks, clock)
+        self._gauges = Gauges(
+            blocks, index.layouts, self._history, self._policy, self._promoter, self._writers, self._admission,
+            self._uploads, self._drain, clock,
+        )  # fmt: skip
         self._sessions = Sessions(index, self._lifecycle, clock, counters, self._tasks, self._layout, limits.session)
         self._hints = HintExchange(
             blocks,
@@ -354,6 +361,11 @@ class BlockStore:
         """Whether saves are refused."""
         return self._drain.is_draining
 
+    @property
+    def state_name(self) -> str:
+        """The daemon's state: one of `STATES`. May be called from any thread."""
+        return self._drain.state_name
+
     # Facts: plain values
 
     def is_attached(self, client_id: bytes) -> bool:
@@ -405,6 +417,10 @@ class BlockStore:
             recordings=self._trace.stream_count,
             reported=dict(self._requests.reported),
         )
+
+    def gauges(self) -> StoreGauges:
+        """The values for the metrics that take a scan of all blocks. May be called from any thread."""
+        return self._gauges.read()
 
     def _tier_facts(self, name: TierName, tier: Tier) -> TierFacts:
         is_dram = tier is self._dram
@@ -484,6 +500,7 @@ class BlockStore:
         With a `request_id`, the lookup and its result are noted for `explain`. With the `parent_key` of the first key,
         the answer has the tails of the last hit. Raises InvalidRequest, UnknownLayout, UnknownClient, Overloaded.
         """
+        began_s = self._clock.monotonic_s()
         self._requests.check_id(request_id)
         if len(parent_key) not in (0, KEY_BYTES):
             raise InvalidRequest(f"parent_key has {len(parent_key)} bytes, not {KEY_BYTES}", field="parent_key")
@@ -505,21 +522,19 @@ class BlockStore:
             if len(parts) > 1:
                 await self._loop_budget.slot()
             client = self._leases.client(caller) if lease_ttl_s else None
-            hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
+            hit = self._hit(client, layout, wanted, found, lease_ttl_s)
             self._note_lookup(request_id, caller, layout_id, wanted, keys, hit)
-            if not parent_key:
-                return hit
-            newest_first = self._lifecycle.tails.newest_first(keys[hit.blocks - 1] if hit.blocks else parent_key)
-            return hit._replace(tails=match_tails(self._blocks, newest_first, caller.tenant, layout_id, wanted))
+            if parent_key:
+                newest_first = self._lifecycle.tails.newest_first(keys[hit.blocks - 1] if hit.blocks else parent_key)
+                tails = match_tails(self._blocks, newest_first, caller.tenant, layout_id, wanted)
+                hit = hit._replace(tails=tails)
+            self._lookup_counts.note(layout_id, keys, found.rows, began_s)
+            return hit
         finally:
             for rows in held:
                 self._lifecycle.unhold(rows)
 
-    def _hit(
-        self, client: Client | None, layout: Layout, wanted: Shard, asked: int, found: PrefixMatch, lease_ttl_s: float
-    ) -> Hit:
-        self._counters.lookup_blocks_asked += asked
-        self._counters.lookup_blocks_hit += len(found.rows)
+    def _hit(self, client: Client | None, layout: Layout, wanted: Shard, found: PrefixMatch, lease_ttl_s: float) -> Hit:
         lease, ttl_s = None, 0.0
         if len(found.rows):
             self._blocks.touch(found.held, self._clock.wall_ms())

@@ -22,6 +22,7 @@ from kvservice.store.leases import Lease as Lease
 from kvservice.store.miss_reasons import MissEvent as MissEvent
 from kvservice.store.mover.shadow_run import ShadowFacts as ShadowFacts
 from kvservice.store.operations.drain import DrainProgress as DrainProgress
+from kvservice.store.operations.explain import MISS_REASONS as MISS_REASONS
 from kvservice.store.operations.explain import ExplainedBlock as ExplainedBlock
 from kvservice.store.operations.explain import ExplainedLookup as ExplainedLookup
 from kvservice.store.operations.explain import ExplainedRequest as ExplainedRequest
@@ -30,6 +31,8 @@ from kvservice.store.operations.explain import Missing as Missing
 from kvservice.store.operations.explain import OtherLayout as OtherLayout
 from kvservice.store.operations.explain import TierPlace as TierPlace
 from kvservice.store.operations.explain import Worth as Worth
+from kvservice.store.operations.gauges import STATES as STATES
+from kvservice.store.operations.gauges import StoreGauges as StoreGauges
 from kvservice.store.operations.listings import BlockFacts as BlockFacts
 from kvservice.store.operations.operators import DISCARD_KEYS_MAX as DISCARD_KEYS_MAX
 from kvservice.store.operations.pins import PIN_KEYS_MAX as PIN_KEYS_MAX

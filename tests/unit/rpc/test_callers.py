@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 import kvservice
-from kvservice.rpc.calls import Callers, guarded
+from kvservice.rpc.calls import CallCounts, Callers, guarded
 from kvservice.store.caller import DEFAULT_TENANT, Caller, Tenant
 from kvservice.store.leases import Client
 from kvservice.store.operations.operators import Operators
@@ -166,7 +166,7 @@ async def _asked(store: OpenStore, address: str, serving: grpc.ServerCredentials
         return caller.principal.encode()
 
     server = grpc.aio.server()
-    handlers = {"Who": grpc.unary_unary_rpc_method_handler(guarded(who))}
+    handlers = {"Who": grpc.unary_unary_rpc_method_handler(guarded(who, CallCounts()))}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", handlers)])
     port = server.add_insecure_port(address) if serving is None else server.add_secure_port(address, serving)
     await server.start()

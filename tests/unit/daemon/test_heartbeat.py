@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from kvservice.metrics import Heartbeat, next_beat_s
+from kvservice.metrics.heartbeat import Heartbeat, next_beat_s
 from tests.clock import FakeClock
 from tests.stores import until
 
@@ -26,7 +25,7 @@ class _BusyLoop(FakeClock):
 
 async def test_a_late_beat_counts_for_ever_and_for_a_while() -> None:
     clock = _BusyLoop(0.5)
-    heartbeat = Heartbeat(clock, CollectorRegistry())
+    heartbeat = Heartbeat(clock)
     beating = asyncio.create_task(heartbeat.run())
     await until(lambda: not clock.late_s and heartbeat.recent_ms > 0)
     assert heartbeat.recent_ms == heartbeat.latest_ms == pytest.approx(500)
