@@ -189,6 +189,10 @@ class BlockTable:
         found = map(self._first_row.get, keys, repeat(NO_ROW))
         return np.fromiter(found, np.int64, len(keys))
 
+    def has_key(self, key: bytes) -> bool:
+        """Whether some shard of the block is stored."""
+        return key in self._first_row
+
     def shards_of(self, row: int) -> Iterator[int]:
         """This row and the further rows of its block key."""
         while row != NO_ROW:

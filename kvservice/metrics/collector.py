@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from kvservice.counters import Durations
-from kvservice.metrics.rows import PREFIX, Labels, Sources
+from kvservice.metrics.rows import PREFIX, Sources
 from kvservice.metrics.table import METRICS
-
-_FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
 
 
 class TableCollector(Collector):
@@ -25,16 +24,35 @@ class TableCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         sources = self._sources()
         for metric in METRICS:
-            family = _FAMILIES[metric.kind](PREFIX + metric.name, metric.meaning, labels=metric.labels)
-            for labels, value in metric.read(sources).items():
-                if isinstance(value, Durations):
-                    _add_durations(family, labels, value)
-                else:
-                    family.add_metric(labels, value)
-            yield family
+            make = _MAKERS[metric.kind]
+            yield make(PREFIX + metric.name, metric.meaning, metric.labels, metric.read(sources))
 
 
-def _add_durations(family: HistogramMetricFamily, labels: Labels, durations: Durations) -> None:
-    names = [*map(floatToGoString, durations.bounds_s), "+Inf"]
-    buckets = list(zip(names, accumulate(durations.counts()), strict=True))
-    family.add_metric(labels, buckets, durations.sum_s)
+def counter(name: str, text: str, labels: Sequence[str], samples: Mapping[Any, float]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, count in samples.items():
+        family.add_metric(values, count)
+    return family
+
+
+def gauge(name: str, text: str, labels: Sequence[str], samples: Mapping[Any, float]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for values, value in samples.items():
+        family.add_metric(values, value)
+    return family
+
+
+def histogram(name: str, text: str, labels: Sequence[str], samples: Mapping[Any, Durations]) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    for values, durations in samples.items():
+        bounds = [*map(floatToGoString, durations.bounds_s), "+Inf"]
+        buckets = zip(bounds, accumulate(durations.counts()), strict=True)
+        family.add_metric(values, list(buckets), durations.sum_s)
+    return family
+
+
+_MAKERS: Mapping[str, Callable[[str, str, Sequence[str], Mapping[Any, Any]], Metric]] = {
+    "counter": counter,
+    "gauge": gauge,
+    "histogram": histogram,
+}

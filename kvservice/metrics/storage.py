@@ -66,7 +66,7 @@ TIERS = (
     Metric(
         "tier_written_bytes_total",
         "counter",
-        "Bytes of blocks written to a tier below DRAM. The index, some per cent of it, is not counted.",
+        "Bytes of blocks written to a tier below DRAM. Writes of the index are not counted.",
         "Wear: `rate(...[1d]) * 86400` over the drive's capacity are drive writes per day.",
         ("tier",),
         lambda from_: {(tier,): from_.counters.tier_written_bytes[tier] for tier in list(from_.gauges.blocks)[1:]},
@@ -139,7 +139,7 @@ LOSSES = (
     total(
         "discarded_blocks_total",
         "Blocks dropped everywhere on request.",
-        "It grows only after `kvctl discard`.",
+        "It grows only after `kvctl discard`, or its RPC.",
     ),
     total(
         "quarantined_blocks_total",

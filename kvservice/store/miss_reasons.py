@@ -92,6 +92,7 @@ class MissReasons:
     def __init__(self, clock: Clock, events_max: int) -> None:
         self._clock = clock
         self._events = np.zeros(events_max, _EVENT)
+        self._keys = self._events["key"]
         self._count = 0  # The count of all events; the next one goes to this place, modulo the ring's size.
         # Events by number, from 1: the newest one of each hash, and the one before each event; 0 if there is none.
         self._newest = np.zeros(1 << max(0, events_max - 1).bit_length(), np.int64)
@@ -168,7 +169,8 @@ class MissReasons:
         if not size:
             return
         skipped = max(0, count - size)
-        places = np.arange(self._count + skipped, self._count + count) % size
+        numbers = np.arange(self._count + skipped, self._count + count)
+        places = numbers % size
         events = np.zeros(count - skipped, _EVENT)
         events["key"] = keys[skipped:]
         events["at_ms"], events["reason"], events["tier"] = self.now_ms, reason, self._tier(tier)
@@ -176,26 +178,21 @@ class MissReasons:
         events["pin_ended_ms"], events["space_for"] = pin_ended_ms[skipped:], space_for
         events["score"] = math.nan if scores is None else scores[skipped:]
         self._events[places] = events
-        self._link(self._hashes(keys[skipped:]), places, self._count + skipped + 1)
+        starts = np.ascontiguousarray(keys[skipped:]).view(np.uint64)[:: KEY_BYTES // 8]
+        hashes = (starts & np.uint64(len(self._newest) - 1)).view(np.int64)  # Keys are hashes themselves.
+        self._link(hashes, places, numbers + 1)
         self._count += count
 
-    def _hashes(self, keys: np.ndarray[tuple[int], np.dtype[np.void]]) -> NDArray[np.int64]:
-        """A part of each key, which is a hash itself."""
-        starts = np.ascontiguousarray(keys).view(np.uint64)[:: KEY_BYTES // 8]
-        return (starts & np.uint64(len(self._newest) - 1)).astype(np.int64)
-
-    def _link(self, hashes: NDArray[np.int64], places: NDArray[np.int64], first: int) -> None:
-        """Link events, numbered from `first`, to the earlier ones of the same hash."""
-        order = np.argsort(hashes, kind="stable")
-        ordered, numbers = hashes[order], order + first
-        differs = ordered[1:] != ordered[:-1]
-        before = np.empty(len(order), np.int64)
-        before[1:] = numbers[:-1]
-        begins = np.concatenate(([True], differs))
-        before[begins] = self._newest[ordered[begins]]
-        self._before[places[order]] = before
-        ends = np.concatenate((differs, [True]))
-        self._newest[ordered[ends]] = numbers[ends]
+    def _link(self, hashes: NDArray[np.int64], places: NDArray[np.int64], numbers: NDArray[np.int64]) -> None:
+        """Link events to the earlier ones of the same hash."""
+        before = self._newest[hashes]
+        self._newest[hashes] = numbers
+        if (self._newest[hashes] != numbers).any():  # Some of these events have the same hash: rare.
+            latest: dict[int, int] = {}
+            for at, (each, number) in enumerate(zip(hashes.tolist(), numbers.tolist(), strict=True)):
+                before[at] = latest.get(each, before[at])
+                latest[each] = number
+        self._before[places] = before
 
     def _tier(self, tier: TierName | None) -> int:
         if tier not in self._tiers:
@@ -223,23 +220,25 @@ class MissReasons:
     def events(self, key: bytes, until_ms: int | None = None) -> Iterator[MissEvent]:
         """As `of`, one by one. Nothing may be noted meanwhile."""
         size = len(self._events)
-        wanted = np.frombuffer(key, "V32")
-        number = int(self._newest[self._hashes(wanted)[0]])
+        first = max(0, self._count - size)
+        number = self._newest.item(int.from_bytes(key[:8], "little") & (len(self._newest) - 1))
         for _ in range(_STEPS_MAX):
-            if number <= max(0, self._count - size):
+            if number <= first:
                 return  # There is none, or its place has a later event.
             place = (number - 1) % size
-            event = self._events[place]
-            number = int(self._before[place])
-            if event["key"].tobytes() != key or (until_ms is not None and event["at_ms"] > until_ms):
+            number = self._before.item(place)
+            if self._keys.item(place) != key:
+                continue
+            _, at_ms, pin_ended_ms, reason, tier, detail, last_copy, space_for, score = self._events[place].item()
+            if until_ms is not None and at_ms > until_ms:
                 continue
             yield MissEvent(
-                int(event["at_ms"]),
-                Reason(int(event["reason"])),
-                self._tiers[int(event["tier"])],
-                self._details[int(event["detail"])],
-                bool(event["last_copy"]),
-                int(event["pin_ended_ms"]),
-                SpaceFor(int(event["space_for"])),
-                float(event["score"]) if abs(event["score"]) < _UNKNOWN_SCORE else None,
+                at_ms,
+                Reason(reason),
+                self._tiers[tier],
+                self._details[detail],
+                last_copy,
+                pin_ended_ms,
+                SpaceFor(space_for),
+                score if abs(score) < _UNKNOWN_SCORE else None,
             )

@@ -528,7 +528,7 @@ class BlockStore:
                 newest_first = self._lifecycle.tails.newest_first(keys[hit.blocks - 1] if hit.blocks else parent_key)
                 tails = match_tails(self._blocks, newest_first, caller.tenant, layout_id, wanted)
                 hit = hit._replace(tails=tails)
-            self._lookup_counts.note(layout_id, keys, found.rows, began_s)
+            self._lookup_counts.note(layout_id, keys, found.rows, hit.runs, began_s)
             return hit
         finally:
             for rows in held:

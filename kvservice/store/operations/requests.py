@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from kvservice.blocks import NO_ROW, BlockTable
+from kvservice.blocks import BlockTable
 from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
@@ -97,7 +97,7 @@ def first_miss(
     if not hit and not stored[layout_id]:
         model = layouts[layout_id].model_id
         others = tuple(other for other, layout in layouts.items() if layout.model_id == model and stored[other])
-    return FirstMiss(keys[hit], bool(blocks.rows_of_keys([keys[hit]])[0] != NO_ROW), others)
+    return FirstMiss(keys[hit], blocks.has_key(keys[hit]), others)
 
 
 class Requests:
