@@ -86,8 +86,8 @@ class ServerSettings(_Section):
     )
     metrics_address: AddressText = _setting(
         "127.0.0.1:9464",
-        "Where Prometheus reads metrics, by HTTP at `/metrics`, and probes the health at `/healthz` (HTTPS where TLS is "
-        "on). Empty means nowhere.",
+        "Where Prometheus reads metrics, by HTTP at `/metrics`, and probes the health at `/healthz` (HTTPS with TLS). "
+        "Empty means nowhere.",
         unit="host:port",
     )
     drain_timeout_s: float = _setting(
