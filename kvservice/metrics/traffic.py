@@ -163,15 +163,16 @@ CALLS = (
     Metric(
         "rpc_calls_total",
         "counter",
-        "RPCs that ended, by gRPC status code. A client that disconnects ends its calls as `CANCELLED`.",
-        "The share of codes other than `OK`.",
+        "RPCs that ended, by gRPC status code. A client ends a load in place, and when it disconnects all its calls, as "
+        "`CANCELLED`.",
+        "The rate of calls. The share of `UNAVAILABLE`, `RESOURCE_EXHAUSTED` and `INTERNAL` is for an alert.",
         ("method", "code"),
         lambda from_: dict(from_.calls.ended),
     ),
     Metric(
         "rpc_errors_total",
         "counter",
-        "RPCs that ended with an error, by its reason.",
+        "RPCs that ended with an error of the daemon, by its reason.",
         "What to do about each reason: [errors](../errors.md). `INTERNAL` is a fault of the daemon: see its log.",
         ("method", "reason"),
         lambda from_: dict(from_.calls.errors),

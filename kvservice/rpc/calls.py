@@ -61,16 +61,19 @@ class CallCounts:
     def __init__(self) -> None:
         self.running: Counter[str] = Counter()
         self.ended: Counter[tuple[str, str]] = Counter()  # By method and gRPC status code.
-        self.errors: Counter[tuple[str, str]] = Counter()  # By method and reason: of `errors.py`, or the code.
+        # By method and reason: of `errors.py`, or INTERNAL. A call that its client cancels is no error: each load in
+        # place ends so.
+        self.errors: Counter[tuple[str, str]] = Counter()
 
     def add_method(self, method: str) -> None:
         """Count it from now on, from zero."""
         self.running[method] = self.ended[method, "OK"] = 0
 
     def end(self, method: str, code: str, reason: str) -> None:
+        """Without a `reason` it was no error."""
         self.running[method] -= 1
         self.ended[method, code] += 1
-        if code != "OK":
+        if reason:
             self.errors[method, reason] += 1
 
 
@@ -84,7 +87,7 @@ def guarded(handler: Unary, counts: CallCounts, parse: Callable[[bytes], Any] | 
 
     @functools.wraps(handler)
     async def call(request: Any, context: Context) -> Any:
-        code = reason = "CANCELLED"
+        code, reason = "CANCELLED", ""
         counts.running[method] += 1
         try:
             answer = await handler(request if parse is None else parse(request), context)

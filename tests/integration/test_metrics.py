@@ -165,6 +165,7 @@ def test_loads_count_blocks_bytes_tokens_and_times_on_either_path(client: Client
     assert growth("load_seconds_count", tier="dram") == growth("load_first_layer_seconds_count") == 3
     assert growth("load_blocks_total", path=path) == growth("load_blocks_total") == 12
     assert growth("load_tokens_total", path=path) == 12 * SMALL.block_tokens
+    assert growth("rpc_errors_total") == 0, "the client ends a load in place: no error"
     loaded = 3 * sum(each.nbytes for layer in layers_of(SMALL, chain) for each in layer)
     assert growth("load_bytes_total", path=path) == growth("load_bytes_total") == loaded
 

@@ -1,4 +1,8 @@
-"""What the store holds and does at one time, for the metrics. It scans the block table on the reader's thread."""
+"""What the store holds and does at one time, for the metrics.
+
+It scans the block table on the reader's thread, in parts: a long operation on an array would keep the event loop from
+running.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from kvservice_api.layout import Layout
 
 STATES = ("serving", "draining", "stopping")
 _ON_REQUEST = "request"
+_ROWS_A_PART = 65_536  # They take a third of a millisecond.
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +77,18 @@ class Gauges:
 
     def read(self) -> StoreGauges:
         blocks, promoter, admission = self._blocks, self._promoter, self._admission
-        end = slice(blocks.row_end)  # Read once: it may grow meanwhile, and the arrays with it.
-        live = blocks.live[end]
-        resident = {tier: blocks.lie_in(end, tier) & live for tier in blocks.tiers}
-        first, *slower = resident.values()
-        unwritten = first & ~np.logical_or.reduce(slower) if slower else first
-        pinned = (blocks.pinned_until_ms[end] > np.uint64(self._clock.wall_ms())) & live
-        sizes = blocks.size_bytes[end]
+        scanned = np.zeros(len(blocks.tiers) + 4, np.int64)
+        now_ms, row_end = np.uint64(self._clock.wall_ms()), blocks.row_end
+        for start in range(0, row_end, _ROWS_A_PART):
+            scanned += _scan(blocks, slice(start, min(start + _ROWS_A_PART, row_end)), now_ms)
+        *copies, unwritten_blocks, unwritten_bytes, pinned_blocks, pinned_bytes = scanned.tolist()
         streamed, noted = admission.saves.open_count, dict(self._history.noted)
         return StoreGauges(
-            blocks={tier: int(np.count_nonzero(there)) for tier, there in resident.items()},
-            unwritten_blocks=int(np.count_nonzero(unwritten)),
-            unwritten_bytes=int(sizes[unwritten].sum()),
-            pinned_blocks=int(np.count_nonzero(pinned)),
-            pinned_bytes=int(sizes[pinned].sum()),
+            blocks=dict(zip(blocks.tiers, copies, strict=True)),
+            unwritten_blocks=unwritten_blocks,
+            unwritten_bytes=unwritten_bytes,
+            pinned_blocks=pinned_blocks,
+            pinned_bytes=pinned_bytes,
             layouts={id_: (layout, blocks.live_of_layout[id_]) for id_, layout in list(self._layouts.items())},
             promoting_blocks=promoter.pending_count if promoter is not None else 0,
             promoting_bytes=promoter.pending_bytes if promoter is not None else 0,
@@ -105,3 +108,17 @@ class Gauges:
             },
             refused={what: count for (reason, _, what), count in noted.items() if reason is Reason.REFUSED},
         )
+
+
+def _scan(blocks: BlockTable, rows: slice, now_ms: np.uint64) -> list[int]:
+    """Of these rows: the copies in each tier; the blocks that only the first one has, and the pinned ones, each with
+    their bytes. The event loop may change rows meanwhile, so the last ones may be counted wrongly.
+    """
+    live, sizes = blocks.live[rows], blocks.size_bytes[rows]
+    resident = [blocks.lie_in(rows, tier) & live for tier in blocks.tiers]
+    unwritten = resident[0]
+    for slower in resident[1:]:
+        unwritten = unwritten & ~slower
+    pinned = (blocks.pinned_until_ms[rows] > now_ms) & live
+    marked = [each for mask in (unwritten, pinned) for each in (np.count_nonzero(mask), sizes[mask].sum())]
+    return [int(each) for each in (*map(np.count_nonzero, resident), *marked)]
