@@ -163,8 +163,8 @@ CALLS = (
     Metric(
         "rpc_calls_total",
         "counter",
-        "RPCs that ended, by gRPC status code. A client ends a load in place, and when it disconnects all its calls, as "
-        "`CANCELLED`.",
+        "RPCs that ended, by gRPC status code. A client ends a load in place as `CANCELLED`, and when it disconnects, "
+        "all its calls.",
         "The rate of calls. The share of `UNAVAILABLE`, `RESOURCE_EXHAUSTED` and `INTERNAL` is for an alert.",
         ("method", "code"),
         lambda from_: dict(from_.calls.ended),
