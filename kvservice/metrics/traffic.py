@@ -52,7 +52,7 @@ LOOKUPS = (
         "`never_stored`; for `evicted`, make the tier larger or pin; for `other_layout`, compare settings.",
         ("layout", "reason"),
         lambda from_: {
-            (name, reason): dict(from_.counters.misses).get((each, reason), 0)
+            (name, reason): from_.counters.misses[each, reason]
             for each, name in (
                 (each, label(from_.gauges.layouts[each][0])) for each in list(from_.counters.asked_blocks)
             )

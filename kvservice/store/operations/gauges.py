@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
 from kvservice.blocks import BlockTable, TierName
 from kvservice.clock import Clock
-from kvservice.store.miss_reasons import MissReasons, Reason
+from kvservice.store.miss_reasons import MissReasons, Reason, SpaceFor
 from kvservice.store.mover.active_policy import ActivePolicy
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.mover.write_behind import WriteBehind
@@ -24,6 +25,7 @@ from kvservice_api.layout import Layout
 
 STATES = ("serving", "draining", "stopping")
 _ON_REQUEST = "request"
+_SPACE_FOR = (*(each.name.lower() for each in SpaceFor if each is not SpaceFor.UNKNOWN), _ON_REQUEST)
 _ROWS_A_PART = 65_536  # They take a third of a millisecond.
 
 
@@ -101,7 +103,8 @@ class Gauges:
             },
             policy=self._policy.name,
             state=self._drain.state_name,
-            evicted={
+            evicted=dict.fromkeys(product(blocks.tiers, _SPACE_FOR), 0)
+            | {
                 (tier, what if reason is Reason.EVICTED else _ON_REQUEST): count
                 for (reason, tier, what), count in noted.items()
                 if reason in (Reason.EVICTED, Reason.EVICTED_ON_REQUEST)
