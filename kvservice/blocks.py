@@ -189,6 +189,10 @@ class BlockTable:
         found = map(self._first_row.get, keys, repeat(NO_ROW))
         return np.fromiter(found, np.int64, len(keys))
 
+    def has_key(self, key: bytes) -> bool:
+        """Whether some shard of the block is stored."""
+        return key in self._first_row
+
     def shards_of(self, row: int) -> Iterator[int]:
         """This row and the further rows of its block key."""
         while row != NO_ROW:
@@ -295,6 +299,17 @@ class BlockTable:
         for position, offsets in enumerate(self.offset):
             bits |= (offsets[rows] != _NOWHERE).astype(np.int64) << position
         return bits
+
+    def count_by_fastest(self, rows: Rows) -> list[int]:
+        """How many of the rows have their fastest copy in each tier. Rows without a copy are not counted."""
+        counts = []
+        for tier in self.tiers:
+            is_here = self.lie_in(rows, tier)
+            counts.append(int(np.count_nonzero(is_here)))
+            if counts[-1] == len(rows):
+                break
+            rows = rows[~is_here]
+        return counts + [0] * (len(self.tiers) - len(counts))
 
     def resident_slower(self, tier: TierName) -> NDArray[np.bool_]:
         """Which of the rows below `row_end` have a copy in a tier that is slower than `tier`."""

@@ -112,7 +112,8 @@ class ServerSettings(_Section):
     )
     metrics_address: AddressText = _setting(
         "127.0.0.1:9464",
-        "Where Prometheus reads metrics, by HTTP at `/metrics` (HTTPS where TLS is on). Empty means nowhere.",
+        "Where Prometheus reads metrics, by HTTP at `/metrics`, and probes the health at `/healthz` (HTTPS with TLS). "
+        "Empty means nowhere.",
         unit="host:port",
     )
     drain_timeout_s: float = _setting(
@@ -332,7 +333,7 @@ class HistorySettings(_Section):
 
     events_max: int = _setting(
         262_144,
-        "Events kept: why blocks left a tier or were not stored. Each takes 69 bytes. 0 means none.",
+        "Events kept: why blocks left a tier or were not stored. Each takes 77 to 85 bytes. 0 means none.",
         unit="events",
         ge=0,
         le=4_194_304,

@@ -1,22 +1,60 @@
-"""What the daemon counts, as plain numbers that every module may increment.
+"""What the daemon counts, as plain numbers that every module may change: on the event loop's thread.
 
-``metrics.py`` turns them into Prometheus metrics and ``Status`` reports them by the same names.
+The metrics read them on other threads. ``Status`` reports the totals that are single numbers, by these names.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+_BOUNDS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+
+
+class Durations:
+    """A histogram of durations. `observe` takes a third of a microsecond."""
+
+    __slots__ = ("_counts", "bounds_s", "sum_s")
+
+    def __init__(self, bounds_s: Sequence[float] = _BOUNDS_S) -> None:
+        """`bounds_s` are the upper bounds of the buckets, ascending; a last bucket has no bound."""
+        self.bounds_s = tuple(bounds_s)
+        self.sum_s = 0.0
+        self._counts = [0] * (len(bounds_s) + 1)
+
+    def observe(self, duration_s: float) -> None:
+        self._counts[bisect_left(self.bounds_s, duration_s)] += 1
+        self.sum_s += duration_s
+
+    def counts(self) -> list[int]:
+        """The number of durations in each bucket. May be called from any thread."""
+        return self._counts.copy()
+
+
+class DurationsBy(dict[tuple[str, ...], Durations]):
+    """A histogram per combination of label values."""
+
+    def __missing__(self, labels: tuple[str, ...]) -> Durations:
+        made = self[labels] = Durations()
+        return made
 
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the daemon's start. Each field's help text is in ``HELP``."""
+    """Totals since the daemon's start. ``metrics/table.py`` says what each one counts."""
 
     lookup_blocks_asked: int = 0
     lookup_blocks_hit: int = 0
     load_blocks: int = 0
     load_bytes: int = 0
+    load_tokens: int = 0
     located_blocks: int = 0
+    located_bytes: int = 0
+    located_tokens: int = 0
     loads_failed: int = 0
     save_blocks_stored: int = 0
     save_blocks_already_stored: int = 0
@@ -29,7 +67,7 @@ class Counters:
     promoted_bytes: int = 0
     read_through_bytes: int = 0
     evicted_dram_blocks: int = 0
-    evicted_ssd_blocks: int = 0
+    evicted_ssd_blocks: int = 0  # Also from the tiers below SSD.
     lost_unwritten_blocks: int = 0
     discarded_blocks: int = 0
     quarantined_blocks: int = 0
@@ -54,51 +92,22 @@ class Counters:
     hint_promoted_bytes: int = 0
     hint_readiness_sent: int = 0
 
+    # By label values, for the metrics only.
+    asked_blocks: Counter[int] = field(default_factory=Counter)  # Of lookups, by layout id.
+    hit_blocks: Counter[tuple[int, str]] = field(default_factory=Counter)  # By layout id and the fastest tier.
+    hit_tokens: Counter[int] = field(default_factory=Counter)  # By layout id.
+    misses: Counter[tuple[int, str]] = field(default_factory=Counter)  # By layout id and reason.
+    tier_read_bytes: Counter[str] = field(default_factory=Counter)  # By tier.
+    tier_written_bytes: Counter[str] = field(default_factory=Counter)
+    lookup_times: Durations = field(default_factory=Durations)
+    first_layer_times: DurationsBy = field(default_factory=DurationsBy)  # Of loads, by path and the slowest tier.
+    load_times: DurationsBy = field(default_factory=DurationsBy)
+    save_times: DurationsBy = field(default_factory=DurationsBy)  # By path and durability.
+    promotion_times: DurationsBy = field(default_factory=DurationsBy)  # By reason.
+
     def as_dict(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The totals that are single numbers."""
+        return {name: getattr(self, name) for name in TOTALS}
 
 
-HELP: dict[str, str] = {
-    "lookup_blocks_asked": "Blocks that lookups asked for.",
-    "lookup_blocks_hit": "Blocks that lookups found, up to the first missing one.",
-    "load_blocks": "Blocks sent whole to clients.",
-    "load_bytes": "Payload bytes sent to clients.",
-    "located_blocks": "Blocks whose places in the arena were sent to clients, which read them there.",
-    "loads_failed": "Loads that ended with an error of the store.",
-    "save_blocks_stored": "Blocks stored by saves.",
-    "save_blocks_already_stored": "Blocks of saves that the store already had.",
-    "save_blocks_refused": "Blocks of saves that the store refused.",
-    "save_bytes": "Payload bytes stored by saves.",
-    "saves_abandoned": "Saves that ended without a commit.",
-    "written_behind_blocks": "Blocks copied to the next slower tier.",
-    "written_behind_bytes": "Bytes copied to the next slower tier.",
-    "promoted_blocks": "Blocks copied from a slower tier to DRAM.",
-    "promoted_bytes": "Bytes copied from a slower tier to DRAM.",
-    "read_through_bytes": "Bytes sent from a slower tier to a client without a place in DRAM.",
-    "evicted_dram_blocks": "Copies dropped from DRAM.",
-    "evicted_ssd_blocks": "Copies dropped from SSD and from the tiers below it.",
-    "lost_unwritten_blocks": "Blocks evicted from DRAM before they were on SSD.",
-    "discarded_blocks": "Blocks dropped everywhere on request.",
-    "quarantined_blocks": "Blocks quarantined because their bytes were damaged.",
-    "scrubbed_bytes": "Bytes that scrubs have verified.",
-    "storage_errors": "Reads, writes and commits that the operating system refused.",
-    "leases_granted": "Leases granted.",
-    "leases_expired": "Leases that expired.",
-    "tls_reloads": "Times that the daemon loaded changed TLS files.",
-    "tls_reloads_refused": "Times that changed TLS files could not be used; the earlier ones stay in use.",
-    "sessions_begun": "Sessions created or forked.",
-    "sessions_expired": "Sessions deleted because no client used them.",
-    "session_changes_refused": "Changes of sessions refused because they started from another revision.",
-    "hints_received": "Queued requests and other hints that clients sent.",
-    "hints_unknown": "Hints about a session that does not exist for the client that sent them.",
-    "hints_invalid": "Hints that were ignored because a field of them is not valid.",
-    "hints_over_limit": "Hints that were ignored because a limit of the hints settings was reached.",
-    "policy_failures": "Decisions that the placement policy was late with or failed at: recency decided.",
-    "read_ahead_blocks": "Blocks copied from a slower tier to DRAM because the policy expects their next use.",
-    "read_ahead_bytes": "Bytes of these blocks.",
-    "read_ahead_unused_blocks": "Those of these blocks that left DRAM before a request used them.",
-    "hint_promoted_blocks": "Blocks copied from a slower tier to DRAM because of hints.",
-    "hint_promoted_bytes": "Bytes copied from a slower tier to DRAM because of hints.",
-    "hint_readiness_sent": "Changes of a queued request's readiness that were sent to clients.",
-}
-assert set(HELP) == {field.name for field in fields(Counters)}
+TOTALS = tuple(each.name for each in fields(Counters) if each.type == "int")

@@ -35,7 +35,9 @@ from kvservice.host_limits import (
 from kvservice.index import replacement
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.store_lock import StoreLock
-from kvservice.metrics import Heartbeat, MetricsServer
+from kvservice.metrics.heartbeat import Heartbeat
+from kvservice.metrics.rows import Sources
+from kvservice.metrics.server import MetricsServer, health
 from kvservice.policy import daemon_policy
 from kvservice.rpc.addresses import SocketLock
 from kvservice.rpc.admin import AdminService
@@ -99,7 +101,7 @@ class Daemon:
         self._resources = resources
         self.boot_epoch = self.store.boot_epoch
         self.registry = CollectorRegistry()
-        self.heartbeat = Heartbeat(clock, self.registry)
+        self.heartbeat = Heartbeat(clock)
         server = settings.server
         path = settings.unix_socket_path
         if path is not None:
@@ -118,7 +120,11 @@ class Daemon:
         self._metrics: MetricsServer | None = None
         if server.metrics_address:
             self._metrics = MetricsServer(
-                server.metrics_address, self.store, self.counters, self.registry, certificates
+                server.metrics_address,
+                self.registry,
+                self._sources,
+                lambda: health(self.heartbeat, self.store.drain.state_name),
+                certificates,
             )
         self.metrics_port = self._metrics.port if self._metrics else 0
 
@@ -185,6 +191,13 @@ class Daemon:
         self._executor.shutdown()
         self._resources.close()
         log.info("stopped")
+
+    def _sources(self) -> Sources:
+        """What the metrics read, on their threads."""
+        facts, gauges = self.store.status.facts(), self.store.gauges.read()
+        return Sources(
+            __version__, self.counters, facts, gauges, self._server.calls, self.heartbeat, self._certificates
+        )
 
     def _counters(self) -> dict[str, float]:
         return {

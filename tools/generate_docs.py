@@ -11,6 +11,8 @@ from itertools import groupby
 from pathlib import Path
 
 from kvservice.config_sources import SETTINGS, Setting, default_text, environment_name
+from kvservice.metrics.rows import PREFIX, Metric
+from kvservice.metrics.table import SUBJECTS
 from kvservice_api import errors
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -46,6 +48,24 @@ in `kvservice_api.errors`.
 |---|---|---|---|
 """
 
+METRICS_HEAD = """\
+# Metrics
+
+<!-- Generated from kvservice/metrics by `make docs`. -->
+
+Prometheus reads them at `/metrics` of `server.metrics_address`. Beside them, at `/healthz`, a probe gets 200 and the
+daemon's state while the event loop runs; 503 before the daemon serves, or if the loop was silent for 10 seconds. Any
+other path is 404.
+
+Names follow Prometheus' conventions: base units, `_total` for counters, which begin with 0 at the daemon's start. A
+histogram has `_bucket`, `_sum` and `_count`; its buckets are from 0.1 ms to 30 s, or from 1 ms for the event loop.
+The label `layout` is the begin of a layout's fingerprint: `kvservice_layout_info` names its model. `path` is `stream`
+(bytes over gRPC) or `in_place` (the client reads or writes shared memory).
+
+The daemon also has the metrics of its process, as every program with the Python client of Prometheus: `process_*`,
+`python_*`. `kvctl status` shows totals under shorter names of its own.
+"""
+
 _TABLE_ROW = re.compile(r"^ +x (\w+) +([A-Z_]+) +(.+)$", re.MULTILINE)
 
 
@@ -74,6 +94,19 @@ def errors_page() -> str:
     return ERRORS_HEAD + "".join(rows)
 
 
+def metrics_page() -> str:
+    parts = [METRICS_HEAD]
+    for subject, metrics in SUBJECTS.items():
+        parts.append(f"\n## {subject}\n\n| Metric | Type | Meaning | What to do with it |\n|---|---|---|---|\n")
+        parts += map(_metric_row, metrics)
+    return "".join(parts)
+
+
+def _metric_row(metric: Metric) -> str:
+    labels = f"<br>by {', '.join(f'`{label}`' for label in metric.labels)}" if metric.labels else ""
+    return f"| `{PREFIX}{metric.name}`{labels} | {metric.kind} | {metric.meaning} | {metric.use} |\n"
+
+
 def error_table() -> list[tuple[str, str, str]]:
     """Class, code and recovery, as the docstring of errors.py draws them."""
     assert errors.__doc__
@@ -83,6 +116,8 @@ def error_table() -> list[tuple[str, str, str]]:
 def generate(into: Path) -> None:
     (into / "configuration.md").write_text(configuration_page(), encoding="utf-8")
     (into / "errors.md").write_text(errors_page(), encoding="utf-8")
+    (into / "reference").mkdir(exist_ok=True)
+    (into / "reference" / "metrics.md").write_text(metrics_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

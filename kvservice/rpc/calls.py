@@ -1,10 +1,11 @@
-"""What every RPC has around its handler: its caller, and statuses for errors, so that handlers need no ``try``."""
+"""What every RPC has around its handler: its caller, statuses for errors, so that handlers need no ``try``, counts."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -54,28 +55,62 @@ def principal(peer: str, auth_context: Mapping[str, Iterable[bytes]]) -> str:
     return _LOCAL if peer.startswith("unix:") else _ANONYMOUS
 
 
-def guarded(handler: Unary, parse: Callable[[bytes], Any] | None = None) -> Unary:
-    """A handler that answers once or writes to its context, its errors turned into statuses.
+class CallCounts:
+    """Counts calls by method. The metrics read the counts on other threads."""
+
+    def __init__(self) -> None:
+        self.running: Counter[str] = Counter()
+        self.ended: Counter[tuple[str, str]] = Counter()  # By method and gRPC status code.
+        # By method and reason: of `errors.py`, or INTERNAL. A call that its client cancels is no error: each load in
+        # place ends so.
+        self.errors: Counter[tuple[str, str]] = Counter()
+
+    def add_method(self, method: str) -> None:
+        """Count it from now on, from zero."""
+        self.running[method] = self.ended[method, "OK"] = 0
+
+    def end(self, method: str, code: str, reason: str) -> None:
+        """Without a `reason` it was no error."""
+        self.running[method] -= 1
+        self.ended[method, code] += 1
+        if reason:
+            self.errors[method, reason] += 1
+
+
+def guarded(handler: Unary, counts: CallCounts, parse: Callable[[bytes], Any] | None = None) -> Unary:
+    """A handler that answers once or writes to its context, its errors turned into statuses, and counted.
 
     `parse` reads the request of a unary call here, because a parse error inside grpc gives the caller no reason.
     """
+    method = handler.__name__
+    counts.add_method(method)
 
     @functools.wraps(handler)
     async def call(request: Any, context: Context) -> Any:
+        code, reason = "CANCELLED", ""
+        counts.running[method] += 1
         try:
-            return await handler(request if parse is None else parse(request), context)
+            answer = await handler(request if parse is None else parse(request), context)
+            code = "OK"
+            return answer
         except KVError as error:
+            code, reason = error.code.name, error.reason
             await _abort(context, error)
         except DecodeError as error:
-            await _abort(context, InvalidRequest(f"a request of {handler.__name__} is malformed: {error}"))
+            refusal = InvalidRequest(f"a request of {method} is malformed: {error}")
+            code, reason = refusal.code.name, refusal.reason
+            await _abort(context, refusal)
         except grpc.aio.AbortError:
             raise
         except grpc.aio.InternalError as error:
             # A write failed because the client has disconnected: no error for the log, and no client to answer.
             raise asyncio.CancelledError from error
         except Exception:  # A bug of the daemon: it ends this call only, with its traceback in the log.
-            log.exception("a handler failed: %s", handler.__name__)
+            code = reason = "INTERNAL"
+            log.exception("a handler failed: %s", method)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; the daemon's log has the details")
+        finally:
+            counts.end(method, code, reason)
 
     return call
 

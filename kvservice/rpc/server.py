@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from kvservice.rpc.addresses import AddressUnusable, why_unusable
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
-from kvservice.rpc.calls import guarded
+from kvservice.rpc.calls import CallCounts, guarded
 from kvservice.rpc.hints import HintService
 from kvservice.rpc.sessions import SessionService
 from kvservice_api.address import UnixAddress
@@ -65,6 +65,7 @@ class Server:
         unix_socket: UnixSocket | None = None,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
+        self.calls = CallCounts()
         self._server = grpc.aio.server(options=_options(frame_bytes))
         services = {
             blocks_pb2.DESCRIPTOR.services_by_name["BlockService"]: blocks,
@@ -73,7 +74,7 @@ class Server:
             admin_pb2.DESCRIPTOR.services_by_name["AdminService"]: admin,
         }
         for descriptor, servicer in services.items():
-            self._server.add_generic_rpc_handlers([_handlers(descriptor, servicer)])
+            self._server.add_generic_rpc_handlers([_handlers(descriptor, servicer, self.calls)])
         names = [descriptor.full_name for descriptor in services]
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # Its types leave `aio` out.
         self._health_names = ["", *names]
@@ -108,7 +109,7 @@ class Server:
             await self._health.set(name, status)
 
 
-def _handlers(descriptor: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler[Any, Any]:
+def _handlers(descriptor: ServiceDescriptor, servicer: object, calls: CallCounts) -> grpc.GenericRpcHandler[Any, Any]:
     methods = {}
     for method in descriptor.methods:
         request = message_factory.GetMessageClass(method.input_type)
@@ -121,7 +122,7 @@ def _handlers(descriptor: ServiceDescriptor, servicer: object) -> grpc.GenericRp
         }[method.client_streaming, method.server_streaming]
         is_stream = method.client_streaming
         methods[method.name] = make(
-            guarded(getattr(servicer, method.name), parse=None if is_stream else request.FromString),
+            guarded(getattr(servicer, method.name), calls, parse=None if is_stream else request.FromString),
             request_deserializer=request.FromString if is_stream and method.name not in _RAW_REQUESTS else None,
             response_serializer=None if method.name in _RAW_RESPONSES else response.SerializeToString,
         )

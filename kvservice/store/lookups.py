@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from kvservice.blocks import BlockTable
 from kvservice.clock import Clock
-from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client, Lease, Leases
 from kvservice.store.mover.active_policy import ActivePolicy
+from kvservice.store.operations.lookup_counts import LookupCounts
 from kvservice.store.operations.requests import ReportRecord, Requests
 from kvservice.store.operations.trace import TraceRecorder
 from kvservice.store.prefix_match import PrefixMatch, Run, Tail, match_prefix, match_tails, runs_of
@@ -50,7 +50,7 @@ class Lookups:
         requests: Requests,
         trace: TraceRecorder,
         clock: Clock,
-        counters: Counters,
+        counts: LookupCounts,
         loop_budget: LoopBudget,
     ) -> None:
         self._blocks = blocks
@@ -61,7 +61,7 @@ class Lookups:
         self._requests = requests
         self._trace = trace
         self._clock = clock
-        self._counters = counters
+        self._counts = counts
         self._loop_budget = loop_budget
 
     async def lookup(
@@ -79,6 +79,7 @@ class Lookups:
         With a `request_id`, the lookup and its result are noted for `explain`. With the `parent_key` of the first key,
         the answer has the tails of the last hit. Raises InvalidRequest, UnknownLayout, UnknownClient, Overloaded.
         """
+        began_s = self._clock.monotonic_s()
         self._requests.check_id(request_id)
         if len(parent_key) not in (0, KEY_BYTES):
             raise InvalidRequest(f"parent_key has {len(parent_key)} bytes, not {KEY_BYTES}", field="parent_key")
@@ -100,21 +101,19 @@ class Lookups:
             if len(parts) > 1:
                 await self._loop_budget.slot()
             client = self._leases.client(caller) if lease_ttl_s else None
-            hit = self._hit(client, layout, wanted, len(keys), found, lease_ttl_s)
+            hit = self._hit(client, layout, wanted, found, lease_ttl_s)
             self._note(request_id, caller, layout_id, wanted, keys, hit)
-            if not parent_key:
-                return hit
-            newest_first = self._lifecycle.tails.newest_first(keys[hit.blocks - 1] if hit.blocks else parent_key)
-            return hit._replace(tails=match_tails(self._blocks, newest_first, caller.tenant, layout_id, wanted))
+            if parent_key:
+                newest_first = self._lifecycle.tails.newest_first(keys[hit.blocks - 1] if hit.blocks else parent_key)
+                tails = match_tails(self._blocks, newest_first, caller.tenant, layout_id, wanted)
+                hit = hit._replace(tails=tails)
+            self._counts.note(layout_id, keys, found.rows, hit.runs, began_s)
+            return hit
         finally:
             for rows in held:
                 self._lifecycle.unhold(rows)
 
-    def _hit(
-        self, client: Client | None, layout: Layout, wanted: Shard, asked: int, found: PrefixMatch, lease_ttl_s: float
-    ) -> Hit:
-        self._counters.lookup_blocks_asked += asked
-        self._counters.lookup_blocks_hit += len(found.rows)
+    def _hit(self, client: Client | None, layout: Layout, wanted: Shard, found: PrefixMatch, lease_ttl_s: float) -> Hit:
         lease, ttl_s = None, 0.0
         if len(found.rows):
             self._blocks.touch(found.held, self._clock.wall_ms())

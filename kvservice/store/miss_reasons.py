@@ -1,17 +1,20 @@
 """The history of blocks that were evicted, dropped or refused: for `explain`.
 
-It is a ring of arrays, without an object per event. Each event is noted at the one place where it happens. A query by
-key compares the first eight bytes of all keys in one step, which takes a third of a millisecond.
+It is a ring of arrays, without an object per event. Each event is noted at the one place where it happens. Events whose
+keys have the same hash are linked, so that a query by key takes a few microseconds: each lookup that misses makes one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import BlockTable, TierName
 from kvservice.clock import Clock
@@ -20,6 +23,7 @@ from kvservice_api.keys import KEY_BYTES
 _DETAILS_MAX = 256
 _UNKNOWN_SCORE = np.finfo(np.float64).max
 _FOUND_MAX = 16  # The answer has at most so many events of one key, the newest ones.
+_STEPS_MAX = 1024  # Per query: a client may choose keys that have the same hash. They take half a millisecond.
 
 _EVENT = np.dtype(
     [
@@ -88,8 +92,12 @@ class MissReasons:
     def __init__(self, clock: Clock, events_max: int) -> None:
         self._clock = clock
         self._events = np.zeros(events_max, _EVENT)
-        self._starts = np.zeros(events_max, np.uint64)  # The keys' first eight bytes, which a search reads.
+        self._keys = self._events["key"]
         self._count = 0  # The count of all events; the next one goes to this place, modulo the ring's size.
+        # Events by number, from 1: the newest one of each hash, and the one before each event; 0 if there is none.
+        self._newest = np.zeros(1 << max(0, events_max - 1).bit_length(), np.int64)
+        self._before = np.zeros(events_max, np.int64)
+        self.noted: Counter[tuple[Reason, str, str]] = Counter()  # Events by reason, tier, and detail or space_for.
         self._details: list[str] = [""]
         self._tiers: list[TierName | None] = [None]  # Those that were noted.
         self._began_ms = clock.wall_ms()
@@ -156,10 +164,13 @@ class MissReasons:
         scores: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None,
     ) -> None:
         size, count = len(self._events), len(keys)
+        what = detail if space_for is SpaceFor.UNKNOWN else space_for.name.lower()
+        self.noted[reason, tier or "", what] += count
         if not size:
             return
         skipped = max(0, count - size)
-        places = np.arange(self._count + skipped, self._count + count) % size
+        numbers = np.arange(self._count + skipped, self._count + count)
+        places = numbers % size
         events = np.zeros(count - skipped, _EVENT)
         events["key"] = keys[skipped:]
         events["at_ms"], events["reason"], events["tier"] = self.now_ms, reason, self._tier(tier)
@@ -167,8 +178,21 @@ class MissReasons:
         events["pin_ended_ms"], events["space_for"] = pin_ended_ms[skipped:], space_for
         events["score"] = math.nan if scores is None else scores[skipped:]
         self._events[places] = events
-        self._starts[places] = np.ascontiguousarray(keys[skipped:]).view(np.uint64)[:: KEY_BYTES // 8]
+        starts = np.ascontiguousarray(keys[skipped:]).view(np.uint64)[:: KEY_BYTES // 8]
+        hashes = (starts & np.uint64(len(self._newest) - 1)).view(np.int64)  # Keys are hashes themselves.
+        self._link(hashes, places, numbers + 1)
         self._count += count
+
+    def _link(self, hashes: NDArray[np.int64], places: NDArray[np.int64], numbers: NDArray[np.int64]) -> None:
+        """Link events to the earlier ones of the same hash."""
+        before = self._newest[hashes]
+        self._newest[hashes] = numbers
+        if (self._newest[hashes] != numbers).any():  # Some of these events have the same hash: rare.
+            latest: dict[int, int] = {}
+            for at, (each, number) in enumerate(zip(hashes.tolist(), numbers.tolist(), strict=True)):
+                before[at] = latest.get(each, before[at])
+                latest[each] = number
+        self._before[places] = before
 
     def _tier(self, tier: TierName | None) -> int:
         if tier not in self._tiers:
@@ -187,27 +211,34 @@ class MissReasons:
 
     def of(self, key: bytes, until_ms: int | None = None) -> list[MissEvent]:
         """The events of a block, up to a time; the newest first."""
+        return list(islice(self.events(key, until_ms), _FOUND_MAX))
+
+    def last_copy_gone(self, key: bytes, until_ms: int | None = None) -> MissEvent | None:
+        """The newest event, up to a time, after which the block had no copy."""
+        return next((event for event in self.events(key, until_ms) if event.last_copy), None)
+
+    def events(self, key: bytes, until_ms: int | None = None) -> Iterator[MissEvent]:
+        """As `of`, one by one. Nothing may be noted meanwhile."""
         size = len(self._events)
-        places = np.flatnonzero(self._starts == np.frombuffer(key, np.uint64)[0])
-        places = places[places < self._count]  # The other places were never written.
-        ages = (self._count - 1 - places) % size if size else places
-        found = []
-        for place in places[np.argsort(ages)].tolist():
-            event = self._events[place]
-            if event["key"].tobytes() != key or (until_ms is not None and event["at_ms"] > until_ms):
+        first = max(0, self._count - size)
+        number = self._newest.item(int.from_bytes(key[:8], "little") & (len(self._newest) - 1))
+        for _ in range(_STEPS_MAX):
+            if number <= first:
+                return  # There is none, or its place has a later event.
+            place = (number - 1) % size
+            number = self._before.item(place)
+            if self._keys.item(place) != key:
                 continue
-            found.append(
-                MissEvent(
-                    int(event["at_ms"]),
-                    Reason(int(event["reason"])),
-                    self._tiers[int(event["tier"])],
-                    self._details[int(event["detail"])],
-                    bool(event["last_copy"]),
-                    int(event["pin_ended_ms"]),
-                    SpaceFor(int(event["space_for"])),
-                    float(event["score"]) if abs(event["score"]) < _UNKNOWN_SCORE else None,
-                )
+            _, at_ms, pin_ended_ms, reason, tier, detail, last_copy, space_for, score = self._events[place].item()
+            if until_ms is not None and at_ms > until_ms:
+                continue
+            yield MissEvent(
+                at_ms,
+                Reason(reason),
+                self._tiers[tier],
+                self._details[detail],
+                last_copy,
+                pin_ended_ms,
+                SpaceFor(space_for),
+                score if abs(score) < _UNKNOWN_SCORE else None,
             )
-            if len(found) == _FOUND_MAX:
-                break
-        return found

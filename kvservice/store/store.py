@@ -36,7 +36,9 @@ from kvservice.store.mover.shadow_run import ShadowRun
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.explain import Explain
+from kvservice.store.operations.gauges import Gauges
 from kvservice.store.operations.listings import Listings
+from kvservice.store.operations.lookup_counts import LookupCounts
 from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.policies import Policies
@@ -185,10 +187,6 @@ class BlockStore:
         self._requests = requests = Requests(blocks, clock, limits.requests_remembered)
         self._trace = trace = TraceRecorder(blocks, lambda: index.layouts, leases, clock, loop_budget)
         self.tickets = Tickets(leases, blocks, requests, self._promoter, clock, loop_budget, boot_epoch=self.boot_epoch)
-        self.lookups = Lookups(
-            blocks, index, lifecycle, leases, self._policy, requests, trace, clock, counters, loop_budget
-        )
-
         # Transfers
 
         admission = Admission(
@@ -227,6 +225,11 @@ class BlockStore:
         self._in_place_uploads = in_place = InPlaceUploads(uploads, dram, tasks, offered=limits.writes_in_place)
         self.drain = drain = Drain(blocks, uploads.claims, admission, self._write_behind, tasks, clock)
         self.saves = Saves(index, leases, admission, drain, uploads, in_place, trace, history)
+        self._explain = explain = Explain(blocks, index, history, uploads.claims, clock, self._policy)
+        lookup_counts = LookupCounts(blocks, index.layouts, explain, clock, counters)
+        self.lookups = Lookups(
+            blocks, index, lifecycle, leases, self._policy, requests, trace, clock, lookup_counts, loop_budget
+        )
 
         # Sessions and hints
 
@@ -258,10 +261,9 @@ class BlockStore:
         )
         self.policies = Policies(self._policy, blocks, counters, "lru" if policy is None else policy.name)
         self.scrub = Scrub(lifecycle, dram, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second)
-        self._explain = Explain(blocks, index, history, uploads.claims, clock, self._policy)
         listings = Listings(blocks, index.layouts, sessions, clock, self.boot_epoch)
         self.operators = Operators(
-            blocks, index, lifecycle, counters, sessions, listings, self._explain, requests, trace, leases, hints
+            blocks, index, lifecycle, counters, sessions, listings, explain, requests, trace, leases, hints
         )
         self.status = Status(
             blocks,
@@ -278,6 +280,18 @@ class BlockStore:
             requests=requests,
             trace=trace,
             drain=drain,
+        )
+        self.gauges = Gauges(
+            blocks,
+            index.layouts,
+            history,
+            self._policy,
+            self._promoter,
+            self._writers,
+            admission,
+            uploads,
+            drain,
+            clock,
         )
 
     def _write_behinds(self, slower: Mapping[TierName, DurableTier]) -> dict[TierName, WriteBehind]:

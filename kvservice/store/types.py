@@ -20,6 +20,7 @@ from kvservice.store.mover.requested_moves import EvictOutcome as EvictOutcome
 from kvservice.store.mover.requested_moves import PrefetchOutcome as PrefetchOutcome
 from kvservice.store.mover.shadow_run import ShadowFacts as ShadowFacts
 from kvservice.store.operations.drain import DrainProgress as DrainProgress
+from kvservice.store.operations.explain import MISS_REASONS as MISS_REASONS
 from kvservice.store.operations.explain import ExplainedBlock as ExplainedBlock
 from kvservice.store.operations.explain import ExplainedLookup as ExplainedLookup
 from kvservice.store.operations.explain import ExplainedRequest as ExplainedRequest
@@ -28,6 +29,8 @@ from kvservice.store.operations.explain import Missing as Missing
 from kvservice.store.operations.explain import OtherLayout as OtherLayout
 from kvservice.store.operations.explain import TierPlace as TierPlace
 from kvservice.store.operations.explain import Worth as Worth
+from kvservice.store.operations.gauges import STATES as STATES
+from kvservice.store.operations.gauges import StoreGauges as StoreGauges
 from kvservice.store.operations.listings import BlockFacts as BlockFacts
 from kvservice.store.operations.listings import LayoutFacts as LayoutFacts
 from kvservice.store.operations.operators import DISCARD_KEYS_MAX as DISCARD_KEYS_MAX

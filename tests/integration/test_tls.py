@@ -189,7 +189,7 @@ class TestRotation:
             assert re.fullmatch(rf".*: tls.certificate {folder}/daemon.pem expired on .* UTC", line["event"])
             assert serial_shown(daemon.port) == first.serial_number
             assert client.admin.status().counters["tls_reloads_refused"] == 1
-            assert "kvservice_tls_reloads_refused_total 1.0" in scraped(daemon, authority)
+            assert 'kvservice_tls_reloads_total{result="refused"} 1.0' in scraped(daemon, authority)
 
             good.write(folder)
             daemon.wait_for_log("TLS files changed")

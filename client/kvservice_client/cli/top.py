@@ -24,13 +24,13 @@ from kvservice_client.cli.options import Address, AsJson, Timeout, connect
 from kvservice_client.client import DEFAULT_ADDRESS, Client
 
 _RATES = (
-    "load_blocks load_bytes located_blocks save_blocks_stored save_bytes save_blocks_refused evicted_dram_blocks "
-    "evicted_ssd_blocks lost_unwritten_blocks promoted_blocks promoted_bytes written_behind_blocks "
-    "written_behind_bytes quarantined_blocks storage_errors"
+    "load_blocks load_bytes located_blocks located_bytes save_blocks_stored save_bytes save_blocks_refused "
+    "evicted_dram_blocks evicted_ssd_blocks lost_unwritten_blocks promoted_blocks promoted_bytes "
+    "written_behind_blocks written_behind_bytes quarantined_blocks storage_errors"
 ).split()
 _SHOWN = (  # Activity, counter of blocks, counter of bytes.
     ("loads by stream", "load_blocks", "load_bytes"),
-    ("read in place", "located_blocks", ""),
+    ("read in place", "located_blocks", "located_bytes"),
     ("saves", "save_blocks_stored", "save_bytes"),
     ("saves refused", "save_blocks_refused", ""),
     ("promoted to dram", "promoted_blocks", "promoted_bytes"),

@@ -146,8 +146,13 @@ class Promoter:
 
     @property
     def pending_bytes(self) -> int:
-        """Of all promotions that have not ended."""
-        return sum(pending.geometry.image_bytes for pending in self._pending.values())
+        """Of all promotions that have not ended. May be called from any thread."""
+        return sum(pending.geometry.image_bytes for pending in list(self._pending.values()))
+
+    @property
+    def pending_count(self) -> int:
+        """The blocks that are being promoted, or wait for space. May be called from any thread."""
+        return len(self._pending) + len(self._reserving)
 
     async def read_ended(self) -> None:
         """Wait for the end of the next read of any promotion, with or without success."""
@@ -230,7 +235,7 @@ class Promoter:
         finally:
             if begun:
                 due_s = self._clock.monotonic_s() + within_s
-                self._tasks.start(self._read_all(begun, due_s), "promotion")
+                self._tasks.start(self._read_all(begun, due_s, space_for), "promotion")
         # A promotion that was joined may have ended while this call waited for space; its image is invalid then.
         return {row: pending for row, pending in found.items() if not pending.done.is_set()}
 
@@ -264,10 +269,12 @@ class Promoter:
         pending = self._pending[row] = PendingPromotion(row, generation, geometry, source, extent, image)
         return pending
 
-    async def _read_all(self, promotions: list[PendingPromotion], due_s: float) -> None:
+    async def _read_all(self, promotions: list[PendingPromotion], due_s: float, space_for: SpaceFor) -> None:
         """Read all pieces, several at a time, and end each promotion after its last piece."""
+        began_s = self._clock.monotonic_s()
         with self._measured(promotions):
             await self._read_pieces(promotions, due_s)
+        self._counters.promotion_times[space_for.name.lower(),].observe(self._clock.monotonic_s() - began_s)
 
     @contextmanager
     def _measured(self, promotions: Sequence[PendingPromotion]) -> Iterator[None]:
@@ -328,6 +335,7 @@ class Promoter:
                 lambda end: image_check.read_trailer(end, pending.geometry, key, expected),
                 priority=due_s,
             )
+            self._counters.tier_read_bytes[pending.tier] += len(pending.image) - start
             if pending.trailer is None:
                 raise self._damaged(pending, "the trailer")
         except Exception as error:
@@ -348,6 +356,7 @@ class Promoter:
                 lambda pages: image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums),
                 priority=due_s,
             )
+            self._counters.tier_read_bytes[pending.tier] += piece.end - piece.start
             if damaged:
                 first_layer = self._blocks.shard_of(pending.row).layer_begin
                 raise self._damaged(pending, f"layer {first_layer + damaged[0]}")

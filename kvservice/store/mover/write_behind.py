@@ -305,6 +305,7 @@ class WriteBehind:
             return self._dram.view(source)[: geometry.image_bytes]
         image = image_check.scratch(geometry.image_bytes)
         await self._lifecycle.tiers[self._above].read(source, 0, image, priority=WRITE)
+        self._counters.tier_read_bytes[self._above] += len(image)
         return image
 
     async def _copy(self, row: int, source: Extent, geometry: BlockGeometry) -> tuple[Extent, int]:
@@ -322,8 +323,10 @@ class WriteBehind:
                         raise ChecksumMismatch(f"a layer was damaged in {self._above} before the block was written")
 
                 await self._target.write(extent, piece.start, image[piece.start : piece.end], verify)
+                self._counters.tier_written_bytes[self._below] += piece.end - piece.start
             start = image_check.trailer_start(geometry)
             await self._target.write(extent, start, image[start:])
+            self._counters.tier_written_bytes[self._below] += len(image) - start
             await self._target.seal(extent)
         return extent, flush_failures
 

@@ -66,8 +66,10 @@ class Drain:
 
     @property
     def state_name(self) -> str:
-        """The daemon's state while it drains."""
-        return "stopping" if self._stopping else "draining"
+        """The daemon's state: serving, draining or stopping."""
+        if self._stopping:
+            return "stopping"
+        return "draining" if self.is_draining else "serving"
 
     async def quiet(self) -> None:
         """Wait until no load and no save runs."""

@@ -17,7 +17,7 @@ from kvservice.store.miss_reasons import MissEvent, MissReasons, Reason
 from kvservice.store.mover.active_policy import ActivePolicy
 from kvservice.store.mover.ranking import Valuation
 from kvservice.store.operations.listings import BlockFacts, block_facts
-from kvservice.store.operations.requests import LookupRecord, ReportRecord, RequestRecord
+from kvservice.store.operations.requests import FirstMiss, LookupRecord, ReportRecord, RequestRecord
 from kvservice.store.sessions.sessions import SessionHistory
 from kvservice.store.transfers.admission import Claims
 from kvservice_api.layout import LayerGroup, Layout, Rotary
@@ -64,6 +64,7 @@ class Miss(Enum):
     BEING_SAVED = auto()
 
 
+MISS_REASONS = tuple(miss.name.lower() for miss in Miss)
 _MISS_OF = {
     Reason.REFUSED: Miss.DROPPED_AT_SAVE,
     Reason.ABANDONED: Miss.DROPPED_AT_SAVE,
@@ -234,36 +235,44 @@ class Explain:
 
     def missing(self, caller: Caller, key: bytes, until_ms: int | None = None) -> Missing:
         """Why the block is missing; with `until_ms`, why it was missing at that time."""
-        events = self._history.of(key, until_ms)
-        event = next((event for event in events if event.last_copy), None)
-        emptied = self._index.dram_emptied
-        if event is not None:
-            # It was evicted because its pin had ended.
-            is_expired = event.reason is Reason.EVICTED and event.pin_ended_ms
-            why = Miss.EXPIRED if is_expired else _MISS_OF[event.reason]
-        elif until_ms is None and self._claims.waiting_for(key):
+        event = self._history.last_copy_gone(key, until_ms)
+        if event is None and until_ms is None and self._claims.waiting_for(key):
             why = Miss.BEING_SAVED
         else:
-            why = Miss.NEVER_STORED if emptied is None else Miss.NEVER_STORED_OR_LOST
-        return Missing(key, why, event, self._history.remembers_since_ms, emptied)
+            why = self._why(event)
+        return Missing(key, why, event, self._history.remembers_since_ms, self._index.dram_emptied)
+
+    def _why(self, event: MissEvent | None) -> Miss:
+        """Why a block is missing whose last copy was dropped by `event`; None: by none in the history."""
+        if event is None:
+            return Miss.NEVER_STORED if self._index.dram_emptied is None else Miss.NEVER_STORED_OR_LOST
+        if event.reason is Reason.EVICTED and event.pin_ended_ms:
+            return Miss.EXPIRED  # It was evicted because its pin had ended.
+        return _MISS_OF[event.reason]
+
+    def why_missed(self, miss: FirstMiss, until_ms: int | None = None) -> tuple[Miss, MissEvent | None]:
+        """Why a lookup ended at this block, at a time or now. Takes some microseconds."""
+        event = self._history.last_copy_gone(miss.key, until_ms)
+        if miss.is_partial:
+            return Miss.IN_PART, event
+        if miss.other_layout_ids and event is None:
+            return Miss.OTHER_LAYOUT, None
+        return self._why(event), event
 
     def lookups(self, caller: Caller, request: RequestRecord) -> list[ExplainedLookup]:
         return [self._lookup(caller, record) for record in request.lookups]
 
     def _lookup(self, caller: Caller, record: LookupRecord) -> ExplainedLookup:
         layout = self._index.layouts[record.layout_id]
-        others = [OtherLayout(other, differences(other, layout)) for other in self._layouts(record.other_layout_ids)]
-        if not record.first_missing_key:
+        other_ids = record.miss.other_layout_ids if record.miss is not None else ()
+        others = [OtherLayout(other, differences(other, layout)) for other in self._layouts(other_ids)]
+        if record.miss is None:
             return ExplainedLookup(record, layout, None, others)
-        found = self.missing(caller, record.first_missing_key, record.at_ms)
-        why = found.why
-        if record.is_partial:
-            why = Miss.IN_PART
-        elif others and found.event is None:
-            why = Miss.OTHER_LAYOUT
-        row = int(self._blocks.rows_of_keys([record.first_missing_key])[0])
+        why, event = self.why_missed(record.miss, record.at_ms)
+        row = int(self._blocks.rows_of_keys([record.miss.key])[0])
         since_ms = int(self._blocks.stored_at_ms[row]) if row != NO_ROW else 0
-        missing = Missing(found.key, why, found.event, found.remembers_since_ms, found.dram_emptied, max(0, since_ms))
+        emptied = self._index.dram_emptied
+        missing = Missing(record.miss.key, why, event, self._history.remembers_since_ms, emptied, since_ms)
         return ExplainedLookup(record, layout, missing, others)
 
     def _layouts(self, layout_ids: Sequence[int]) -> list[Layout]:

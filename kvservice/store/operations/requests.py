@@ -10,9 +10,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from kvservice.blocks import NO_ROW, BlockTable
+from kvservice.blocks import BlockTable
 from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
@@ -41,6 +41,14 @@ class LoadRecord:
     ends_as: str = ""  # Regardless of how the call ends: a client that reads in place cancels it after reading.
 
 
+class FirstMiss(NamedTuple):
+    """The block at which a lookup ended."""
+
+    key: bytes
+    is_partial: bool  # Other shards of it were stored.
+    other_layout_ids: Sequence[int]  # Layouts of the same model with blocks, if the lookup's layout had none.
+
+
 @dataclass(slots=True)
 class LookupRecord:
     at_ms: int
@@ -51,9 +59,7 @@ class LookupRecord:
     hit: int
     in_dram: int  # Hits in DRAM, also those in both tiers.
     on_ssd: int  # Hits that are only on SSD.
-    first_missing_key: bytes = b""
-    is_partial: bool = False  # The first missing block was stored in part.
-    other_layout_ids: Sequence[int] = ()  # Layouts of the same model with blocks, if this layout had none.
+    miss: FirstMiss | None = None  # None if all blocks were stored.
     loads: list[LoadRecord] = field(default_factory=list)
     loads_more: int = 0
     lease_id: int = 0
@@ -78,6 +84,20 @@ class RequestRecord:
     lookups_more: int = 0
     reports: list[ReportRecord] = field(default_factory=list)
     reports_more: int = 0
+
+
+def first_miss(
+    blocks: BlockTable, layouts: Mapping[int, Layout], layout_id: int, keys: Sequence[bytes], hit: int
+) -> FirstMiss | None:
+    """The first block that a lookup of `keys` did not find, after `hit` that it found. None if it found all."""
+    if hit == len(keys):
+        return None
+    stored = blocks.live_of_layout
+    others: tuple[int, ...] = ()
+    if not hit and not stored[layout_id]:
+        model = layouts[layout_id].model_id
+        others = tuple(other for other, layout in layouts.items() if layout.model_id == model and stored[other])
+    return FirstMiss(keys[hit], blocks.has_key(keys[hit]), others)
 
 
 class Requests:
@@ -124,14 +144,7 @@ class Requests:
         hit = sum(count for count, _, _ in runs)
         in_dram = sum(count for count, dram, _ in runs if dram)
         record = LookupRecord(self._clock.wall_ms(), layout_id, shard, client, len(keys), hit, in_dram, hit - in_dram)
-        if hit < len(keys):
-            record.first_missing_key = keys[hit]
-            record.is_partial = bool(self._blocks.rows_of_keys(keys[hit : hit + 1])[0] != NO_ROW)
-        stored = self._blocks.live_of_layout
-        if not hit and not stored[layout_id]:
-            model = layouts[layout_id].model_id
-            same = (other for other, layout in layouts.items() if layout.model_id == model and stored[other])
-            record.other_layout_ids = tuple(same)
+        record.miss = first_miss(self._blocks, layouts, layout_id, keys, hit)
         self._add(request_id, record, lease)
 
     def note_report(self, caller: Caller, request_id: str, report: ReportRecord) -> None:

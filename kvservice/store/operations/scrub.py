@@ -124,9 +124,11 @@ class Scrub:
         extent = self._blocks.extent(row, tier)
         assert extent is not None
         geometry, identity = self._lifecycle.geometry(row), self._identity(row)
-        return await image_check.damage_in(
+        what = await image_check.damage_in(
             self._lifecycle.tiers[tier], extent, geometry, *identity, piece_bytes=_PIECE_BYTES, priority=_LAST_PRIORITY
         )
+        self._counters.tier_read_bytes[tier] += geometry.image_bytes
+        return what
 
     def _identity(self, row: int) -> tuple[bytes, Shard, int]:
         """The expected content of the row's trailer, and its checksum."""

@@ -25,6 +25,7 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
 from kvservice.store.mover.promoter import PendingPromotion, Promoter
+from kvservice.store.transfers.load_times import LoadTimes, bytes_per_token
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import on_thread
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared
@@ -91,6 +92,8 @@ class InPlaceReads:
             yield NotInPlace("several shards make up a block")
             return
         rows = lease.rows[blocks.start : blocks.stop]
+        times = LoadTimes(self._blocks, rows, self._clock, self._counters, "in_place")
+        is_located = False
         promotions: dict[int, PendingPromotion] = {}
         held = AsyncExitStack()
         left = asyncio.Event()
@@ -117,17 +120,29 @@ class InPlaceReads:
                     table.shard[rows],
                 )
                 async for ready in self._layers(lease, promotions):
+                    if ready:
+                        times.first_layer()
+                    if ready == lease.shard.layers:  # Before the client reads them, after which it may end the call.
+                        is_located = True
+                        self._count(lease, rows)
                     yield ready
             except KVError as error:
                 self._counters.loads_failed += 1
                 raise lease.placed(error, self._blocks) from error
-            self._counters.located_blocks += len(rows)
             await left.wait()  # Or until this is closed. The blocks stay in their place meanwhile.
             raise LeaseExpired("the client's Attach stream has ended, and its leases with it")
         finally:
+            if is_located:
+                times.ended()
             await held.aclose()
             lease.client.on_detach.discard(left.set)
             self._lifecycle.unhold(rows)
+
+    def _count(self, lease: Lease, rows: Rows) -> None:
+        tokens = int(self._blocks.token_count[rows].sum())
+        self._counters.located_blocks += len(rows)
+        self._counters.located_tokens += tokens
+        self._counters.located_bytes += tokens * bytes_per_token(lease.layout, lease.shard)
 
     async def _extents(self, rows: Rows, promotions: dict[int, PendingPromotion]) -> list[Extent] | NotInPlace:
         extents = []

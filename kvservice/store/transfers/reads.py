@@ -26,6 +26,7 @@ from kvservice.store.leases import Lease
 from kvservice.store.mover.promoter import PendingPromotion, Promoter
 from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.coverage import HeadRun, cover
+from kvservice.store.transfers.load_times import LoadTimes
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import ended, on_thread
 from kvservice_api.errors import ChecksumMismatch, InvalidRequest, KVError, LeaseExpired, Overloaded, StorageFailed
@@ -115,6 +116,7 @@ class Reads:
         self.lifecycle = lifecycle
         self.dram = dram
         self.promoter = promoter
+        self.clock = clock
         self.counters = counters
         self.executor = executor
         self.loop_budget = loop_budget
@@ -131,6 +133,8 @@ class Reads:
         that were yielded before are right.
         """
         read = _Read(self, lease, blocks)
+        rows = np.array(read.rows, np.int64)
+        times = LoadTimes(self.lifecycle.blocks, rows, self.clock, self.counters, "stream")
         self.lifecycle.hold(read.rows)
         try:
             await read.open()
@@ -151,6 +155,8 @@ class Reads:
                         ready, waiting = waiting, following
                         if ready is not None:
                             yield await ready
+                    if layer == layers.start and waiting is not None:  # It is the last frame of the first layer.
+                        waiting.add_done_callback(times.first_layer_joined)
                 if waiting is not None:
                     ready, waiting = waiting, None
                     yield await ready
@@ -162,6 +168,9 @@ class Reads:
                         if not unneeded.cancelled():
                             unneeded.exception()  # Another error was raised before it.
             self.counters.load_blocks += len(blocks)
+            stored = self.lifecycle.blocks.token_count[lease.rows[blocks.start : blocks.stop]]
+            self.counters.load_tokens += int(stored.sum())
+            times.ended()
         except KVError as error:
             self.counters.loads_failed += 1
             raise lease.placed(error, self.lifecycle.blocks) from error
@@ -280,10 +289,12 @@ class _Read:
         """Read a part of a block that is only in a slower tier. An error says which block it is of."""
         assert source.tier is not None and source.extent is not None
         try:
-            return await self._reads.lifecycle.tiers[source.tier].read(source.extent, start, into, then)
+            result = await self._reads.lifecycle.tiers[source.tier].read(source.extent, start, into, then)
         except StorageFailed as error:
             error.details.setdefault("key", self._blocks_table.key_of(source.row).hex())
             raise
+        self._reads.counters.tier_read_bytes[source.tier] += len(into)
+        return result
 
     async def parts(self, layer: int) -> list[Part]:
         """One requested layer, cut into frames; `layer` counts from the shard's first."""

@@ -189,8 +189,9 @@ class Uploads:
         self.open: set[Upload] = set()
 
     def begin(self, caller: Caller, client: Client, request: SaveRequest, space: Space | None = None) -> Upload:
-        """Use it as ``async with``: leaving without a commit abandons it."""
-        return Upload(self, caller, client, request, space or OwnSpace(self.dram))
+        """Use it as ``async with``: leaving without a commit abandons it. With `space`, the client writes in place."""
+        path = "stream" if space is None else "in_place"
+        return Upload(self, caller, client, request, space or OwnSpace(self.dram), path)
 
     def note_refused(self, keys: Sequence[bytes], reason: str) -> None:
         self.lifecycle.history.note_keys(keys, Reason.REFUSED, reason)
@@ -199,8 +200,12 @@ class Uploads:
 class Upload:
     """One save: claim, destinations, bytes, commit. `write` stores the bytes, or the client writes them in place."""
 
-    def __init__(self, uploads: Uploads, caller: Caller, client: Client, request: SaveRequest, space: Space) -> None:
+    def __init__(
+        self, uploads: Uploads, caller: Caller, client: Client, request: SaveRequest, space: Space, path: str
+    ) -> None:
         """Use `Uploads.begin`."""
+        self._began_s = uploads.clock.monotonic_s()
+        self._path = path
         self._all = uploads
         self._caller = caller
         self._client = client
@@ -455,6 +460,8 @@ class Upload:
                 outcome.refused[position] = outcome.refused[first]
             else:
                 outcome.already_stored.append(position)
+        times = self._all.counters.save_times[self._path, "ssd" if on_ssd else "dram"]
+        times.observe(self._all.clock.monotonic_s() - self._began_s)
 
     def _matching(self, checksums: NDArray[np.uint64]) -> list[_Destination]:
         """The blocks whose bytes match the client's checksums. The others are refused."""

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from benchmarks.policies import EXPERIMENTS
 from kvservice.config_sources import SETTINGS, environment_name
-from kvservice.counters import HELP
+from kvservice.metrics.rows import PREFIX
+from kvservice.metrics.table import METRICS
 from kvservice.policy import PLACEMENTS
 from kvservice.simulate.command import simulate
 from kvservice.simulate.command_plan import plan
@@ -44,7 +45,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "errors.md"])
+@pytest.mark.parametrize("page", ["configuration.md", "errors.md", "reference/metrics.md"])
 def test_the_page_is_what_make_docs_writes(pages: Path, page: str) -> None:
     assert (ROOT / "docs" / page).read_text() == (pages / page).read_text(), "run `make docs`"
 
@@ -76,19 +77,19 @@ def test_every_source_file_that_the_architecture_names_exists() -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        *("docs/container.md", "docs/deploying.md", "docs/hints.md", "docs/security.md", "docs/tickets.md"),
-        *("docs/vllm.md", "ops/kubernetes/README.md"),
+        *("docs/container.md", "docs/deploying.md", "docs/hints.md", "docs/operating.md", "docs/security.md"),
+        *("docs/tickets.md", "docs/vllm.md", "ops/kubernetes/README.md"),
     ],
 )
 def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
     sections = "|".join({name.partition(".")[0] for name in SETTINGS})
     settings = named_in(page, rf"`((?:{sections})\.[a-z_]+)`")
     variables = named_in(page, r"(KVSERVICE_\w+__\w+)")
-    counters = named_in(page, r"kvservice_(\w+)_total")
+    metrics = named_in(page, r"(?<!:)\b(kvservice_\w+_(?:total|seconds|bytes|blocks))\b")
 
     assert settings <= set(SETTINGS)
     assert variables <= {environment_name(name) for name in SETTINGS}
-    assert counters <= set(HELP)
+    assert metrics <= {PREFIX + metric.name for metric in METRICS}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,12 @@ def test_every_experiment_has_its_section_on_their_page() -> None:
 def test_every_page_of_the_documentation_stands_in_its_index() -> None:
     listed = named_in("docs/README.md", r"\]\((?!https?:)([^)#]+)")
 
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= listed
+    pages = {
+        str(page.relative_to(ROOT / "docs"))
+        for folder in (".", "reference")
+        for page in (ROOT / "docs" / folder).glob("*.md")
+    }
+    assert pages - {"README.md"} <= listed
 
 
 def test_every_word_of_the_glossary_has_one_meaning() -> None:

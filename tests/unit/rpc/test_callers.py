@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 import kvservice
-from kvservice.rpc.calls import Callers, guarded
+from kvservice.rpc.calls import CallCounts, Callers, guarded
 from kvservice.store.caller import DEFAULT_TENANT, Caller, Tenant
 from kvservice.store.hints.exchange import HintExchange
 from kvservice.store.layouts import Layouts
@@ -22,6 +22,7 @@ from kvservice.store.leases import Client, Leases
 from kvservice.store.lookups import Lookups
 from kvservice.store.mover.requested_moves import RequestedMoves
 from kvservice.store.operations.drain import Drain
+from kvservice.store.operations.gauges import Gauges
 from kvservice.store.operations.operators import Operators
 from kvservice.store.operations.pins import Pins
 from kvservice.store.operations.policies import Policies
@@ -40,6 +41,7 @@ _SOURCES = Path(kvservice.__file__).parent
 # What others may use of a store: the operations of its public parts, plain values, and its start and end.
 _PARTS = {
     "drain": Drain,
+    "gauges": Gauges,
     "hints": HintExchange,
     "layouts": Layouts,
     "leases": Leases,
@@ -69,7 +71,14 @@ _OFFERED_WHOLE = {
     "tickets",
 }
 _VALUES = {"boot_epoch", "clock", "limits", "store_id", "tier_names"}
-_READINGS = {("status", "arena"), ("status", "block_counts"), ("status", "facts"), ("leases", "is_attached")}
+_READINGS = {
+    ("drain", "state_name"),
+    ("gauges", "read"),
+    ("leases", "is_attached"),
+    ("status", "arena"),
+    ("status", "block_counts"),
+    ("status", "facts"),
+}
 _STARTS: dict[str, tuple[str, ...]] = {"store": (), "_store": (), **{f"_{name}": (name,) for name in _PARTS}}
 _LIFE = {"begin_stop", "start", "stop"}
 
@@ -155,7 +164,7 @@ def _read(*modules: str) -> set[tuple[str, ...]]:
 
 def test_listeners_and_metrics_use_the_operations_of_the_store_and_named_plain_values_and_nothing_else() -> None:
     plain = {(name,) for name in _VALUES} | _READINGS
-    assert _read("metrics.py") == {("status", "facts")}
+    assert _read("metrics/*.py") == set(), "they read what the daemon reads for them"
     assert _read("daemon.py") <= plain | {(name,) for name in _LIFE} | {("drain", "quiet")}
     used = _read("rpc/*.py") - plain
     assert used <= _operations(), "others are for the other parts of the store"
@@ -212,7 +221,7 @@ async def _asked(store: OpenStore, address: str, serving: grpc.ServerCredentials
         return caller.principal.encode()
 
     server = grpc.aio.server()
-    handlers = {"Who": grpc.unary_unary_rpc_method_handler(guarded(who))}
+    handlers = {"Who": grpc.unary_unary_rpc_method_handler(guarded(who, CallCounts()))}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", handlers)])
     port = server.add_insecure_port(address) if serving is None else server.add_secure_port(address, serving)
     await server.start()

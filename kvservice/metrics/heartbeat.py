@@ -1,0 +1,87 @@
+"""How punctual the event loop is."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Self
+
+from kvservice.clock import Clock
+from kvservice.counters import Durations
+
+_BEAT_S = 0.005
+_IDLE_BEAT_S = 0.05  # Beats of 5 ms alone would take a processor 1 % of its time.
+_BUSY_SHARE = 0.05  # Of a beat, the event loop's processor time from which on the loop is not idle. A beat takes 1 %.
+_WINDOW_S = 3.0
+_BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
+
+
+class Heartbeat:
+    """Measures the event loop's delay: how much later than due each of its beats runs.
+
+    A beat is due every 5 ms while the loop works, and every 50 ms while it is idle. A callback that blocks an idle
+    loop delays the next beat all the same. The time for which the loop's thread waited for a processor is measured
+    too: it is the machine's delay, not the daemon's.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._beat_at_s: float | None = None
+        self.latest_ms = 0.0  # The worst since the start.
+        self._recent_ms = [0.0, 0.0]  # The worst of the last whole window, and of the one that runs.
+        self._window_ends_s = 0.0
+        self.delays, self.own_delays = Durations(_BOUNDS_S), Durations(_BOUNDS_S)
+
+    async def run(self) -> None:
+        with _ProcessorWait() as processor_wait:
+            beat_s = _IDLE_BEAT_S
+            while True:
+                self._beat_at_s = self._clock.monotonic_s()
+                waited_s, used_s = processor_wait.total_s(), time.thread_time()
+                due = self._clock.monotonic_s() + beat_s
+                await self._clock.sleep(beat_s)
+                late_s = max(0.0, self._clock.monotonic_s() - due)
+                self.delays.observe(late_s)
+                self.own_delays.observe(max(0.0, late_s - (processor_wait.total_s() - waited_s)))
+                self.latest_ms = max(self.latest_ms, late_s * 1000)
+                if due >= self._window_ends_s:
+                    self._recent_ms = [self._recent_ms[1], 0.0]
+                    self._window_ends_s = due + _WINDOW_S
+                self._recent_ms[1] = max(self._recent_ms[1], late_s * 1000)
+                beat_s = next_beat_s(beat_s, time.thread_time() - used_s)
+
+    @property
+    def recent_ms(self) -> float:
+        """The worst of the last few seconds."""
+        return max(self._recent_ms)
+
+    @property
+    def silent_s(self) -> float | None:
+        """The seconds since the last beat; None before the first one. May be called from any thread."""
+        return None if self._beat_at_s is None else self._clock.monotonic_s() - self._beat_at_s
+
+
+def next_beat_s(beat_s: float, used_s: float) -> float:
+    """When the next beat is due, in seconds: soon if the loop's thread used the processor for long in the last beat."""
+    return _BEAT_S if used_s > _BUSY_SHARE * beat_s else _IDLE_BEAT_S
+
+
+class _ProcessorWait:
+    """How long this thread has been ready to run without a processor to run on, as the kernel counts it."""
+
+    def __enter__(self) -> Self:
+        try:
+            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._fd = -1  # A kernel that does not count it.
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def total_s(self) -> float:
+        if self._fd < 0:
+            return 0.0
+        _on_processor_ns, waited_ns, _slices = os.pread(self._fd, 100, 0).split()
+        return int(waited_ns) / 1e9

@@ -1,0 +1,267 @@
+"""The metrics of what the daemon does with blocks: tiers, evictions, copies between tiers; and of the daemon itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvservice.metrics.rows import Metric, Samples, Sources, gauge, histogram, label, total, totals
+from kvservice.store.types import STATES, TierFacts
+
+
+def _of_tiers(name: str, meaning: str, use: str, read: Callable[[TierFacts], float]) -> Metric:
+    def all_tiers(from_: Sources) -> Samples:
+        return {(tier.name,): read(tier) for tier in from_.facts.tiers}
+
+    return Metric(name, "gauge", meaning, use, ("tier",), all_tiers)
+
+
+def _certificate_expires(from_: Sources) -> Samples:
+    return {} if from_.certificates is None else {(): from_.certificates.latest.expires_at_s}
+
+
+def _layouts(from_: Sources) -> Samples:
+    return {
+        (label(layout), layout.model_id, str(layout.block_tokens)): 1 for layout, _ in from_.gauges.layouts.values()
+    }
+
+
+TIERS = (
+    _of_tiers(
+        "tier_capacity_bytes",
+        "What extents may take.",
+        "Less than `tier_configured_bytes`: memory is short, or DRAM is still being prepared. `kvctl status` says why.",
+        lambda tier: tier.capacity_bytes,
+    ),
+    _of_tiers(
+        "tier_configured_bytes",
+        "What extents could take if nothing kept the tier smaller than its setting.",
+        "Alert if the capacity stays below it.",
+        lambda tier: tier.configured_bytes,
+    ),
+    _of_tiers(
+        "tier_used_bytes", "What extents take.", "A full tier is normal: it evicts.", lambda tier: tier.used_bytes
+    ),
+    _of_tiers(
+        "tier_refusing",
+        "1 while a tier takes no blocks.",
+        "Alert: a drive is full, read-only or broken. `kvctl status` has the error.",
+        lambda tier: 1 if tier.refusing_because else 0,
+    ),
+    Metric(
+        "tier_blocks",
+        "gauge",
+        "Stored objects with a copy in the tier.",
+        "How much of the store is in DRAM.",
+        ("tier",),
+        lambda from_: {(tier,): count for tier, count in from_.gauges.blocks.items()},
+    ),
+    Metric(
+        "tier_read_bytes_total",
+        "counter",
+        "Bytes read from a tier below DRAM: loads, promotions, scrubs, and copies further down.",
+        "The drive's read load.",
+        ("tier",),
+        lambda from_: {(tier,): from_.counters.tier_read_bytes[tier] for tier in list(from_.gauges.blocks)[1:]},
+    ),
+    Metric(
+        "tier_written_bytes_total",
+        "counter",
+        "Bytes of blocks written to a tier below DRAM. Writes of the index are not counted.",
+        "Wear: `rate(...[1d]) * 86400` over the drive's capacity are drive writes per day.",
+        ("tier",),
+        lambda from_: {(tier,): from_.counters.tier_written_bytes[tier] for tier in list(from_.gauges.blocks)[1:]},
+    ),
+    gauge("blocks", "Stored objects.", "The size of the store.", lambda s: s.facts.blocks),
+    Metric(
+        "layout_blocks",
+        "gauge",
+        "Stored objects of a layout.",
+        "Which model fills the tiers.",
+        ("layout",),
+        lambda from_: {(label(layout),): count for layout, count in from_.gauges.layouts.values()},
+    ),
+    Metric(
+        "layout_info",
+        "gauge",
+        "1 for each layout: its model and block size. `layout` is the begin of the fingerprint.",
+        "Join it to the metrics with the label `layout`, to see models: `... * on(layout) group_left(model) "
+        "kvservice_layout_info`.",
+        ("layout", "model", "block_tokens"),
+        _layouts,
+    ),
+    gauge("pinned_blocks", "Pinned objects.", "They cannot be evicted.", lambda s: s.gauges.pinned_blocks),
+    gauge(
+        "pinned_bytes",
+        "Bytes of pinned objects.",
+        "Near the limit, `pins.fraction_max` of a tier, pins are refused as `PINS_FULL`.",
+        lambda s: s.gauges.pinned_bytes,
+    ),
+    gauge(
+        "set_aside_bytes",
+        "DRAM that clients may still be writing to although their connection has ended.",
+        "It stays: a process is stopped. See [operating](../operating.md#top).",
+        lambda s: s.facts.set_aside_bytes,
+    ),
+    Metric(
+        "index_used_bytes",
+        "gauge",
+        "Pages in use in a tier's index.",
+        "Near `index_map_bytes`, blocks are evicted although the tier has space: raise the map's size.",
+        ("tier",),
+        lambda from_: {(tier,): size for tier, size in from_.facts.index_used_bytes.items()},
+    ),
+    Metric(
+        "index_map_bytes",
+        "gauge",
+        "Size of a tier's index.",
+        "The limit of `index_used_bytes`.",
+        ("tier",),
+        lambda from_: {(tier,): size for tier, size in from_.facts.index_map_bytes.items()},
+    ),
+)
+LOSSES = (
+    Metric(
+        "evicted_blocks_total",
+        "counter",
+        "Copies dropped from a tier, by what got their space: a `save`, a `load`, a `prefetch` or hint, a "
+        "`read_ahead`, a `copy` from the tier above, the `free_share` that is kept free, the `index`; or on `request`.",
+        'Evictions from the last tier lose blocks: see `lookup_misses_total{reason="evicted"}` whether they were '
+        "needed again.",
+        ("tier", "reason"),
+        lambda from_: from_.gauges.evicted,
+        ("evicted_dram_blocks", "evicted_ssd_blocks"),
+    ),
+    total(
+        "lost_unwritten_blocks_total",
+        "Blocks evicted from DRAM before they were on SSD.",
+        "The SSD is slower than the saves, or the policy wants no copy.",
+    ),
+    total(
+        "discarded_blocks_total",
+        "Blocks dropped everywhere on request.",
+        "It grows only after `kvctl discard`, or its RPC.",
+    ),
+    total(
+        "quarantined_blocks_total",
+        "Blocks quarantined because their bytes were damaged.",
+        "Alert on any increase: check the drive and the memory, and scrub.",
+    ),
+    total("scrubbed_bytes_total", "Bytes that scrubs have verified.", "Whether a scrub runs, and how fast."),
+    total(
+        "storage_errors_total",
+        "Reads, writes and commits that the operating system refused.",
+        "Alert on any increase: the log names the file and the error.",
+    ),
+)
+WRITES = (
+    gauge(
+        "unwritten_blocks",
+        "Stored objects that only DRAM has.",
+        "They are lost with the host's memory. It falls to near 0 between bursts, unless the policy wants no copy.",
+        lambda s: s.gauges.unwritten_blocks,
+    ),
+    gauge(
+        "unwritten_bytes",
+        "Bytes of these objects.",
+        "It grows without end: the SSD is slower than the saves.",
+        lambda s: s.gauges.unwritten_bytes,
+    ),
+    Metric(
+        "write_queue_blocks",
+        "gauge",
+        "Blocks that are queued or written to a tier.",
+        "The time of a drain: these blocks over the rate of `written_behind_blocks_total`.",
+        ("tier",),
+        lambda from_: {(tier,): count for tier, count in from_.gauges.write_queue.items()},
+    ),
+    total("written_behind_blocks_total", "Blocks copied to the next slower tier.", "The rate of write-behind."),
+    total("written_behind_bytes_total", "Bytes copied to the next slower tier.", "The same in bytes."),
+)
+PROMOTIONS = (
+    histogram(
+        "promotion_seconds",
+        "How long the reads of blocks that are copied to DRAM together took, by what they are for: a `load`, a "
+        "`prefetch` or hint, a `read_ahead`.",
+        'The slow part of `load_first_layer_seconds{tier="ssd"}`.',
+        ("reason",),
+        lambda from_: dict(from_.counters.promotion_times),
+    ),
+    gauge(
+        "promoting_blocks",
+        "Blocks that are being copied to DRAM, or wait for it: the queue of reads.",
+        "It stays high: the drive is slower than what loads and hints ask for.",
+        lambda s: s.gauges.promoting_blocks,
+    ),
+    gauge(
+        "promoting_bytes",
+        "Bytes of the promotions that have space in DRAM.",
+        "Over the drive's bandwidth: how long a new load waits.",
+        lambda s: s.gauges.promoting_bytes,
+    ),
+    total("promoted_blocks_total", "Blocks copied from a slower tier to DRAM.", "The rate of promotions."),
+    total("promoted_bytes_total", "Bytes copied from a slower tier to DRAM.", "The same in bytes."),
+    total(
+        "read_ahead_blocks_total",
+        "Blocks copied to DRAM because the policy expects their next use.",
+        "0 with a policy that does not read ahead.",
+    ),
+    total("read_ahead_bytes_total", "Bytes of these blocks.", "The reads that the policy adds."),
+    total(
+        "read_ahead_unused_blocks_total",
+        "Those of these blocks that left DRAM before a request used them.",
+        "Over `read_ahead_blocks_total`: the share of reads for nothing. Much of it: choose another policy.",
+    ),
+    total(
+        "policy_failures_total",
+        "Decisions that the placement policy was late with or failed at: recency decided.",
+        "Alert if it grows steadily: the log has the reason.",
+    ),
+)
+DAEMON = (
+    Metric(
+        "build_info",
+        "gauge",
+        "1: the daemon's version, and the placement policy that decides now.",
+        "Which version runs where.",
+        ("version", "policy"),
+        lambda from_: {(from_.version, from_.gauges.policy): 1},
+    ),
+    Metric(
+        "state",
+        "gauge",
+        "1 for the daemon's state: `serving`; `draining`, while it refuses saves; `stopping`.",
+        "A daemon that stays `draining`: `kvctl drain` was not undone.",
+        ("state",),
+        lambda from_: {(state,): float(state == from_.gauges.state) for state in STATES},
+    ),
+    histogram(
+        "event_loop_delay_seconds",
+        "How late a heartbeat of the event loop was.",
+        "Alert if the 99th percentile is above 20 ms: all calls wait so long.",
+        (),
+        lambda from_: {(): from_.heartbeat.delays},
+    ),
+    histogram(
+        "event_loop_own_delay_seconds",
+        "The same without the time for which the event loop's thread waited for a processor.",
+        "Small while the other is large: the host has too few processors.",
+        (),
+        lambda from_: {(): from_.heartbeat.own_delays},
+    ),
+    Metric(
+        "tls_certificate_expires_seconds",
+        "gauge",
+        "When the certificate in use expires, in seconds since the epoch. Only with TLS.",
+        "Alert some days before.",
+        (),
+        _certificate_expires,
+    ),
+    totals(
+        "tls_reloads_total",
+        "Times that changed TLS files were `loaded`, or `refused`: then the earlier ones stay in use.",
+        "Alert on `refused`: see [security](../security.md).",
+        "result",
+        loaded="tls_reloads",
+        refused="tls_reloads_refused",
+    ),
+)

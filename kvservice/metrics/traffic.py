@@ -1,0 +1,253 @@
+"""The metrics of what clients do: lookups, loads, saves, calls, sessions and hints."""
+
+from __future__ import annotations
+
+from kvservice.metrics.rows import Metric, gauge, histogram, label, total, totals
+from kvservice.store.types import MISS_REASONS
+
+LOOKUPS = (
+    histogram(
+        "lookup_seconds",
+        "How long lookups took in the store, without gRPC.",
+        "If it grows, compare `event_loop_delay_seconds`: the daemon is too busy, or prompts are longer.",
+        (),
+        lambda from_: {(): from_.counters.lookup_times},
+    ),
+    Metric(
+        "lookup_requested_blocks_total",
+        "counter",
+        "Blocks that lookups asked for. A client on this host answers some of its lookups itself, from the residency "
+        "directory: the daemon does not count those.",
+        "The divisor of the hit ratio: `rate(lookup_hit_blocks_total)` over it.",
+        ("layout",),
+        lambda from_: from_.by_layout(from_.counters.asked_blocks),
+        ("lookup_blocks_asked",),
+    ),
+    Metric(
+        "lookup_hit_blocks_total",
+        "counter",
+        "Blocks that lookups found, up to the first missing one, by their fastest tier.",
+        "If most hits are in a slower tier, a larger DRAM tier makes loads faster.",
+        ("layout", "tier"),
+        lambda from_: {
+            (label(from_.gauges.layouts[each][0]), tier): count
+            for (each, tier), count in dict(from_.counters.hit_blocks).items()
+            if each in from_.gauges.layouts
+        },
+        ("lookup_blocks_hit",),
+    ),
+    Metric(
+        "lookup_hit_tokens_total",
+        "counter",
+        "Tokens of these blocks: what an engine need not compute. Each lookup of a prefix counts, so each rank does.",
+        "The rate at which engines can reuse tokens.",
+        ("layout",),
+        lambda from_: from_.by_layout(from_.counters.hit_tokens),
+    ),
+    Metric(
+        "lookup_misses_total",
+        "counter",
+        "Lookups that ended at a missing block, by the reason why that block is missing.",
+        "The reasons are those of `kvctl explain`: see [operating](../operating.md#explain). New text is "
+        "`never_stored`; for `evicted`, make the tier larger or pin; for `other_layout`, compare settings.",
+        ("layout", "reason"),
+        lambda from_: {
+            (name, reason): from_.counters.misses[each, reason]
+            for each, name in (
+                (each, label(from_.gauges.layouts[each][0])) for each in list(from_.counters.asked_blocks)
+            )
+            for reason in MISS_REASONS
+        },
+    ),
+)
+LOADS = (
+    histogram(
+        "load_first_layer_seconds",
+        "From the begin of a load until the first layer of all its blocks is verified, in memory.",
+        "The part of the time to first token that a load adds. `tier` is the slowest one that the load needs: if `ssd` "
+        "is slow, see `promoting_blocks` and the drive.",
+        ("path", "tier"),
+        lambda from_: dict(from_.counters.first_layer_times),
+    ),
+    histogram(
+        "load_seconds",
+        "From the begin of a load until the client has all of it: for `stream` the last byte is handed to gRPC, for "
+        "`in_place` the client ends the call. Loads that fail are not counted.",
+        "If `stream` is slow and its first layer is not, the network or the client is slow.",
+        ("path", "tier"),
+        lambda from_: dict(from_.counters.load_times),
+    ),
+    totals(
+        "load_blocks_total",
+        "Blocks that loads gave to clients: sent as a `stream`, or read `in_place` in shared memory.",
+        "If `in_place` stays 0 with engines on this host, they do not map its memory: see `Client.stats().transports`.",
+        "path",
+        stream="load_blocks",
+        in_place="located_blocks",
+    ),
+    totals(
+        "load_bytes_total",
+        "KV bytes of these blocks. In place, they are what the client may read there.",
+        "The bandwidth of loads.",
+        "path",
+        stream="load_bytes",
+        in_place="located_bytes",
+    ),
+    totals(
+        "load_tokens_total",
+        "Tokens of these blocks: those that engines reuse. Each load of a part (a rank, a range of layers) counts.",
+        "The rate of reused tokens: engines save the time to compute them.",
+        "path",
+        stream="load_tokens",
+        in_place="located_tokens",
+    ),
+    total(
+        "loads_failed_total",
+        "Loads that ended with an error of the store.",
+        "Any increase: see `rpc_errors_total` of `LoadBlocks` and `LocateBlocks` for the reason.",
+    ),
+    total(
+        "read_through_bytes_total",
+        "Bytes that were sent from a slower tier because DRAM had no space for their blocks.",
+        "Much of it: the DRAM tier is too small for the leases and saves that run.",
+    ),
+)
+SAVES = (
+    histogram(
+        "save_seconds",
+        "From the begin of a save until its answer, with the time in which the client sends or writes the bytes.",
+        '`durability="ssd"` waits for the SSD. If `dram` is slow, saves wait for space.',
+        ("path", "durability"),
+        lambda from_: dict(from_.counters.save_times),
+    ),
+    totals(
+        "save_blocks_total",
+        "Blocks of saves that ended: `stored` now, stored before (`already_stored`), or `refused`.",
+        "Many refused blocks: see their reasons.",
+        "result",
+        stored="save_blocks_stored",
+        already_stored="save_blocks_already_stored",
+        refused="save_blocks_refused",
+    ),
+    Metric(
+        "save_refused_blocks_total",
+        "counter",
+        "Blocks that were refused, by the reason; also those of saves that were refused as a whole.",
+        "`TIER_FULL`: writes to SSD do not keep up, or leases and pins fill the tier. `OVERLOADED`: too many saves. "
+        "See [errors](../errors.md).",
+        ("reason",),
+        lambda from_: {(reason,): count for reason, count in from_.gauges.refused.items()},
+    ),
+    total("save_bytes_total", "KV bytes that saves stored.", "The rate of new KV; with it, size the tiers."),
+    total(
+        "saves_abandoned_total",
+        "Saves that ended without a commit.",
+        "An increase without restarts of engines: clients lose their connection.",
+    ),
+    gauge(
+        "uploads",
+        "Blocks that are being saved.",
+        "It returns to 0; a drain waits for that.",
+        lambda from_: from_.facts.uploads,
+    ),
+    Metric(
+        "transfers_running",
+        "gauge",
+        "Loads and saves that run, by kind and path.",
+        "Near `server.loads_max` or `server.saves_max`, calls are refused as `OVERLOADED`.",
+        ("kind", "path"),
+        lambda from_: from_.gauges.transfers,
+    ),
+)
+CALLS = (
+    Metric(
+        "rpc_calls_total",
+        "counter",
+        "RPCs that ended, by gRPC status code. A client ends a load in place as `CANCELLED`, and when it disconnects, "
+        "all its calls.",
+        "The rate of calls. The share of `UNAVAILABLE`, `RESOURCE_EXHAUSTED` and `INTERNAL` is for an alert.",
+        ("method", "code"),
+        lambda from_: dict(from_.calls.ended),
+    ),
+    Metric(
+        "rpc_errors_total",
+        "counter",
+        "RPCs that ended with an error of the daemon, by its reason.",
+        "What to do about each reason: [errors](../errors.md). `INTERNAL` is a fault of the daemon: see its log.",
+        ("method", "reason"),
+        lambda from_: dict(from_.calls.errors),
+    ),
+    Metric(
+        "rpc_calls_running",
+        "gauge",
+        "RPCs that run. `Attach` and `Exchange` run as long as a client is connected.",
+        "Calls that stay: clients that do not read, or a tier that hangs.",
+        ("method",),
+        lambda from_: {(method,): count for method, count in dict(from_.calls.running).items()},
+    ),
+)
+CLIENTS = (
+    gauge(
+        "clients", "Attached clients.", "Fewer than engines run: one lost its connection.", lambda s: s.facts.clients
+    ),
+    gauge("leases", "Leases that run.", "Leased blocks cannot be evicted.", lambda s: s.facts.leases),
+    total("leases_granted_total", "Leases granted.", "The rate of lookups whose blocks are to be loaded."),
+    total(
+        "leases_expired_total",
+        "Leases that expired.",
+        "Engines that do not release leases, or that wait longer than their leases last.",
+    ),
+    gauge("sessions", "Sessions.", "Near `session.sessions_max`, new ones are refused.", lambda s: s.facts.sessions),
+    total("sessions_begun_total", "Sessions created or forked.", "The rate of new conversations."),
+    total(
+        "sessions_expired_total",
+        "Sessions deleted because no client used them.",
+        "Conversations that should last longer: raise `session.ttl_s`.",
+    ),
+    total(
+        "session_changes_refused_total",
+        "Changes of sessions refused because they started from another revision.",
+        "Two engines write to one session.",
+    ),
+    Metric(
+        "requests_reported_total",
+        "counter",
+        "Requests that engines reported, by plan and outcome.",
+        "`failed_over` and `breaker_open` are requests that could not use the store.",
+        ("plan", "outcome"),
+        lambda from_: from_.facts.reported,
+    ),
+)
+HINTS = (
+    gauge(
+        "hint_streams", "Clients that send hints.", "0 if no engine sends its queue.", lambda s: s.facts.hint_streams
+    ),
+    gauge(
+        "queued_requests",
+        "Requests in the queues that clients sent.",
+        "The engines' load.",
+        lambda s: s.facts.queued_requests,
+    ),
+    total("hints_received_total", "Queued requests and other hints that clients sent.", "Whether engines send hints."),
+    totals(
+        "hints_ignored_total",
+        "Hints that were ignored: about a session that does not exist for the client (`unknown_session`), with a field "
+        "that is not valid (`invalid`), or over a limit of the hints settings (`over_limit`).",
+        "`invalid`: an engine of another version. `over_limit`: raise the limits.",
+        "reason",
+        unknown_session="hints_unknown",
+        invalid="hints_invalid",
+        over_limit="hints_over_limit",
+    ),
+    total(
+        "hint_promoted_blocks_total",
+        "Blocks copied to DRAM because of hints.",
+        "What hints prepare for the next loads.",
+    ),
+    total("hint_promoted_bytes_total", "Bytes of these blocks.", "Limited by `hints.bytes_per_second`."),
+    total(
+        "hint_readiness_sent_total",
+        "Changes of a queued request's readiness that were sent to clients.",
+        "0: no engine asks which of its requests are ready.",
+    ),
+)

@@ -1,0 +1,48 @@
+"""Counts one load, and measures it until its first layer and until its end: for the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any, Literal
+
+from kvservice.blocks import BlockTable, Rows
+from kvservice.clock import Clock
+from kvservice.counters import Counters
+from kvservice_api.layout import Layout, Shard
+
+
+class LoadTimes:
+    """One load of `rows`. Made when it begins, because then the tiers of the rows are known."""
+
+    def __init__(
+        self, blocks: BlockTable, rows: Rows, clock: Clock, counters: Counters, path: Literal["stream", "in_place"]
+    ) -> None:
+        self._clock = clock
+        self._counters = counters
+        counts = blocks.count_by_fastest(rows)
+        slowest = max((position for position, count in enumerate(counts) if count), default=0)
+        self._labels = path, blocks.tiers[slowest]
+        self._began_s = clock.monotonic_s()
+        self._has_first_layer = False
+
+    def first_layer(self) -> None:
+        """The first layer of all blocks is verified, in memory. Later calls have no effect."""
+        if not self._has_first_layer:
+            self._has_first_layer = True
+            self._counters.first_layer_times[self._labels].observe(self._clock.monotonic_s() - self._began_s)
+
+    def first_layer_joined(self, last_frame: asyncio.Future[Any]) -> None:
+        """As `first_layer`, called when the last frame of that layer is done; not counted if that failed."""
+        if not last_frame.cancelled() and last_frame.exception() is None:
+            self.first_layer()
+
+    def ended(self) -> None:
+        """The client has all layers."""
+        self._counters.load_times[self._labels].observe(self._clock.monotonic_s() - self._began_s)
+
+
+@functools.lru_cache(maxsize=256)
+def bytes_per_token(layout: Layout, shard: Shard) -> int:
+    """KV bytes of one token in all layers and heads of the shard."""
+    return sum(layout.shard_slice_bytes(shard, layer, 1) for layer in range(shard.layer_begin, shard.layer_end))
