@@ -54,7 +54,7 @@ class Metric:
 
 
 def label(layout: Layout) -> str:
-    """The value of the label `layout`: the begin of the fingerprint, in hexadecimal."""
+    """The value of the label `layout`: the first digits of the fingerprint, in hexadecimal."""
     return layout.fingerprint.hex()[:_LAYOUT_DIGITS]
 
 

@@ -83,7 +83,7 @@ TIERS = (
     Metric(
         "layout_info",
         "gauge",
-        "1 for each layout: its model and block size. `layout` is the begin of the fingerprint.",
+        "1 for each layout: its model and block size. `layout` has the first digits of the fingerprint.",
         "Join it to the metrics with the label `layout`, to see models: `... * on(layout) group_left(model) "
         "kvservice_layout_info`.",
         ("layout", "model", "block_tokens"),

@@ -63,7 +63,7 @@ LOOKUPS = (
 LOADS = (
     histogram(
         "load_first_layer_seconds",
-        "From the begin of a load until the first layer of all its blocks is verified, in memory.",
+        "From the start of a load until the first layer of all its blocks is verified, in memory.",
         "The part of the time to first token that a load adds. `tier` is the slowest one that the load needs: if `ssd` "
         "is slow, see `promoting_blocks` and the drive.",
         ("path", "tier"),
@@ -71,7 +71,7 @@ LOADS = (
     ),
     histogram(
         "load_seconds",
-        "From the begin of a load until the client has all of it: for `stream` the last byte is handed to gRPC, for "
+        "From the start of a load until the client has all of it: for `stream` the last byte is handed to gRPC, for "
         "`in_place` the client ends the call. Loads that fail are not counted.",
         "If `stream` is slow and its first layer is not, the network or the client is slow.",
         ("path", "tier"),
@@ -115,7 +115,7 @@ LOADS = (
 SAVES = (
     histogram(
         "save_seconds",
-        "From the begin of a save until its answer, with the time in which the client sends or writes the bytes.",
+        "From the start of a save until its answer, with the time in which the client sends or writes the bytes.",
         '`durability="ssd"` waits for the SSD. If `dram` is slow, saves wait for space.',
         ("path", "durability"),
         lambda from_: dict(from_.counters.save_times),
