@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ from kvservice_api.errors import KVError
 _LOCK_NAME = "lock"
 _MAP_BYTES_MIN = 1 << 20
 _IN_FOLDER = (LAYOUTS_NAME, SECRET_NAME, KEY_GENERATIONS_NAME, LEARNED_NAME, "kvservice.sock", "kvservice.sock.lock")
+_INDEX = re.compile(r"index(\.new|\.damaged-\d+|-[a-z][a-z0-9-]*)?")
 _SHM = Path("/dev/shm")
 
 
@@ -115,9 +117,10 @@ def _plan(store: Path) -> Removal:
             removal.stays.append(f"{file}: it is not a file of this store")
         else:
             _add(removal, file)
-    for path in sorted(store.glob("index-*")):
+    for path in [each for each in sorted(store.glob("index-*")) if each.is_dir() and _INDEX.fullmatch(each.name)]:
         removal.stays.append(f"the file of a tier below SSD, where {path} is its index: the store does not name it")
-    for path in [*sorted(store.glob("index*")), *(store / name for name in (*_IN_FOLDER, IDENTITY_NAME, _LOCK_NAME))]:
+    indexes = [path for path in sorted(store.glob("index*")) if _INDEX.fullmatch(path.name)]
+    for path in [*indexes, *(store / name for name in (*_IN_FOLDER, IDENTITY_NAME, _LOCK_NAME))]:
         if os.path.lexists(path):
             _add(removal, path)
     listed = set(removal.paths)
@@ -149,6 +152,9 @@ def _is_in_use(arena: Path) -> bool:
 
 def _add(removal: Removal, path: Path) -> None:
     removal.paths.append(str(path))
+    if path.is_symlink():
+        removal.stays.append(f"{path.resolve()}: {path} is a link to it, and only the link is deleted")
+        return
     files = [each for each in path.rglob("*") if not each.is_dir()] if path.is_dir() else [path]
     removal.size_bytes += sum(file.lstat().st_blocks * 512 for file in files)
 

@@ -59,8 +59,8 @@ other path is 404.
 
 Names follow Prometheus' conventions: base units, `_total` for counters, which begin with 0 at the daemon's start. A
 histogram has `_bucket`, `_sum` and `_count`; its buckets are from 0.1 ms to 30 s, or from 1 ms for the event loop.
-The label `layout` has the first digits of a layout's fingerprint: `kvservice_layout_info` names its model. `path` is `stream`
-(bytes over gRPC) or `in_place` (the client reads or writes shared memory).
+The label `layout` has the first digits of a layout's fingerprint: `kvservice_layout_info` names its model. `path` is
+`stream` (bytes over gRPC) or `in_place` (the client reads or writes shared memory).
 
 The daemon also has the metrics of its process, as every program with the Python client of Prometheus: `process_*`,
 `python_*`. `kvctl status` shows totals under shorter names of its own.

@@ -29,14 +29,21 @@ def test_a_store_goes_with_its_drives_and_its_shared_memory(
     assert daemon.stop() == 0
     ours = daemon.store / "notes.txt"
     ours.write_text("an operator's")
+    page = daemon.store / "index.html"
+    page.write_text("an operator's too")
+    (tmp_path / "elsewhere").mkdir()
+    (daemon.store / "index.new").symlink_to(tmp_path / "elsewhere")
 
     done = daemon.command("remove", "--yes", "--json", str(daemon.store))
 
     assert done.returncode == 0, done.stderr
-    assert list(daemon.store.iterdir()) == [ours]
+    assert sorted(daemon.store.iterdir()) == [page, ours]
+    assert (tmp_path / "elsewhere").is_dir()
     assert not arena.exists()
     assert not [file for drive in drives for file in drive.iterdir()]
-    assert json.loads(done.stdout)["stays"] == [f"{ours}: a store makes no such file"]
+    stays = json.loads(done.stdout)["stays"]
+    assert f"{ours}: a store makes no such file" in stays
+    assert [line for line in stays if "only the link is deleted" in line]
 
     daemon.start()
     with daemon.client() as client:
