@@ -132,7 +132,7 @@ class Daemon:
     async def open(cls, settings: Settings, *, clock: Clock | None = None, files: FileCalls | None = None) -> Daemon:
         """Open or create the store and put the daemon together.
 
-        Raises ConfigError, HostLimit, StoreError, StoreMismatch, AddressUnusable, OSError.
+        Raises ConfigError, NotThere, HostLimit, StoreError, StoreMismatch, AddressUnusable, OSError.
         """
         check_start(settings)
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
@@ -170,7 +170,10 @@ class Daemon:
         log.info("serving", extra={**ports, "blocks": facts.blocks, "pid": os.getpid(), **known})
 
     async def drain(self) -> None:
-        """Refuse new saves and wait for running loads and saves. Returns when they have ended or the time is over."""
+        """Refuse new saves, wait for running loads and saves, and write what only DRAM has, if that is set.
+
+        Returns when all of it has ended or its time is over.
+        """
         self.store.begin_stop()
         await self._server.refuse_new_work()
         timeout_s = self.settings.server.drain_timeout_s
@@ -180,6 +183,15 @@ class Daemon:
                 await self.store.drain.quiet()
         except TimeoutError:
             log.warning("the drain timeout is over; running loads and saves are cancelled")
+        write_s = self.settings.server.write_timeout_s
+        if not write_s:
+            return
+        log.info("writing the blocks that only DRAM has: this may take %g s", write_s, extra={"timeout_s": write_s})
+        try:
+            async with self._clock.timeout(write_s):
+                await self.store.drain.written()
+        except TimeoutError:
+            log.warning("the time is over: some blocks are only in DRAM; raise server.write_timeout_s")
 
     async def close(self) -> None:
         """Stop the servers, write pending records, and close all files."""

@@ -16,8 +16,12 @@ from kvservice.rpc.addresses import expect_usable
 _MAPPED_MAX = 2**46  # A process has twice as much address space on usual 64-bit hosts.
 
 
+class NotThere(RuntimeError):
+    """The machine does not have what a setting names, for now: a drive may be mounted later. The message says what."""
+
+
 def check_start(settings: Settings) -> None:
-    """Raises ConfigError or AddressUnusable, with the name of the setting and what to do. Changes nothing."""
+    """Raises ConfigError, NotThere or AddressUnusable, with the name of the setting and what to do. Changes nothing."""
     for name in ("address", "metrics_address"):
         if address := getattr(settings.server, name):
             expect_usable(f"server.{name}", address)
@@ -39,12 +43,12 @@ def check_start(settings: Settings) -> None:
 
 def _expect_folder(setting: str, path: Path, why: str = "") -> None:
     if not path.exists():
-        raise ConfigError(f"{setting}: {why}there is no folder {path}; create it, or correct the setting")
+        raise NotThere(f"{setting}: {why}there is no folder {path}; create it, or correct the setting")
     if not path.is_dir():
-        raise ConfigError(f"{setting}: {why}{path} is not a folder")
+        raise NotThere(f"{setting}: {why}{path} is not a folder")
     is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY  # A disk's fault, which the first write reports.
     if not is_read_only and not os.access(path, os.W_OK | os.X_OK):
-        raise ConfigError(f"{setting}: {why}the user {os.geteuid()} may not write in {path}")
+        raise NotThere(f"{setting}: {why}the user {os.geteuid()} may not write in {path}")
 
 
 def _expect_space(settings: Settings, store: Path) -> None:
@@ -61,7 +65,7 @@ def _expect_space(settings: Settings, store: Path) -> None:
         found = os.statvfs(place[device])
         free = found.f_bavail * found.f_frsize
         if size > free:
-            raise ConfigError(
+            raise NotThere(
                 f"ssd.capacity_bytes: a new store needs {_text(size)} in {place[device]}, and {_text(free)} are free "
                 "there; make it smaller, or name other drives in ssd.paths"
             )

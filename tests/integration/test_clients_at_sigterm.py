@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Self
 
 import grpc
@@ -100,3 +102,28 @@ def test_clients_that_are_only_attached_do_not_hold_a_daemon_up(new_daemon: NewD
         wire.lookup(SMALL, chain)
         assert daemon.stop() == 0
     assert not [line for line in daemon.log if line["level"] in ("warning", "error")]
+
+
+@pytest.mark.parametrize(("timeout_s", "is_written"), [(60.0, True), (0.1, False), (0.0, False)])
+def test_what_only_dram_has_is_written_after_sigterm_for_as_long_as_is_set(
+    tmp_path: Path, timeout_s: float, is_written: bool
+) -> None:
+    """On an SSD that needs more than a second for all blocks."""
+    slow = ("-m", "benchmarks.placement.limited_daemon")
+    daemon = DaemonProcess(tmp_path, program=slow, server__write_timeout_s=timeout_s)
+    try:
+        daemon.start(environment={"BENCH_SSD_BYTES_PER_S": "10e6"})
+        chain = new_chain(LARGE, 80)
+        with daemon.client() as client:
+            until(lambda: client.admin.status().dram.capacity_bytes > 32 * MIB)
+            assert save(client, LARGE, chain).stored == len(chain)
+        assert daemon.stop() == 0
+        assert bool(daemon.logged("the time is over: some blocks are only in DRAM; raise server.write_timeout_s")) == (
+            timeout_s == 0.1
+        )
+        shutil.rmtree(daemon.arena_folder)
+        daemon.start(environment={"BENCH_SSD_BYTES_PER_S": "1e9"})
+        with daemon.client() as client:
+            assert (client.admin.status().ssd.blocks == len(chain)) is is_written
+    finally:
+        daemon.remove()

@@ -61,7 +61,7 @@ class Drain:
     # When the daemon stops
 
     def begin_stop(self) -> None:
-        """Refuse saves permanently. Blocks that are only in DRAM stay there, and the next start finds them."""
+        """Refuse saves permanently. Blocks that are only in DRAM stay there, unless `written` is called next."""
         self.is_draining = self._stopping = True
 
     @property
@@ -75,6 +75,10 @@ class Drain:
         """Wait until no load and no save runs."""
         while self._admission.loads_open or self._claims.object_count:
             await self._clock.sleep(_LOOK_EVERY_S)
+
+    async def written(self) -> None:
+        """Write the blocks that are only in DRAM, and wait for that. A failing SSD makes it wait until that ends."""
+        await self._write_all()
 
     # When an operator asks
 

@@ -165,7 +165,7 @@ def _read(*modules: str) -> set[tuple[str, ...]]:
 def test_listeners_and_metrics_use_the_operations_of_the_store_and_named_plain_values_and_nothing_else() -> None:
     plain = {(name,) for name in _VALUES} | _READINGS
     assert _read("metrics/*.py") == set(), "they read what the daemon reads for them"
-    assert _read("daemon.py") <= plain | {(name,) for name in _LIFE} | {("drain", "quiet")}
+    assert _read("daemon.py") <= plain | {(name,) for name in _LIFE} | {("drain", "quiet"), ("drain", "written")}
     used = _read("rpc/*.py") - plain
     assert used <= _operations(), "others are for the other parts of the store"
     assert used >= {way for way in _operations() if way[0] in _OFFERED_WHOLE}, "no listener offers them"
