@@ -153,7 +153,7 @@ class TestWhereNoDaemonAnswers:
             port = bound.getsockname()[1]
         new_daemon(server__metrics_address=f"127.0.0.1:{port}")
         line = hint(f"127.0.0.1:{port}")
-        assert f"The program at 127.0.0.1:{port} is not a KVService daemon" in line
+        assert f"The program at 127.0.0.1:{port} does not answer as a KVService daemon: it hangs, or is" in line
         assert "kvservice serve" not in line
 
     def test_it_says_that_the_host_is_not_known(self, hint: Any) -> None:

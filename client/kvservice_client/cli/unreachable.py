@@ -11,6 +11,9 @@ from kvservice_api.address import Address, TcpAddress, UnixAddress
 
 _TIMEOUT_S = 1.0  # Timeout of each attempt to connect.
 
+_SILENT = (
+    "does not answer as a KVService daemon: it hangs, or is another program. See which one it is, or correct --address."
+)
 _START = "Start a daemon with `kvservice serve`, or name another one with --address."
 
 
@@ -54,7 +57,7 @@ def _why_listener(address: TcpAddress, host: str, speaks_tls: bool, with_tls: bo
         return f"{listener} uses TLS: give --tls-ca."
     if with_tls:
         return f"{listener} does not use TLS: remove the options --tls-..., or correct --address."
-    return f"{listener} is not a KVService daemon: correct --address, or check which program runs there."
+    return f"{listener} {_SILENT}"
 
 
 def _why_socket(address: UnixAddress) -> str:
@@ -76,7 +79,7 @@ def _why_socket(address: UnixAddress) -> str:
         return f"No process listens on the socket any more. {_START}"
     except OSError as error:
         return f"The socket cannot be used ({error.strerror or error}): correct --address."
-    return "The program that listens on the socket is not a KVService daemon: correct --address."
+    return f"The program that listens on the socket {_SILENT}"
 
 
 def _speaks_tls(probe: socket.socket) -> bool:
