@@ -276,6 +276,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         ssd_files=_ssd_files(settings) if has_ssd else (),
     )
     opening.callback(index.close)
+    index.remember_place()
     if has_ssd:
         ssd = SsdTier.open(
             _ssd_files(settings),
@@ -381,7 +382,9 @@ def _lower_tiers(
         except (ValueError, TypeError) as error:
             if isinstance(error, StoreMismatch):
                 folder = index.lower_directory(name)
-                raise StoreMismatch(f"{error}. To drop the blocks of this tier, remove the folder {folder}") from error
+                raise StoreMismatch(
+                    f"{error}. To drop the blocks of this tier, remove its file and the folder {folder}"
+                ) from error
             raise ConfigError(f"tiers.below_ssd: the tier {name} of the kind {tier.kind!r}: {error}") from error
         opening.callback(opened[name].close)
     return opened

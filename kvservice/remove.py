@@ -1,7 +1,8 @@
 """``kvservice remove``: deletes a stopped store with all its blocks, wherever its files are.
 
-The index names the SSD files and the arena. If it is damaged, only what lies in the store's folder and in /dev/shm is
-found. Files that a store does not make stay. An interrupted removal is continued by the same command.
+The index names the SSD files and the arena, and where the store was when it was last used: of a copy, only what lies in
+its folder is deleted, for the rest belongs to the original. If the index is damaged, the same holds. Files that a store
+does not make are not deleted. The same command continues an interrupted removal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from kvservice.index.block_index import BlockIndex
 from kvservice.index.descriptor_secret import SECRET_NAME
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreError
-from kvservice.index.identity import IDENTITY_NAME, read_identity, traces_of_store
+from kvservice.index.identity import IDENTITY_NAME, read_identity
 from kvservice.index.key_generations import KEY_GENERATIONS_NAME
 from kvservice.index.layouts import LAYOUTS_NAME
 from kvservice.index.store_lock import StoreLock
@@ -34,18 +35,21 @@ from kvservice_api.errors import KVError
 _LOCK_NAME = "lock"
 _MAP_BYTES_MIN = 1 << 20
 _IN_FOLDER = (LAYOUTS_NAME, SECRET_NAME, KEY_GENERATIONS_NAME, LEARNED_NAME, "kvservice.sock", "kvservice.sock.lock")
-_INDEX = re.compile(r"index(\.new|\.damaged-\d+|-[a-z][a-z0-9-]*)?")
-_SHM = Path("/dev/shm")
+_INDEX = re.compile(r"index(\.new|\.damaged-\d+)?")
+
+
+class NotRemovable(RuntimeError):
+    """There is no store, or a daemon uses it. Nothing was changed."""
 
 
 @dataclass(slots=True)
 class Removal:
-    """What is deleted, in this order, and what stays."""
+    """What is deleted, in this order, and what is not."""
 
     store: str
     paths: list[str] = field(default_factory=list)
     size_bytes: int = 0
-    stays: list[str] = field(default_factory=list)  # With the reason.
+    not_deleted: list[str] = field(default_factory=list)  # With the reason.
     removed: bool = False
 
 
@@ -59,75 +63,100 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object; needs --yes")
     options = parser.parse_args(argv)
     if not options.yes and (options.json or not sys.stdin.isatty()):
-        print("kvservice remove: there is no terminal to ask at: add --yes to delete the store", file=sys.stderr)
+        print("kvservice remove: cannot ask here: add --yes to delete the store", file=sys.stderr)
         return 2
     store = options.store.absolute()
-    try:
-        if not (store / "index" / DATA_NAME).is_file() and not traces_of_store(store / "index"):
-            raise FileNotFoundError(f"there is no store in {store}")
-        lock = StoreLock(store / _LOCK_NAME)
-    except (StoreError, KVError, OSError) as error:
-        print(f"kvservice remove: {error}", file=sys.stderr)
-        return 2
-    try:
-        removal = _plan(store)
+    with ExitStack() as held:
+        try:
+            if not _is_store(store):
+                raise NotRemovable(f"there is no store in {store}")
+            lock = StoreLock(store / _LOCK_NAME)
+            held.callback(lock.release)
+            removal = _plan(store, held)
+        except (NotRemovable, StoreError, KVError, OSError) as error:
+            print(f"kvservice remove: {error}", file=sys.stderr)
+            return 2
         if not options.yes and not _is_confirmed(removal):
             print("nothing was deleted")
             return 1
-        _carry_out(store, removal)
-    except OSError as error:
-        print(f"kvservice remove: {error}; the same command continues", file=sys.stderr)
-        return 1
-    finally:
-        lock.release()
+        try:
+            _carry_out(store, removal)
+        except OSError as error:
+            print(f"kvservice remove: {error}; the same command continues", file=sys.stderr)
+            return 1
     print(json.dumps(asdict(removal)) if options.json else "\n".join(_lines(removal)))
     return 0
 
 
-def _plan(store: Path) -> Removal:
-    """What belongs to the store. Raises OSError."""
-    removal = Removal(str(store))
-    directory = store / "index"
-    ssd_files: list[Path] = []
+def _is_store(store: Path) -> bool:
+    """Whether a file says so that no other program makes. Raises OSError."""
+    return bool(read_identity(store)) or any(map(origin_of, sorted(store.glob("ssd-*.kv"))))
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the index says."""
+
+    store_id: bytes
+    ssd_files: list[Path] = field(default_factory=list)
     arena: Path | None = None
-    store_id = b""
-    try:
-        index = BlockIndex.open(directory, map_bytes=_map_bytes(directory), create=False)
+    lower_tiers: Sequence[str] = ()
+
+
+def _plan(store: Path, held: ExitStack) -> Removal:
+    """What belongs to the store. Locks its arena until `held` ends. Raises NotRemovable, OSError."""
+    removal = Removal(str(store))
+    known = _known(store, removal)
+    if known.arena is not None and known.arena.is_dir():
+        _lock_arena(known.arena, held)
+        _add(removal, known.arena)
+    for file in dict.fromkeys([*known.ssd_files, *sorted(store.glob("ssd-*.kv"))]):
         try:
-            store_id = index.store_id
-            ssd_files = [file for file in index.ssd_files if file is not None]
-            if index.volatile_directory is not None:
-                arena = index.volatile_directory.parent
-        finally:
-            index.close()
-    except (StoreError, KVError, OSError) as error:
-        with suppress(OSError):
-            store_id = read_identity(store)
-        removal.stays.append(f"SSD files outside {store}, and an arena outside {_SHM}, if there are any: {error}")
-    ssd_files = list(dict.fromkeys([*ssd_files, *sorted(store.glob("ssd-*.kv"))]))
-    ours = [arena or arena_directory(_SHM, store_id)] if store_id else []
-    for path in [each for each in ours if each.is_dir()]:
-        if _is_in_use(path):
-            removal.stays.append(f"{path}: a daemon uses it")
-        else:
-            _add(removal, path)
-    for file in [each for each in ssd_files if each.exists()]:
-        origin = origin_of(file)
-        if origin is None or (store_id and origin.store_id != store_id):
-            removal.stays.append(f"{file}: it is not a file of this store")
+            origin = origin_of(file)
+        except OSError as error:
+            removal.not_deleted.append(f"{file}: {error.strerror}; if its drive is away, delete it once it is back")
+            continue
+        if origin is None or (known.store_id and origin.store_id != known.store_id):
+            removal.not_deleted.append(f"{file}: it is not a file of this store")
         else:
             _add(removal, file)
-    for path in [each for each in sorted(store.glob("index-*")) if each.is_dir() and _INDEX.fullmatch(each.name)]:
-        removal.stays.append(f"the file of a tier below SSD, where {path} is its index: the store does not name it")
+    for tier in known.lower_tiers:
+        removal.not_deleted.append(f"the file of the tier {tier}: delete tier-{tier}.kv in the `path` of that tier")
     indexes = [path for path in sorted(store.glob("index*")) if _INDEX.fullmatch(path.name)]
-    for path in [*indexes, *(store / name for name in (*_IN_FOLDER, IDENTITY_NAME, _LOCK_NAME))]:
+    indexes += [store / f"index-{tier}" for tier in known.lower_tiers]
+    ours = [*sorted(store.glob("ssd-*.kv.partial")), *indexes]
+    for path in [*ours, *(store / name for name in (*_IN_FOLDER, IDENTITY_NAME, _LOCK_NAME))]:
         if os.path.lexists(path):
             _add(removal, path)
     listed = set(removal.paths)
     for path in sorted(store.iterdir()):
         if str(path) not in listed:
-            removal.stays.append(f"{path}: a store makes no such file")
+            removal.not_deleted.append(f"{path}: a store makes no such file")
     return removal
+
+
+def _known(store: Path, removal: Removal) -> _Known:
+    directory = store / "index"
+    try:
+        index = BlockIndex.open(directory, map_bytes=_map_bytes(directory), create=False)
+    except (StoreError, KVError, OSError) as error:
+        removal.not_deleted.append(f"SSD files outside {store}, and its shared memory, if there are any: {error}")
+        return _Known(read_identity(store))
+    try:
+        known = _Known(index.store_id, lower_tiers=index.lower_tiers)
+        files = [file for file in index.ssd_files if file is not None]
+        arena = None if index.volatile_directory is None else index.volatile_directory.parent
+        if index.place is not None and index.place.resolve() == store.resolve():
+            known.ssd_files = files
+            if arena is not None and arena == arena_directory(arena.parent, index.store_id):
+                known.arena = arena
+            return known
+    finally:
+        index.close()
+    known.ssd_files = [file for file in files if file.is_relative_to(store)]
+    for path in [*(file for file in files if file not in known.ssd_files), *([arena] if arena is not None else [])]:
+        removal.not_deleted.append(f"{path}: the store was not used since it came to {store}; it may be another one's")
+    return known
 
 
 def _map_bytes(directory: Path) -> int:
@@ -136,24 +165,20 @@ def _map_bytes(directory: Path) -> int:
     return _MAP_BYTES_MIN
 
 
-def _is_in_use(arena: Path) -> bool:
-    try:
-        fd = os.open(arena / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
+def _lock_arena(arena: Path, held: ExitStack) -> None:
+    """Raises NotRemovable if a daemon uses it."""
+    fd = os.open(arena / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    held.callback(os.close, fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+        raise NotRemovable(f"a daemon uses {arena}: stop it first") from None
 
 
 def _add(removal: Removal, path: Path) -> None:
     removal.paths.append(str(path))
     if path.is_symlink():
-        removal.stays.append(f"{path.resolve()}: {path} is a link to it, and only the link is deleted")
+        removal.not_deleted.append(f"{path.resolve()}: {path} is a link to it, and only the link is deleted")
         return
     files = [each for each in path.rglob("*") if not each.is_dir()] if path.is_dir() else [path]
     removal.size_bytes += sum(file.lstat().st_blocks * 512 for file in files)
@@ -161,7 +186,11 @@ def _add(removal: Removal, path: Path) -> None:
 
 def _is_confirmed(removal: Removal) -> bool:
     print("\n".join(_lines(removal)))
-    return input("Delete all of it, with every block? [y/N] ").strip().lower() in {"y", "yes"}
+    try:
+        return input("Delete all of it, with every block? [y/N] ").strip().lower() in {"y", "yes"}
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return False
 
 
 def _carry_out(store: Path, removal: Removal) -> None:
@@ -171,7 +200,7 @@ def _carry_out(store: Path, removal: Removal) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    if not any(store.iterdir()):
+    with suppress(OSError):  # It has other files, is a mount point or a link, or lies in a folder of another user.
         store.rmdir()
     removal.removed = True
 
@@ -179,6 +208,6 @@ def _carry_out(store: Path, removal: Removal) -> None:
 def _lines(removal: Removal) -> Iterator[str]:
     yield f"{'deleted' if removal.removed else 'to delete'}, {removal.size_bytes / 2**20:,.1f} MiB:"
     yield from (f"  {path}" for path in removal.paths)
-    if removal.stays:
-        yield "stays:"
-        yield from (f"  {each}" for each in removal.stays)
+    if removal.not_deleted:
+        yield "not deleted:"
+        yield from (f"  {each}" for each in removal.not_deleted)

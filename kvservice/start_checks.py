@@ -6,12 +6,16 @@ A start that fails later leaves files behind: gigabytes of an SSD file, and a fo
 from __future__ import annotations
 
 import os
+import stat
 from collections import defaultdict
 from pathlib import Path
 
 from kvservice.config import GIB, MIB, ConfigError, Settings
 from kvservice.index.environment import DATA_NAME
-from kvservice.rpc.addresses import expect_usable
+from kvservice.index.identity import traces_of_store
+from kvservice.rpc.addresses import AddressUnusable, expect_usable
+from kvservice.tiers.files import file_system_of
+from kvservice_api.address import parse_listen_address
 
 _MAPPED_MAX = 2**46  # A process has twice as much address space on usual 64-bit hosts.
 
@@ -22,31 +26,46 @@ class NotThere(RuntimeError):
 
 def check_start(settings: Settings) -> None:
     """Raises ConfigError, NotThere or AddressUnusable, with the name of the setting and what to do. Changes nothing."""
-    for name in ("address", "metrics_address"):
-        if address := getattr(settings.server, name):
+    addresses = {name: getattr(settings.server, name) for name in ("address", "metrics_address")}
+    for name, address in addresses.items():
+        if address:
             expect_usable(f"server.{name}", address)
+    listens, shows = (parse_listen_address(text) if text else None for text in addresses.values())
+    if listens == shows and listens is not None and listens.port:
+        raise AddressUnusable("server.metrics_address", addresses["metrics_address"], "server.address is the same")
     store = settings.store.path.absolute()
     if store.exists():
         _expect_folder("store.path", store)
     else:
         _expect_folder("store.path", store.parent, f"{store} cannot be created: ")
-    _expect_folder("dram.path", settings.dram.path)
+    if settings.dram.path.exists() or not _is_in_memory(settings.dram.path.parent):
+        _expect_folder("dram.path", settings.dram.path)
     if settings.dram.capacity_bytes > _MAPPED_MAX:
         raise ConfigError(
             f"dram.capacity_bytes: {_text(int(settings.dram.capacity_bytes))} cannot be mapped into memory"
         )
-    if settings.ssd.capacity_bytes and not (store / "index" / DATA_NAME).exists():
+    is_new = not (store / "index" / DATA_NAME).exists() and not traces_of_store(store / "index")
+    if settings.ssd.capacity_bytes and is_new:
         for path in settings.ssd.paths:  # Of a store that was made before, the index knows which drives are missing.
             _expect_folder("ssd.paths", path)
         _expect_space(settings, store)
 
 
+def _is_in_memory(folder: Path) -> bool:
+    """A folder there is made at each start, for it is gone after the host's restart."""
+    return folder.is_dir() and file_system_of(folder) in ("tmpfs", "ramfs", "hugetlbfs")
+
+
 def _expect_folder(setting: str, path: Path, why: str = "") -> None:
-    if not path.exists():
-        raise NotThere(f"{setting}: {why}there is no folder {path}; create it, or correct the setting")
-    if not path.is_dir():
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotThere(f"{setting}: {why}there is no folder {path}; create it, or correct the setting") from None
+    except OSError as error:
+        raise NotThere(f"{setting}: {why}{path}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode):
         raise NotThere(f"{setting}: {why}{path} is not a folder")
-    is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY  # A disk's fault, which the first write reports.
+    is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY  # That may be a disk's fault. The first write reports it.
     if not is_read_only and not os.access(path, os.W_OK | os.X_OK):
         raise NotThere(f"{setting}: {why}the user {os.geteuid()} may not write in {path}")
 

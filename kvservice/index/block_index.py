@@ -65,6 +65,7 @@ _VOLATILE_DIRECTORY_KEY = b"volatile_directory"
 _EMPTIED_KEY = b"dram_emptied"
 _TIER_KEY = b"tier"  # In the environment of a tier below SSD: its name.
 _LOWER_TIERS_KEY = b"tiers_below_ssd"  # Those of the last start.
+_PLACE_KEY = b"place"  # The store's folder at the last start.
 _KEY_GENERATIONS_KEY = b"key_generations"  # There, if the store has their file: without it they are lost.
 _META_KEYS = frozenset(
     (SCHEMA_KEY, STORE_KEY, DESCRIPTORS_KEY, NEXT_LAYOUT_KEY, _SSD_FILES_KEY, _VOLATILE_DIRECTORY_KEY, _EMPTIED_KEY)
@@ -305,6 +306,21 @@ class BlockIndex:
         """The folder of the volatile index when it was last opened."""
         found = self._meta.get(_VOLATILE_DIRECTORY_KEY)
         return Path(os.fsdecode(found)) if found else None
+
+    @property
+    def place(self) -> Path | None:
+        """The store's folder when a daemon last used it; None if that is not known."""
+        found = self._meta.get(_PLACE_KEY)
+        return Path(os.fsdecode(found)) if found else None
+
+    def remember_place(self) -> None:
+        """Record where the store is. Call it while no change waits for a commit."""
+        self._remember(_PLACE_KEY, os.fsencode(self.directory.parent.resolve()))
+
+    @property
+    def lower_tiers(self) -> list[str]:
+        """The names of the tiers below SSD at the last start."""
+        return [name.decode() for name in self._meta.get(_LOWER_TIERS_KEY, b"").split(b"\0") if name]
 
     @property
     def dram_emptied(self) -> Emptied | None:

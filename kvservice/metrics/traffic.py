@@ -54,7 +54,9 @@ LOOKUPS = (
         lambda from_: {
             (name, reason): from_.counters.misses[each, reason]
             for each, name in (
-                (each, label(from_.gauges.layouts[each][0])) for each in list(from_.counters.asked_blocks)
+                (each, label(from_.gauges.layouts[each][0]))
+                for each in list(from_.counters.asked_blocks)
+                if each in from_.gauges.layouts
             )
             for reason in MISS_REASONS
         },

@@ -63,7 +63,7 @@ class HintTimes:
     def _make_columns(self, row_count: int) -> None:
         self.in_class = np.full(row_count, NONE, np.int8)
         self.since_s = np.full(row_count, math.nan)
-        self._since_events = np.zeros(row_count, np.int32)
+        self._since_events = np.zeros(row_count, np.int64)
 
     def grow(self, row_count: int) -> None:
         self._row_count = row_count

@@ -53,7 +53,7 @@ class ReturnTimes:
         self.since_s = np.full(row_count, math.nan)  # Start of the item's age; NaN while the item is not waiting.
         self.factor = np.ones(row_count)
         self.in_class = np.zeros(row_count, np.int8)
-        self._since_events = np.zeros(row_count, np.int32)
+        self._since_events = np.zeros(row_count, np.int64)
         self._value = np.ones(row_count, np.float32)
         self._mean_value = 0.0
         self._gaps = np.zeros(row_count, np.float32)

@@ -116,7 +116,7 @@ class Survival:
         """The arrays of `counts` were filled with those of an earlier run, that had seen so many events."""
         self.event_count = self._faded_at = event_count
 
-    def weight(self, since_events: NDArray[np.int32]) -> Floats:
+    def weight(self, since_events: NDArray[np.int64]) -> Floats:
         """Weights of subjects that have waited since `since_events` events. They fade as the events do."""
         faded: Floats = np.exp((since_events - self.event_count) / self._memory)
         return faded

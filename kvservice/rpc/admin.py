@@ -170,7 +170,7 @@ class AdminService:
 
     async def ListLayouts(self, request: pb.ListLayoutsRequest, context: Context) -> pb.ListLayoutsResponse:
         caller = self._callers.of(context)
-        layouts, token = self._operators.list_layouts(caller, request.page_token, request.page_size)
+        layouts, token = await self._operators.list_layouts(caller, request.page_token, request.page_size)
         return pb.ListLayoutsResponse(layouts=map(explained.stored_layout, layouts), next_page_token=token)
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:

@@ -269,3 +269,12 @@ def test_a_verb_whose_packages_are_missing_says_what_to_install(tmp_path: Path) 
         done = subprocess.run([KVCTL, *arguments], env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (1, "")
         assert "other cannot run here: No module named 'not_installed'" in done.stderr
+
+
+def test_on_a_new_store_a_shortened_key_is_not_found(new_daemon: Callable[..., DaemonProcess]) -> None:
+    daemon = new_daemon()
+    for verb in (("inspect",), ("pin", "--ttl", "1min"), ("explain",)):
+        done = kvctl(*verb, "abcdef", address=daemon.address)
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+        assert "abcdef" in done.stderr
+    assert json.loads(kvctl("layouts", "--json", address=daemon.address).stdout)["layouts"] == []

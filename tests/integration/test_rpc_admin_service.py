@@ -86,7 +86,10 @@ def test_ListBlocks_finds_keys_by_their_first_digits(wire: Wire) -> None:
     for digits in (wanted, wanted[:11], wanted[:12].upper()):
         answer = wire.admin.ListBlocks(pb.ListBlocksRequest(key_prefix=digits))
         assert [block.key.hex() for block in answer.blocks] == [wanted]
-    assert not wire.admin.ListBlocks(pb.ListBlocksRequest(key_prefix="0" * 64)).blocks
+    for digits in ("0" * 64, "f" * 17, "0"):
+        assert (
+            not wire.admin.ListBlocks(pb.ListBlocksRequest(key_prefix=digits, page_size=1)).blocks or len(digits) == 1
+        )
     for digits in ("x", "0" * 65, "12 34", "-1"):
         with refused(InvalidRequest, "is not 1 to 64 hexadecimal digits", field="key_prefix"):
             wire.admin.ListBlocks(pb.ListBlocksRequest(key_prefix=digits))

@@ -156,13 +156,14 @@ def layout_of(client: Client, text: str) -> bytes:
     if not text:
         return b""
     fingerprints = (each.fingerprint for each in client.admin.list_layouts())
-    return _only(text, "layout's fingerprint", (each for each in fingerprints if each.hex().startswith(text)))
+    return _only(text, "layout's fingerprint", fingerprints)
 
 
 def _only(text: str, what: str, found: Iterator[bytes]) -> bytes:
     if len(text) == 2 * KEY_BYTES:
         return bytes.fromhex(text)
-    different = list(dict.fromkeys(islice(found, _FOUND_MAX)))[:3]  # One per shard is found.
+    begins = (each for each in found if each.hex().startswith(text))  # An older daemon lists all.
+    different = list(dict.fromkeys(islice(begins, _FOUND_MAX)))[:3]  # One per shard is found.
     if not different:
         raise BlockNotFound(f"no {what} begins with {text}", key=text)
     if len(different) > 1:

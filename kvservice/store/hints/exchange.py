@@ -289,7 +289,7 @@ class HintExchange:
     @property
     def queued_count(self) -> int:
         """Requests in the queues of all clients."""
-        return sum(len(stream.queue) for stream in self._streams.values())
+        return sum(len(stream.queue) for stream in list(self._streams.values()))
 
     def now_s(self) -> float:
         return self._clock.monotonic_s()

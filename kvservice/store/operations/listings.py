@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 _PAGE_SIZE, _PAGE_SIZE_MAX = 100, 1000
 _ROWS_A_TURN = 64  # Time on the event loop.
+_ROWS_A_SCAN = 65_536  # Less than a millisecond of the event loop.
+_WORD_DIGITS = 16  # Hexadecimal digits of 8 bytes.
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class Listings:
         for tier in tiers:
             shown &= table.resident(tier)[start:]
         if key_prefix:
-            shown &= _begin_with(table.key[start : table.row_end], key_prefix)
+            shown &= await _begin_with(table.key[start : start + len(shown)], key_prefix)
         rows = np.flatnonzero(shown)[: size + 1] + start
         found = []
         for count, row in enumerate(rows[:size].tolist()):
@@ -126,22 +129,21 @@ class Listings:
         found, following = await self._sessions.page(caller, start, size, session_id, layout_id)
         return found, "" if following is None else self._token(following)
 
-    def layouts(self, caller: Caller, page_token: str, page_size: int) -> tuple[list[LayoutFacts], str]:
+    async def layouts(self, caller: Caller, page_token: str, page_size: int) -> tuple[list[LayoutFacts], str]:
         """A page of layouts in the order in which they were first opened, and the next page's token. Raises
         InvalidRequest.
         """
-        table, rows = self._blocks, self._blocks.live_rows()
-        ids = table.layout_id[rows]
-        blocks, sizes = np.bincount(ids), np.bincount(ids, weights=table.size_bytes[rows])
+        table = self._blocks
         known, token = self._page(sorted(self._layouts), page_token, page_size, int)
-        return [
-            LayoutFacts(
-                self._layouts[each],
-                int(blocks[each]) if each < len(blocks) else 0,
-                int(sizes[each]) if each < len(sizes) else 0,
-            )
-            for each in known
-        ], token
+        sizes = np.zeros(max(known, default=0) + 1)
+        for start in range(0, table.row_end, _ROWS_A_SCAN):
+            await asyncio.sleep(0)
+            part = slice(start, start + _ROWS_A_SCAN)
+            ids = np.where(table.live[part], table.layout_id[part], 0)
+            weights = np.where(table.live[part], table.size_bytes[part], 0)
+            sizes += np.bincount(np.minimum(ids, len(sizes)), weights=weights, minlength=len(sizes) + 1)[: len(sizes)]
+        blocks = table.live_of_layout
+        return [LayoutFacts(self._layouts[each], blocks[each], int(sizes[each])) for each in known], token
 
     def clients(
         self, caller: Caller, page_token: str, page_size: int, attached: Collection[Client]
@@ -173,20 +175,23 @@ class Listings:
         raise InvalidRequest("this daemon issued no such page token: start from the first page", field="page_token")
 
 
-def _begin_with(keys: NDArray[np.void], prefix: str) -> NDArray[np.bool_]:
+async def _begin_with(keys: NDArray[np.void], prefix: str) -> NDArray[np.bool_]:
     """Which keys begin with these hexadecimal digits. Raises InvalidRequest."""
-    try:
-        whole = bytes.fromhex(prefix + "0" * (len(prefix) % 2))
-    except ValueError:
-        whole = b""
-    if not whole or len(whole) > KEY_BYTES:
+    if not re.fullmatch(f"[0-9a-fA-F]{{1,{2 * KEY_BYTES}}}", prefix):
         raise InvalidRequest(f"{prefix!r} is not 1 to {2 * KEY_BYTES} hexadecimal digits", field="key_prefix")
-    begins = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), -1)[:, : len(whole)]
-    if len(prefix) % 2:
-        begins = begins.copy()
-        begins[:, -1] &= 0xF0
-    equal: NDArray[np.bool_] = (begins == np.frombuffer(whole, np.uint8)).all(axis=1)
-    return equal
+    first = prefix[:_WORD_DIGITS].lower()
+    low, high = (int(first.ljust(_WORD_DIGITS, digit), 16) for digit in "0f")
+    begin = np.zeros(len(keys), np.bool_)
+    for start in range(0, len(keys), _ROWS_A_SCAN):
+        await asyncio.sleep(0)
+        part = np.ascontiguousarray(keys[start : start + _ROWS_A_SCAN])
+        words = part.view(">u8").reshape(len(part), -1)[:, 0]
+        found = np.flatnonzero((words >= low) & (words <= high))
+        if len(prefix) > _WORD_DIGITS:
+            whole = prefix.lower()
+            found = np.array([row for row in found.tolist() if part[row].tobytes().hex().startswith(whole)], np.int64)
+        begin[start + found] = True
+    return begin
 
 
 def _checked(page_size: int) -> int:

@@ -91,9 +91,9 @@ class Operators:
         found, token = await self._listings.sessions(caller, page_token, page_size, session_id, layout_id)
         return [self._sessions.stored(each) for each in found], token
 
-    def list_layouts(self, caller: Caller, page_token: str, page_size: int) -> tuple[list[LayoutFacts], str]:
+    async def list_layouts(self, caller: Caller, page_token: str, page_size: int) -> tuple[list[LayoutFacts], str]:
         """A page of the layouts that the store knows, as `list_blocks`."""
-        return self._listings.layouts(caller, page_token, page_size)
+        return await self._listings.layouts(caller, page_token, page_size)
 
     def list_clients(self, caller: Caller, page_token: str, page_size: int) -> tuple[list[ClientFacts], str]:
         """A page of the attached clients, as `list_blocks`."""

@@ -87,7 +87,7 @@ class InPlaceUploads:
     @property
     def set_aside(self) -> list[Extent]:
         """The space of clients that may be writing and whose attachment has ended, at this or an earlier daemon."""
-        return [extent for writer in self._leaving for extent in writer.extents]
+        return [extent for writer in list(self._leaving) for extent in list(writer.extents)]
 
     @property
     def refused_because(self) -> str:

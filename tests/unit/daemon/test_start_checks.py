@@ -69,6 +69,23 @@ def test_an_address_in_use_is_refused_before_a_store_is_made(tmp_path: Path, set
     assert not list(tmp_path.iterdir())
 
 
+def test_one_address_for_both_is_refused(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(AddressUnusable, match=r"server\.address is the same"):
+        check(tmp_path, f"--server.address={address}", f"--server.metrics_address={address}")
+
+
+def test_a_folder_in_memory_is_made_again_after_the_hosts_restart(tmp_path: Path) -> None:
+    check(tmp_path, "--dram.path=/dev/shm/kvservice-test-that-is-not-there")
+
+
+def test_of_a_lost_index_nothing_is_said_here(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store_id").touch()
+    check(tmp_path, "--ssd.capacity_bytes=512PiB")
+
+
 def test_a_store_that_is_there_needs_no_free_space(tmp_path: Path) -> None:
     (tmp_path / "store" / "index").mkdir(parents=True)
     (tmp_path / "store" / "index" / "data.mdb").touch()
