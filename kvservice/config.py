@@ -119,6 +119,14 @@ class ServerSettings(_Section):
     drain_timeout_s: float = _setting(
         30.0, "How long running loads and saves may continue after SIGTERM.", unit="seconds", ge=0, le=86400
     )
+    write_timeout_s: float = _setting(
+        0.0,
+        "How long blocks that only DRAM has may be written to SSD after SIGTERM, once running loads and saves have "
+        "ended. 0: they are not, and stay in shared memory for the next start.",
+        unit="seconds",
+        ge=0,
+        le=86400,
+    )
     clients_max: int = _setting(
         1024, "Largest number of clients attached at the same time.", unit="clients", ge=1, le=1_000_000
     )
