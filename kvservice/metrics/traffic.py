@@ -96,8 +96,8 @@ LOADS = (
     ),
     totals(
         "load_tokens_total",
-        "Tokens of the blocks that loads gave to clients: those that engines reuse. Each load of a part (a rank, a range "
-        "of layers) counts.",
+        "Tokens of the blocks that loads gave to clients: those that engines reuse. Each load of a part (a rank, a "
+        "range of layers) counts.",
         "The rate of reused tokens: engines save the time to compute them.",
         "path",
         stream="load_tokens",
