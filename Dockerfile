@@ -35,6 +35,6 @@ EXPOSE 7070 9464
 USER 10001:10001
 WORKDIR /var/lib/kvservice
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["kvctl", "health"]
+HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["kvctl", "health", "--timeout", "3"]
 ENTRYPOINT ["kvservice"]
 CMD ["serve"]

@@ -35,6 +35,7 @@ def size_bytes(quantity: str) -> float:
 
 @functools.cache
 def rendered(overlay: str) -> list[Document]:
+    """An overlay of the repository by its name, or another one by its absolute path."""
     return kustomized(KUBERNETES / "overlays" / overlay)
 
 

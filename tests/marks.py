@@ -42,7 +42,7 @@ class Marks:
         os.write(self._fd, " ".join(map(str, (threading.get_ident(), *words, "\n"))).encode())
 
     def around(self, call: Callable[[], Any], *words: object) -> Any:
-        """The result of `call`. Marks its begin and its end."""
+        """The result of `call`. Marks its start and its end."""
         self.write("begin", *words)
         try:
             result = call()

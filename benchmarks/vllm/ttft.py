@@ -162,7 +162,7 @@ def main() -> None:
         rows = run(given, Path(folder))
     loads.append(os.getloadavg()[0])
     print(
-        f"\n{datetime.now(UTC):%d %B %Y}, {os.cpu_count()} cores, load average {loads[0]:.1f} at the begin and "
+        f"\n{datetime.now(UTC):%d %B %Y}, {os.cpu_count()} cores, load average {loads[0]:.1f} at the start and "
         f"{loads[1]:.1f} at the end, medians of {given.repetitions}, {time.monotonic() - began_s:.0f} s\n"
     )
     print(table(rows))

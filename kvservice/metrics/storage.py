@@ -28,18 +28,21 @@ def _layouts(from_: Sources) -> Samples:
 TIERS = (
     _of_tiers(
         "tier_capacity_bytes",
-        "What extents may take.",
+        "Bytes that blocks may use in the tier.",
         "Less than `tier_configured_bytes`: memory is short, or DRAM is still being prepared. `kvctl status` says why.",
         lambda tier: tier.capacity_bytes,
     ),
     _of_tiers(
         "tier_configured_bytes",
-        "What extents could take if nothing kept the tier smaller than its setting.",
+        "Bytes that blocks could use in the tier if nothing kept it smaller than its setting.",
         "Alert if the capacity stays below it.",
         lambda tier: tier.configured_bytes,
     ),
     _of_tiers(
-        "tier_used_bytes", "What extents take.", "A full tier is normal: it evicts.", lambda tier: tier.used_bytes
+        "tier_used_bytes",
+        "Bytes that blocks use in the tier.",
+        "A full tier is normal: it evicts.",
+        lambda tier: tier.used_bytes,
     ),
     _of_tiers(
         "tier_refusing",
@@ -67,7 +70,7 @@ TIERS = (
         "tier_written_bytes_total",
         "counter",
         "Bytes of blocks written to a tier below DRAM. Writes of the index are not counted.",
-        "Wear: `rate(...[1d]) * 86400` over the drive's capacity are drive writes per day.",
+        "Wear: `rate(...[1d]) * 86400` over the capacity of the drive, not of the tier: drive writes per day.",
         ("tier",),
         lambda from_: {(tier,): from_.counters.tier_written_bytes[tier] for tier in list(from_.gauges.blocks)[1:]},
     ),
@@ -105,7 +108,7 @@ TIERS = (
     Metric(
         "index_used_bytes",
         "gauge",
-        "Pages in use in a tier's index.",
+        "Bytes of the pages in use in a tier's index.",
         "Near `index_map_bytes`, blocks are evicted although the tier has space: raise the map's size.",
         ("tier",),
         lambda from_: {(tier,): size for tier, size in from_.facts.index_used_bytes.items()},
@@ -113,7 +116,7 @@ TIERS = (
     Metric(
         "index_map_bytes",
         "gauge",
-        "Size of a tier's index.",
+        "Bytes that a tier's index may use.",
         "The limit of `index_used_bytes`.",
         ("tier",),
         lambda from_: {(tier,): size for tier, size in from_.facts.index_map_bytes.items()},
@@ -162,8 +165,9 @@ WRITES = (
     ),
     gauge(
         "unwritten_bytes",
-        "Bytes of these objects.",
-        "It grows without end: the SSD is slower than the saves.",
+        "Bytes of stored objects that only DRAM has.",
+        "Over the capacity of DRAM: the share that cannot be evicted without a loss. Near 1, the SSD is slower than "
+        "the saves.",
         lambda s: s.gauges.unwritten_bytes,
     ),
     Metric(
@@ -194,7 +198,7 @@ PROMOTIONS = (
     ),
     gauge(
         "promoting_bytes",
-        "Bytes of the promotions that have space in DRAM.",
+        "Bytes that are being copied to DRAM, of blocks that have their space there.",
         "Over the drive's bandwidth: how long a new load waits.",
         lambda s: s.gauges.promoting_bytes,
     ),
@@ -205,10 +209,14 @@ PROMOTIONS = (
         "Blocks copied to DRAM because the policy expects their next use.",
         "0 with a policy that does not read ahead.",
     ),
-    total("read_ahead_bytes_total", "Bytes of these blocks.", "The reads that the policy adds."),
+    total(
+        "read_ahead_bytes_total",
+        "Bytes copied to DRAM because the policy expects their next use.",
+        "The reads that the policy adds.",
+    ),
     total(
         "read_ahead_unused_blocks_total",
-        "Those of these blocks that left DRAM before a request used them.",
+        "Blocks that the policy read ahead, and that left DRAM before a request used them.",
         "Over `read_ahead_blocks_total`: the share of reads for nothing. Much of it: choose another policy.",
     ),
     total(
@@ -236,15 +244,16 @@ DAEMON = (
     ),
     histogram(
         "event_loop_delay_seconds",
-        "How late a heartbeat of the event loop was.",
-        "Alert if the 99th percentile is above 20 ms: all calls wait so long.",
+        "How late a heartbeat of the event loop was. While it works there are up to 200 per second.",
+        "All calls wait so long. Alert on the number above 20 ms ([operating](../operating.md#metrics)): a quantile "
+        "does not show a stall, which is one of many heartbeats.",
         (),
         lambda from_: {(): from_.heartbeat.delays},
     ),
     histogram(
         "event_loop_own_delay_seconds",
-        "The same without the time for which the event loop's thread waited for a processor.",
-        "Small while the other is large: the host has too few processors.",
+        "How late a heartbeat of the event loop was, without the time for which its thread waited for a processor.",
+        "Small while `event_loop_delay_seconds` is large: the host has too few processors.",
         (),
         lambda from_: {(): from_.heartbeat.own_delays},
     ),

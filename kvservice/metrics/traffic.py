@@ -39,7 +39,8 @@ LOOKUPS = (
     Metric(
         "lookup_hit_tokens_total",
         "counter",
-        "Tokens of these blocks: what an engine need not compute. Each lookup of a prefix counts, so each rank does.",
+        "Tokens of the blocks that lookups found: what an engine need not compute. Each lookup of a prefix counts, so "
+        "each rank does.",
         "The rate at which engines can reuse tokens.",
         ("layout",),
         lambda from_: from_.by_layout(from_.counters.hit_tokens),
@@ -89,7 +90,7 @@ LOADS = (
     ),
     totals(
         "load_bytes_total",
-        "KV bytes of these blocks. In place, they are what the client may read there.",
+        "KV bytes of the blocks that loads gave to clients. `in_place`, they are what the client may read there.",
         "The bandwidth of loads.",
         "path",
         stream="load_bytes",
@@ -97,7 +98,8 @@ LOADS = (
     ),
     totals(
         "load_tokens_total",
-        "Tokens of these blocks: those that engines reuse. Each load of a part (a rank, a range of layers) counts.",
+        "Tokens of the blocks that loads gave to clients: those that engines reuse. Each load of a part (a rank, a "
+        "range of layers) counts.",
         "The rate of reused tokens: engines save the time to compute them.",
         "path",
         stream="load_tokens",
@@ -134,7 +136,7 @@ SAVES = (
     Metric(
         "save_refused_blocks_total",
         "counter",
-        "Blocks that were refused, by the reason; also those of saves that were refused as a whole.",
+        "Blocks that saves could not store, by the reason; also those of saves that were refused as a whole.",
         "`TIER_FULL`: writes to SSD do not keep up, or leases and pins fill the tier. `OVERLOADED`: too many saves. "
         "See [errors](../errors.md).",
         ("reason",),
@@ -246,7 +248,9 @@ HINTS = (
         "Blocks copied to DRAM because of hints.",
         "What hints prepare for the next loads.",
     ),
-    total("hint_promoted_bytes_total", "Bytes of these blocks.", "Limited by `hints.bytes_per_second`."),
+    total(
+        "hint_promoted_bytes_total", "Bytes copied to DRAM because of hints.", "Limited by `hints.bytes_per_second`."
+    ),
     total(
         "hint_readiness_sent_total",
         "Changes of a queued request's readiness that were sent to clients.",

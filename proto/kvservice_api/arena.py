@@ -87,7 +87,7 @@ def encode_generations_header(arena_id: bytes) -> bytes:
 
 
 def are_generations_of(data: bytes, arena_id: bytes) -> bool:
-    """Whether `data` is the begin of this arena's file of generations."""
+    """Whether `data` is the start of this arena's file of generations."""
     return data[: _GENERATIONS_HEADER.size] == encode_generations_header(arena_id)
 
 

@@ -109,7 +109,7 @@ class Header:
 
     @classmethod
     def decode(cls, data: bytes | memoryview) -> Header:
-        """Parse the begin of `data`. Raises ValueError if it is not a header of this version."""
+        """Parse the start of `data`. Raises ValueError if it is not a header of this version."""
         if len(data) < _HEADER.size:
             raise ValueError("the directory's header is cut off")
         magic, version, state, store_id, arena_id, boot_epoch, slot_count, contents = _HEADER.unpack_from(data)

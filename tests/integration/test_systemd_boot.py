@@ -61,7 +61,7 @@ echo END
 def steps_of_the_page() -> list[str]:
     """What the page on deploying has people run: to install into a virtual environment, and the three steps after."""
     page = (ROOT / "docs" / "deploying.md").read_text().partition("## With systemd")[2].partition("\n## ")[0]
-    return [re.sub(r"(?m)^ +", "", each) for each in re.findall(r"(?s)```sh\n(.*?)```", page)]
+    return [re.sub(r"(?m)^ +", "", each) for each in re.findall(r"(?s)\n   ```sh\n(.*?)```", page)]
 
 
 def booted(folder: Path, script: str) -> str:

@@ -4,7 +4,7 @@
 "out": tokens, "hash_ids": [int, ...], "stop": str, "api_time": seconds}, ...]}``
 
 Times count from the session's begin. A request may also be a subagent, ``{"t": seconds, "type": "subagent",
-"status": str, "duration_ms": int, "requests": [...]}``, whose times count from its own begin or, in some files, from
+"status": str, "duration_ms": int, "requests": [...]}``, whose times count from its own start or, in some files, from
 the session's: from its own if any request of a subagent would else come before its subagent.
 """
 

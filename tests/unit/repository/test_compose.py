@@ -53,8 +53,11 @@ def test_the_memory_limit_holds_the_arena_and_what_the_daemon_keeps_for_itself()
     assert volume + reserve_bytes(limit) <= limit
 
 
-def test_a_stop_gives_the_daemon_the_time_of_its_drain() -> None:
-    assert int(DAEMON["stop_grace_period"].removesuffix("s")) > SETTINGS.server.drain_timeout_s
+def test_a_stop_gives_the_daemon_the_time_of_its_drain_and_of_its_writes() -> None:
+    server = SETTINGS.server
+
+    assert server.write_timeout_s > 0, "the arena goes with the containers"
+    assert int(DAEMON["stop_grace_period"].removesuffix("s")) > server.drain_timeout_s + server.write_timeout_s
 
 
 def test_vllm_waits_for_a_healthy_daemon_and_shares_its_user_socket_and_arena() -> None:

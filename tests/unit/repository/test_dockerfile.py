@@ -62,7 +62,7 @@ def test_its_ports_are_those_of_the_defaults() -> None:
 
 
 def test_its_health_check_is_a_program_and_a_verb_that_the_package_has(project: dict[str, Any]) -> None:
-    program, verb = IMAGE.only("HEALTHCHECK").words
+    program, verb, *_ = IMAGE.only("HEALTHCHECK").words
 
     assert program in project["project"]["scripts"]
     assert verb in project["project"]["entry-points"]["kvctl.commands"]

@@ -26,7 +26,6 @@ from tests.manifests import (
     DaemonPod,
     Document,
     containers,
-    kustomized,
     mounts,
     of_kind,
     rendered,
@@ -169,6 +168,10 @@ def test_paths_in_settings_are_in_mounted_volumes(daemon: DaemonPod) -> None:
 
 
 def test_the_memory_limit_holds_the_arena_and_what_the_daemon_keeps_for_itself(daemon: DaemonPod) -> None:
+    check_memory(daemon)
+
+
+def check_memory(daemon: DaemonPod) -> None:
     settings, resources = daemon.settings, daemon.container["resources"]
     limit = size_bytes(resources["limits"]["memory"])
     volume = daemon.volume_at(settings.dram.path).get("emptyDir")
@@ -190,29 +193,40 @@ def test_the_claimed_disk_is_larger_than_the_ssd_tier(daemon: DaemonPod) -> None
     assert storage >= 1.04 * settings.ssd.capacity_bytes, "a file system takes some percent"
 
 
-def test_the_grace_period_is_longer_than_the_hook_and_the_drain(daemon: DaemonPod) -> None:
-    command = daemon.container["lifecycle"]["preStop"]["exec"]["command"]
-    hook_s = float(command[command.index("--timeout") + 1])
+def timeout_s(command: list[str]) -> float:
+    """That of a command of kvctl."""
+    return float(command[command.index("--timeout") + 1])
 
-    assert daemon.spec["terminationGracePeriodSeconds"] >= hook_s + daemon.settings.server.drain_timeout_s + 10
+
+def test_blocks_that_only_dram_has_are_written_within_the_grace_period(daemon: DaemonPod) -> None:
+    server = daemon.settings.server
+    if "restartPolicy" in daemon.container:
+        assert "lifecycle" not in daemon.container, "a hook would refuse the last saves of the engine"
+        write_s = server.write_timeout_s
+    else:
+        write_s = timeout_s(daemon.container["lifecycle"]["preStop"]["exec"]["command"])
+
+    assert write_s > 0
+    assert daemon.spec["terminationGracePeriodSeconds"] >= write_s + server.drain_timeout_s + 10
 
 
 def test_probes_give_kvctl_the_time_that_it_takes_itself(daemon: DaemonPod) -> None:
     for name in ("startupProbe", "livenessProbe", "readinessProbe"):
         if name == "readinessProbe" and "restartPolicy" in daemon.container:
-            assert name not in daemon.container, "an engine is ready without its daemon"
+            assert name not in daemon.container, "an engine is ready while its daemon drains"
             continue
         probe = daemon.container[name]
         command = probe["exec"]["command"]
-        timeout_s = float(command[command.index("--timeout") + 1]) if "--timeout" in command else 5.0
         assert command[0] == "kvctl"
-        assert probe["timeoutSeconds"] >= timeout_s
+        assert probe["timeoutSeconds"] > timeout_s(command) + 1, "kvctl itself takes time to start"
+        assert (name == "readinessProbe") == ("terminationGracePeriodSeconds" not in probe)
         assert probe["periodSeconds"] >= 5, "each takes half a second of a processor"
 
 
 def test_the_sidecar_is_the_container_of_the_daemonset() -> None:
     sidecar, expected = (copy.deepcopy(DaemonPod(overlay).container) for overlay in ("vllm-sidecar", "node"))
-    del expected["readinessProbe"], expected["envFrom"], sidecar["envFrom"]  # The name of each ConfigMap has a hash.
+    del expected["envFrom"], sidecar["envFrom"]  # The name of each ConfigMap has a hash.
+    del expected["readinessProbe"], expected["lifecycle"]
     expected["ports"] = [each for each in expected["ports"] if each["name"] == "metrics"]
 
     assert sidecar == {**expected, "restartPolicy": "Always"}
@@ -241,10 +255,15 @@ def test_services_policies_and_budgets_select_pods_and_ports_that_exist(overlay:
             selector = document["spec"][path]
             chosen = [pod for pod in pods if matches(selector.get("matchLabels", selector), pod["metadata"]["labels"])]
             assert chosen, document["metadata"]["name"]
-            ports = {port["name"]: port for pod in chosen for each in containers(pod["spec"]) for port in each["ports"]}
-            numbers = {port["containerPort"] for port in ports.values()}
+            numbers = {
+                port["containerPort"] for pod in chosen for each in containers(pod["spec"]) for port in each["ports"]
+            }
+            # Before Kubernetes 1.32 a Service finds no named port of an init container.
+            names = {
+                port["name"] for pod in chosen for each in pod["spec"]["containers"] for port in each.get("ports", [])
+            }
             if kind == "Service":
-                assert {port["targetPort"] for port in document["spec"]["ports"]} <= set(ports)
+                assert {port["targetPort"] for port in document["spec"]["ports"]} <= names | numbers
             if kind == "NetworkPolicy":
                 assert {port["port"] for rule in document["spec"]["ingress"] for port in rule["ports"]} <= numbers
 
@@ -324,12 +343,13 @@ def test_the_overlay_of_the_page_has_its_images_and_its_setting(tmp_path: Path) 
     (tmp_path / "kustomization.yaml").write_text(
         overlay.replace("../ops/kubernetes", os.path.relpath(KUBERNETES, tmp_path.resolve())) + setting
     )
-    documents = kustomized(tmp_path)
+    documents = rendered(str(tmp_path))
     (changed,) = [each for each in documents if each["kind"] == "ConfigMap"]
     (workload,) = [each for each in documents if each["kind"] == "StatefulSet"]
     used = list(containers(workload["spec"]["template"]["spec"]))
 
     assert changed["data"]["KVSERVICE_DRAM__CAPACITY_BYTES"] == "64GiB"
+    check_memory(DaemonPod(str(tmp_path)))
     assert used[0]["envFrom"] == [{"configMapRef": {"name": changed["metadata"]["name"]}}]
     assert {each["image"] for each in used} == {
         f"registry.my.org/{name}:{__version__}" for name in ("kvservice", "vllm-with-kvservice")

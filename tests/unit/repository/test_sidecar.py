@@ -47,6 +47,9 @@ def test_the_daemon_is_configured_by_settings_that_exist_and_fits_into_its_memor
     arena = size_bytes(VOLUMES["arena"]["emptyDir"]["sizeLimit"])
 
     assert settings.dram.capacity_bytes < arena < size_bytes(DAEMON["resources"]["limits"]["memory"])
+    assert settings.server.write_timeout_s > 0, "the arena goes with the pod"
+    needed_s = settings.server.drain_timeout_s + settings.server.write_timeout_s
+    assert POD["spec"]["terminationGracePeriodSeconds"] > needed_s
 
 
 def test_the_daemon_is_the_one_of_the_page_on_containers() -> None:
