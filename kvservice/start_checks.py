@@ -52,7 +52,7 @@ def check_start(settings: Settings) -> None:
 
 
 def _is_in_memory(folder: Path) -> bool:
-    """A folder there is made at each start, for it is gone after the host's restart."""
+    """A folder there is made at each start: the host's restart removes it."""
     return folder.is_dir() and file_system_of(folder) in ("tmpfs", "ramfs", "hugetlbfs")
 
 

@@ -134,7 +134,7 @@ def test_shared_memory_in_use_keeps_the_whole_store(new_daemon: NewDaemon) -> No
     assert files_of(daemon.store) == before
 
 
-def test_a_damaged_store_goes_too_and_what_its_index_named_is_told(new_daemon: NewDaemon) -> None:
+def test_a_damaged_store_goes_too_and_the_answer_says_what_its_index_may_have_named(new_daemon: NewDaemon) -> None:
     daemon, other = used(new_daemon), used(new_daemon)
     chain = new_chain(SMALL, 2)
     with other.client() as client:

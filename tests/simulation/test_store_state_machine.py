@@ -226,8 +226,11 @@ class StoreMachine(StoreBesideModel):
         if not self.leases:
             return
         held = self.leases[number % len(self.leases)]
-        ticket, _ = self.opened.tickets.export(caller_of(held.client), held.lease.lease_id, ttl_s, adoptions)
+        ticket = self.do(self._export(held, ttl_s, adoptions))
         self.tickets.append(HeldTicket(ticket, held, self.files.clock.monotonic_s() + ttl_s, adoptions))
+
+    async def _export(self, held: HeldLease, ttl_s: int, adoptions: int) -> bytes:
+        return self.opened.tickets.export(caller_of(held.client), held.lease.lease_id, ttl_s, adoptions)[0]
 
     @rule(number=numbers, shard=shards, ttl_s=st.sampled_from([5, 50]), client=numbers)
     def adopt_a_ticket(self, number: int, shard: Shard, ttl_s: int, client: int) -> None:
