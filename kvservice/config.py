@@ -59,8 +59,8 @@ def _sized(value: object, parse: ValidatorFunctionWrapHandler) -> object:
         if not kind.startswith("byte_size"):
             raise
         raise ValueError(
-            f"{str(value)!r} is no size: give bytes, or a number with KiB, MiB, GiB, TiB (1024 each) or KB, MB, GB, TB "
-            "(1000 each)"
+            f"{str(value)!r} is not a size: give bytes, or a number with KiB, MiB, GiB, TiB (1024 each) or KB, MB, GB, "
+            "TB (1000 each)"
         ) from None
 
 

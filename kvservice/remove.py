@@ -1,8 +1,9 @@
 """``kvservice remove``: deletes a stopped store with all its blocks, wherever its files are.
 
-The index names the SSD files and the arena, and where the store was when it was last used: of a copy, only what lies in
-its folder is deleted, for the rest belongs to the original. If the index is damaged, the same holds. Files that a store
-does not make are not deleted. The same command continues an interrupted removal.
+The index names the SSD files, the arena, and the folder in which the store was last used. If the store is in another
+folder now, it may be a copy, and files outside its folder may belong to the original: they are not deleted. If the
+index is damaged, they are not deleted either. Files that a store does not make stay. The same command continues an
+interrupted removal.
 """
 
 from __future__ import annotations
@@ -155,7 +156,9 @@ def _known(store: Path, removal: Removal) -> _Known:
         index.close()
     known.ssd_files = [file for file in files if file.is_relative_to(store)]
     for path in [*(file for file in files if file not in known.ssd_files), *([arena] if arena is not None else [])]:
-        removal.not_deleted.append(f"{path}: the store was not used since it came to {store}; it may be another one's")
+        removal.not_deleted.append(
+            f"{path}: the store was last used in another folder; this may belong to another store"
+        )
     return known
 
 

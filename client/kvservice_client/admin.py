@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from itertools import islice
+from typing import TypeVar
 
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import sessions_pb2
@@ -18,6 +19,10 @@ _DRAIN_TIMEOUT_S = 3600.0
 TRACE_MAX_S = 30 * 86400.0  # The longest recording.
 _STREAM_OPENS_S = 30.0
 _SCRUB_TIMEOUT_S = 7 * 86400.0  # A scrub at a low rate takes days; the end of the connection ends it at once.
+
+
+_PageRequest = pb.ListBlocksRequest | pb.ListSessionsRequest | pb.ListLayoutsRequest | pb.ListClientsRequest
+_Page = TypeVar("_Page", pb.ListBlocksResponse, pb.ListSessionsResponse, pb.ListLayoutsResponse, pb.ListClientsResponse)
 
 
 class Tier(StrEnum):
@@ -55,13 +60,8 @@ class Admin:
             page_size=_PAGE_BLOCKS,
             key_prefix=key_prefix,
         )
-        while True:
-            deadline = self._connection.deadline(timeout_s)
-            page = self._connection.ask(ADMIN + "ListBlocks", request, pb.ListBlocksResponse, deadline)
+        for page in self._pages("ListBlocks", request, pb.ListBlocksResponse, timeout_s):
             yield from page.blocks
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def list_sessions(
         self, session_id: str = "", layout_fingerprint: bytes = b"", timeout_s: float | None = None
@@ -73,32 +73,28 @@ class Admin:
             layout_fingerprint=layout_fingerprint,
             page_size=_PAGE_BLOCKS,
         )
-        while True:
-            deadline = self._connection.deadline(timeout_s)
-            page = self._connection.ask(ADMIN + "ListSessions", request, pb.ListSessionsResponse, deadline)
+        for page in self._pages("ListSessions", request, pb.ListSessionsResponse, timeout_s):
             yield from page.sessions
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def list_layouts(self, timeout_s: float | None = None) -> Iterator[pb.StoredLayout]:
         """All layouts that the store knows, page by page; `timeout_s` is for one page."""
         request = pb.ListLayoutsRequest(page_size=_PAGE_BLOCKS)
-        while True:
-            deadline = self._connection.deadline(timeout_s)
-            page = self._connection.ask(ADMIN + "ListLayouts", request, pb.ListLayoutsResponse, deadline)
+        for page in self._pages("ListLayouts", request, pb.ListLayoutsResponse, timeout_s):
             yield from page.layouts
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def list_clients(self, timeout_s: float | None = None) -> Iterator[pb.AttachedClient]:
         """All attached clients, page by page; `timeout_s` is for one page."""
         request = pb.ListClientsRequest(page_size=_PAGE_BLOCKS)
-        while True:
-            deadline = self._connection.deadline(timeout_s)
-            page = self._connection.ask(ADMIN + "ListClients", request, pb.ListClientsResponse, deadline)
+        for page in self._pages("ListClients", request, pb.ListClientsResponse, timeout_s):
             yield from page.clients
+
+    def _pages(
+        self, method: str, request: _PageRequest, answer: type[_Page], timeout_s: float | None
+    ) -> Iterator[_Page]:
+        """All pages of a list; `timeout_s` is for one of them."""
+        while True:
+            page = self._connection.ask(ADMIN + method, request, answer, self._connection.deadline(timeout_s))
+            yield page
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token

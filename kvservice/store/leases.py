@@ -124,7 +124,7 @@ class Leases:
 
     @property
     def clients(self) -> Collection[Client]:
-        """Those that are attached, in the order in which they came."""
+        """Those that are attached, by the time of their attachment."""
         return self._clients.values()
 
     def attach(self, caller: Caller, name: str) -> Client:

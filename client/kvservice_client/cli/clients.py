@@ -10,7 +10,7 @@ from kvservice_client.client import DEFAULT_ADDRESS
 def clients(
     limit: Limit = 100, address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: AsJson = False
 ) -> None:
-    """List attached clients, in the order in which they came."""
+    """List attached clients, the one that attached first at the top."""
     with connect(address, timeout) as client:
         listed, has_more = first_of(client.admin.list_clients(), limit)
     if as_json:

@@ -226,7 +226,7 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListClients(self, request, context):
-        """Lists the attached clients in the order in which they came, page by page. Errors: as of ListSessions.
+        """Lists the attached clients by the time of their attachment, page by page. Errors: as of ListSessions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

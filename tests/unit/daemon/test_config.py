@@ -91,9 +91,9 @@ def test_sizes_are_written_as_people_write_them(tmp_path: Path, text: str, size_
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("4GBB", "'4GBB' is no size: give bytes, or a number with KiB, MiB, GiB"),
-        ("-5", "'-5' is no size"),
-        ("many", "'many' is no size"),
+        ("4GBB", "'4GBB' is not a size: give bytes, or a number with KiB, MiB, GiB"),
+        ("-5", "'-5' is not a size"),
+        ("many", "'many' is not a size"),
         ("99999999999TiB", "99999999999TiB is more than 1 EiB"),
     ],
 )
