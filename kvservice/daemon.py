@@ -189,7 +189,8 @@ class Daemon:
         log.info("writing the blocks that only DRAM has: this may take %g s", write_s, extra={"timeout_s": write_s})
         try:
             async with self._clock.timeout(write_s):
-                await self.store.drain.written()
+                if left := await self.store.drain.written():
+                    log.warning("%d blocks are only in DRAM: SSD has no space for them", left, extra={"blocks": left})
         except TimeoutError:
             log.warning("the time is over: some blocks are only in DRAM; raise server.write_timeout_s")
 

@@ -104,6 +104,15 @@ def test_clients_that_are_only_attached_do_not_hold_a_daemon_up(new_daemon: NewD
     assert not [line for line in daemon.log if line["level"] in ("warning", "error")]
 
 
+def test_what_cannot_be_written_after_sigterm_is_counted_in_the_log(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(server__write_timeout_s=30.0, ssd__capacity_bytes=0)
+    chain = new_chain(SMALL, 3)
+    with daemon.client() as client:
+        assert save(client, SMALL, chain).stored == 3
+    assert daemon.stop() == 0
+    assert daemon.logged("3 blocks are only in DRAM: SSD has no space for them")
+
+
 @pytest.mark.parametrize(("timeout_s", "is_written"), [(60.0, True), (0.1, False), (0.0, False)])
 def test_what_only_dram_has_is_written_after_sigterm_for_as_long_as_is_set(
     tmp_path: Path, timeout_s: float, is_written: bool

@@ -76,9 +76,13 @@ class Drain:
         while self._admission.loads_open or self._claims.object_count:
             await self._clock.sleep(_LOOK_EVERY_S)
 
-    async def written(self) -> None:
-        """Write the blocks that are only in DRAM, and wait for that. A failing SSD makes it wait until that ends."""
+    async def written(self) -> int:
+        """Write the blocks that are only in DRAM, and wait for that. A failing SSD makes it wait until that ends.
+
+        Returns how many could not be written, because there is no SSD tier or it has no space for them.
+        """
         await self._write_all()
+        return len(self._blocks.only_in(self._blocks.first_tier))
 
     # When an operator asks
 
