@@ -332,19 +332,15 @@ class BlockIndex:
 
     @property
     def ssd_files(self) -> list[Path | None]:
-        """The SSD files in their order, as last recorded; None for a deleted one. Empty before the first start."""
+        """The SSD files by number, as last recorded; None for one that left. Empty before the first start."""
         names = self._meta.get(_SSD_FILES_KEY, b"").split(b"\0")
         return [self.directory.parent / os.fsdecode(name) if name else None for name in names] if any(names) else []
 
-    def ssd_files_to_create(self, count: int) -> list[int]:
-        """Which of `count` SSD files were never created. Any other existed, and its drive may be missing."""
-        known = self.ssd_files
-        return [number for number in range(count) if not known or (number < len(known) and known[number] is None)]
-
     def remember_ssd_files(self, files: Sequence[Path | None]) -> None:
-        """Record the paths of the SSD files, in their order. Call it while no change waits for a commit.
+        """Record the paths of the SSD files by number, None for one that left. Call it while no change waits for a
+        commit.
 
-        Those in the store's folder may move with it. None removes a file: it is created at the next start.
+        Those in the store's folder may move with it.
         """
         store = self.directory.parent
 

@@ -45,6 +45,17 @@ class DramTier:
         self.arena.prepare(on_more)
 
     @property
+    def is_too_large(self) -> bool:
+        return self.arena.wanted_bytes < self.arena.capacity_bytes
+
+    def shrink(self) -> None:
+        """Reserve nothing beyond the new size any more. Before `start`."""
+        self._space.shrink(min(self._space.capacity_bytes, self.arena.wanted_bytes))
+
+    def truncate(self) -> None:
+        self.arena.truncate()
+
+    @property
     def capacity_bytes(self) -> int:
         return self._space.capacity_bytes
 
