@@ -22,7 +22,7 @@ class Drives(NamedTuple):
 
     files: list[Path | None]  # By number; None where a file left the store.
     creatable: list[int]  # Files that never existed. Any other that is missing had blocks, or its drive is missing.
-    leaving: list[int]  # Files whose blocks move to the others.
+    leaving: list[int]  # Files whose blocks move to the others, or that have none.
 
 
 def find_drives(index: BlockIndex, folders: Sequence[Path], drained: Sequence[Path]) -> Drives:
@@ -52,6 +52,9 @@ def find_drives(index: BlockIndex, folders: Sequence[Path], drained: Sequence[Pa
     for number, path in known.items():
         if number not in files:
             _expect_unused(index, number, path)
+            if not is_missing(path):
+                files[number] = path
+                leaving.append(number)
     for folder in new:
         number = next(each for each in range(len(files) + 1) if each not in files)
         files[number] = folder / file_name(number)
@@ -80,4 +83,3 @@ def _expect_unused(index: BlockIndex, number: int, path: Path) -> None:
             "ssd.drained_paths, and its blocks move to the other drives; or if the drive is lost, drop its blocks with "
             "`kvservice check --repair`"
         )
-    log.info("the SSD file %s is not used any more, and has no blocks: it can be deleted", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,9 @@ from kvservice.tiers.extents import extent_size
 from kvservice_api.image import block_geometry
 from kvservice_api.layout import Shard
 from kvservice_client import BlockChain, Client, Durability
-from tests.daemon import MIB, DaemonProcess
+from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, compare, new_chain, save
+from tests.integration.test_third_tier import counts
 
 BLOCK = extent_size(block_geometry(LARGE, Shard.whole(LARGE), LARGE.block_tokens).image_bytes)
 BLOCKS = 12
@@ -138,6 +140,16 @@ class TestTheSsdTier:
         assert daemon.stop() == 0
         assert daemon.check().returncode == 0
 
+    def test_that_cannot_grow_for_lack_of_space_is_left_as_it_is(self, new_daemon: NewDaemon) -> None:
+        daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(16))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        daemon.settings["ssd.capacity_bytes"] = "100TiB"
+        assert "ssd.capacity_bytes: the SSD tier needs 102399." in refuses(daemon)
+        start(daemon, ssd__capacity_bytes=ssd_bytes(16))
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
     def test_whose_shrinking_was_interrupted_may_have_its_old_size_again(self, new_daemon: NewDaemon) -> None:
         before = ssd_bytes(BLOCKS)
         daemon = new_daemon(ssd__capacity_bytes=before, mover__ssd_free_low=0, mover__ssd_free_high=0)
@@ -226,10 +238,38 @@ class TestADrive:
         start(daemon, ssd__paths=drives_in(tmp_path, "two", "moved"))
         assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
 
+    def test_without_blocks_leaves_once_no_setting_names_it(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        restart(daemon, ssd__paths=drives_in(tmp_path, "one"))
+        assert not list(daemon.store.glob("ssd-*.kv"))
+        chains = filled(daemon)
+        restart(daemon)
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
     def test_in_both_lists_is_wrong_usage(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
         drives = drives_in(tmp_path, "one")
         daemon = new_daemon(ssd__paths=drives, ssd__drained_paths=drives)
         assert "is in ssd.paths and in ssd.drained_paths" in refuses(daemon, code=2)
+
+
+def test_a_tier_below_ssd_shrinks_and_keeps_what_fits(new_daemon: NewDaemon, tmp_path: Path) -> None:
+    def tiers(blocks: int) -> str:
+        size = 8192 + blocks * BLOCK
+        tier = {"name": "archive", "path": drives_in(tmp_path, "archive"), "capacity_bytes": size, "free_low": 0}
+        return json.dumps([{**tier, "free_high": 0}])
+
+    daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(20), tiers__below_ssd=tiers(BLOCKS))
+    start(daemon)
+    chains = filled(daemon)
+    keys = [key for chain in chains for key in chain]
+    with daemon.client() as client:
+        until(lambda: counts(client)["archive"] == BLOCKS)
+        for tier in ("dram", "ssd"):
+            client.evict(keys, tier=tier)
+    restart(daemon, tiers__below_ssd=tiers(8))
+    with daemon.client() as client:
+        assert stored(client, chains) == list(range(BLOCKS - 8, BLOCKS))
 
 
 class TestTheDramTier:
