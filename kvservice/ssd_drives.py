@@ -28,7 +28,7 @@ class Drives(NamedTuple):
 def find_drives(index: BlockIndex, folders: Sequence[Path], drained: Sequence[Path]) -> Drives:
     """The files of the drives in `folders`, one each, and of those in `drained`.
 
-    A file keeps its number in whatever folder its drive is mounted. Raises StoreMismatch if a file with blocks is in
+    A file keeps its number in any folder where its drive is mounted. Raises StoreMismatch if a file with blocks is in
     none of the folders; OSError.
     """
     known = {number: path for number, path in enumerate(index.ssd_files) if path is not None}

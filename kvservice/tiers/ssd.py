@@ -23,7 +23,7 @@ from kvservice.tiers import ssd_files
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
 from kvservice.tiers.files import WRITE, FileCalls, IoPool
-from kvservice.tiers.ssd_files import Header, is_missing
+from kvservice.tiers.ssd_files import FileHeader, is_missing
 from kvservice_api.errors import StorageFailed, TierFull
 from kvservice_api.image import PAGE_BYTES
 
@@ -39,7 +39,7 @@ class SsdTier:
     def __init__(
         self,
         files: dict[int, _File],
-        headers: dict[int, Header],
+        headers: dict[int, FileHeader],
         store_id: bytes,
         io_threads: int,
         name: TierName,
@@ -98,7 +98,7 @@ class SsdTier:
             else:
                 share = capacity_bytes // len(staying) // PAGE_BYTES * PAGE_BYTES
                 wanted[number] = max(0, share - PAGE_BYTES)
-        headers = {number: Header(store_id, number, len(staying), wanted[number]) for number in staying}
+        headers = {number: FileHeader(store_id, number, len(staying), wanted[number]) for number in staying}
         opened: dict[int, _File] = {}
         try:
             for number, path in files.items():

@@ -24,7 +24,7 @@ _MAGIC = b"KVSSD001"
 assert _HEADER.size == 40
 
 
-class Header(NamedTuple):
+class FileHeader(NamedTuple):
     """The identity of an SSD file: file `number` of the `file_count` files of a store, for `size_bytes` of extents."""
 
     store_id: bytes
@@ -42,16 +42,16 @@ def is_missing(path: Path) -> bool:
     return False
 
 
-def read_header(path: Path) -> Header | None:
+def read_header(path: Path) -> FileHeader | None:
     """None if it is not an SSD file of this version. Raises OSError."""
     with path.open("rb") as file:
         data = file.read(_HEADER.size)
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         return None
-    return Header(*_HEADER.unpack(data)[1:])
+    return FileHeader(*_HEADER.unpack(data)[1:])
 
 
-def expect_file(path: Path, store_id: bytes, number: int) -> Header:
+def expect_file(path: Path, store_id: bytes, number: int) -> FileHeader:
     """The header of the store's file of that number. Raises StoreMismatch if the file is not that one, or is cut off;
     OSError.
     """
@@ -74,7 +74,7 @@ def expect_file(path: Path, store_id: bytes, number: int) -> Header:
     return found
 
 
-def create(path: Path, header: Header, calls: FileCalls) -> None:
+def create(path: Path, header: FileHeader, calls: FileCalls) -> None:
     """Allocate the file completely or not at all: it has another name until all its blocks are allocated.
 
     Raises OSError.
@@ -99,7 +99,7 @@ def create(path: Path, header: Header, calls: FileCalls) -> None:
         os.close(fd)
 
 
-def resize(path: Path, header: Header, calls: FileCalls) -> None:
+def resize(path: Path, header: FileHeader, calls: FileCalls) -> None:
     """Give the file this header and the size in it. No block may be beyond that size. Raises OSError."""
     found = read_header(path)
     assert found is not None, "it was opened"
@@ -143,7 +143,7 @@ def files_in(folder: Path, store_id: bytes) -> dict[int, Path]:
     return {header.number: path for path, header in found.items() if header is not None and header.store_id == store_id}
 
 
-def _encode(header: Header) -> bytes:
+def _encode(header: FileHeader) -> bytes:
     return _HEADER.pack(_MAGIC, *header)
 
 

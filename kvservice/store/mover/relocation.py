@@ -105,7 +105,7 @@ async def _move(
                 await space.read(old, 0, data)
                 await space.write(new, 0, data)
             except KVError as error:
-                log.error("a block is lost, for it cannot be moved within %s: %s", tier, error.message)
+                log.error("a block is lost, which cannot be moved within %s: %s", tier, error.message)
                 return False
         return True
 
