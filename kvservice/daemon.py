@@ -33,6 +33,7 @@ from kvservice.host_limits import (
 )
 from kvservice.index import replacement
 from kvservice.index.block_index import BlockIndex
+from kvservice.index.identity import SCHEMA_WITH_FREE_FILE_NUMBERS
 from kvservice.index.store_lock import StoreLock
 from kvservice.metrics.heartbeat import Heartbeat
 from kvservice.metrics.rows import Sources
@@ -283,6 +284,8 @@ async def _open_store(settings: Settings, clock: Clock, files: FileCalls, openin
     drives: Drives | None = None
     if has_ssd:
         drives = find_drives(index, settings.ssd_directories, settings.ssd.drained_paths)
+        if drives.leaving or None in drives.files:
+            index.require_schema(SCHEMA_WITH_FREE_FILE_NUMBERS)
         ssd = SsdTier.open(
             drives.files,
             store_id=index.store_id,

@@ -252,7 +252,7 @@ class BlockIndex:
         has such a tier, older daemons refuse it: they would not remove its records. Raises StorageFailed.
         """
         if tiers:
-            self._remember(SCHEMA_KEY, str(max(SCHEMA_WITH_LOWER_TIERS, schema_of(self._meta))).encode())
+            self.require_schema(SCHEMA_WITH_LOWER_TIERS)
         before = self._meta.get(_LOWER_TIERS_KEY, b"").split(b"\0")
         emptied = {}
         for tier, (map_bytes, before_commit) in tiers.items():
@@ -350,6 +350,12 @@ class BlockIndex:
             return os.fsencode(file.relative_to(store) if file.is_relative_to(store) else file.absolute())
 
         self._remember(_SSD_FILES_KEY, b"\0".join(map(name, files)))
+
+    def require_schema(self, schema: int) -> None:
+        """Record that older daemons than those that know `schema` may not open the store. Call it while no change waits
+        for a commit.
+        """
+        self._remember(SCHEMA_KEY, str(max(schema, schema_of(self._meta))).encode())
 
     def _remember(self, key: bytes, value: bytes) -> None:
         if self._meta.get(key, b"") != value:

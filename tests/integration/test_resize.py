@@ -16,8 +16,10 @@ from kvservice_api.image import block_geometry
 from kvservice_api.layout import Shard
 from kvservice_client import BlockChain, Client, Durability
 from tests.daemon import MIB, DaemonProcess, until
-from tests.integration.known_blocks import LARGE, compare, new_chain, save
+from tests.integration.by_hand import InPlaceWriter
+from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, verify
 from tests.integration.test_third_tier import counts
+from tests.integration.wire import Wire
 
 BLOCK = extent_size(block_geometry(LARGE, Shard.whole(LARGE), LARGE.block_tokens).image_bytes)
 BLOCKS = 12
@@ -282,6 +284,32 @@ class TestTheDramTier:
             restart(daemon, dram__capacity_bytes=32 * MIB)
             more = filled(daemon, Durability.DRAM, blocks=30)
             assert stored(client, chains + more) == list(range(BLOCKS + 30))
+
+    def test_leaves_the_space_alone_where_a_client_of_the_larger_tier_may_write(self, new_daemon: NewDaemon) -> None:
+        daemon = new_daemon(dram__capacity_bytes=48 * MIB, ssd__capacity_bytes=0)
+        start(daemon)
+        with Wire(daemon.address) as wire:
+            wire.attach()
+            wire.open_layout(LARGE)
+            writer = InPlaceWriter(wire, LARGE)
+            before, kept = writer.reserve(new_chain(LARGE, 80)), writer.reserve(new_chain(LARGE, 8))
+            before.abandon()
+            kept.scribble()  # It has the larger arena mapped.
+            daemon.kill()
+            start(daemon, dram__capacity_bytes=20 * MIB)
+            with daemon.client() as client:
+                status = client.admin.status()
+                assert any(0 < status.dram.capacity_bytes - start < BLOCK for start in kept.offsets.values())
+                assert 0 < status.set_aside_extents < 8
+                small = new_chain(SMALL, 6)  # It fits into the rest of the divided extent.
+                assert save(client, SMALL, small).is_complete
+                chains = filled(daemon, Durability.DRAM, blocks=40)
+                kept.scribble()
+                verify(client, SMALL, small)
+                assert stored(client, chains) == list(range(40))
+                assert writer.lock is not None
+                writer.lock.release()
+                until(lambda: client.admin.status().set_aside_extents == 0)
 
     @pytest.mark.parametrize("kill_every", [0, 9, pytest.param(1, marks=pytest.mark.slow)])
     def test_shrinks_and_keeps_what_fits(self, new_daemon: NewDaemon, kill_every: int) -> None:
