@@ -252,7 +252,8 @@ def test_pins_sessions_and_leases_are_gauges(daemon: DaemonProcess, wire: Wire) 
 
 
 def test_the_state_and_the_build_are_labels_of_gauges(daemon: DaemonProcess, wire: Wire) -> None:
-    assert Scrape.of(daemon).value("build_info", version=wire.status().version, policy="lru") == 1
+    assert Scrape.of(daemon).value("build_info", version=wire.status().version) == 1
+    assert Scrape.of(daemon).value("policy_info") == Scrape.of(daemon).value("policy_info", policy="lru") == 1
     list(wire.admin.Drain(admin_pb2.DrainRequest(action=admin_pb2.DRAIN_ACTION_BEGIN)))
     states = {name: Scrape.of(daemon).value("state", state=name) for name in ("serving", "draining", "stopping")}
     health = fetch(daemon, "/healthz")
