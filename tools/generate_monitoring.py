@@ -197,19 +197,13 @@ SECTIONS: Mapping[str, Sequence[Panel]] = {
         Panel(
             "Tiers",
             "bytes",
-            "A full tier is normal: it evicts. A capacity below the configured one is not.",
+            "A full tier is normal: it evicts. A capacity below the configured one is not; nor much only in DRAM.",
             {
                 "{{tier}} used": "sum by (tier) (@tier_used_bytes)",
                 "{{tier}} capacity": "sum by (tier) (@tier_capacity_bytes)",
                 "{{tier}} configured": "sum by (tier) (@tier_configured_bytes)",
+                "only in dram": "sum(@unwritten_bytes)",
             },
-        ),
-        Panel(
-            "Only in DRAM",
-            "bytes",
-            "Near 0 between bursts, unless the policy wants no copy. Near DRAM's capacity: the SSD is slower "
-            "than the saves.",
-            {"unwritten": "sum(@unwritten_bytes)"},
         ),
         Panel(
             "Queues",
@@ -275,7 +269,7 @@ SECTIONS: Mapping[str, Sequence[Panel]] = {
             },
         ),
     ),
-    "Who uses it?": (
+    "Clients, models and policy": (
         Panel(
             "Clients, leases, sessions",
             "short",

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -64,12 +65,13 @@ class Site:
         self.prometheus = stack.enter_context(prometheus(folder, target, ca, rules))
         self.reasons: Counter[str] = Counter()  # Of the misses, as `explain` says them.
 
-    def client(self, transport: str = "grpc") -> Client:
+    def client(self, transport: Literal["grpc", "shm"] = "grpc") -> Client:
         return Client(str(self.daemon.socket_path), name=transport, transport=transport, timeout_s=30.0)
 
     def use(self) -> None:
         """Saves, hits, misses, loads from each tier by each path, and a report of a request."""
-        for transport in ("grpc", "shm"):
+        transports: tuple[Literal["grpc", "shm"], ...] = ("grpc", "shm")
+        for transport in transports:
             with self.client(transport) as client:
                 for durability in (Durability.DRAM, Durability.SSD):
                     chain = new_chain(LARGE, 8)
