@@ -21,13 +21,13 @@ from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
 from kvservice.store.transfers.admission import Admission
 from kvservice.store.transfers.upload import Uploads
-from kvservice_api.errors import Draining, IndexFull, Overloaded, StorageFailed, TierFull, UploadCorrupted
+from kvservice_api.errors import Draining, IndexFull, Overloaded, TierFull, UploadCorrupted
 from kvservice_api.layout import Layout
 
 STATES = ("serving", "draining", "stopping")
 _ON_REQUEST = "request"
 _SPACE_FOR = (*(each.name.lower() for each in SpaceFor if each is not SpaceFor.UNKNOWN), _ON_REQUEST)
-_REFUSED_FOR = [each.reason for each in (Draining, IndexFull, Overloaded, StorageFailed, TierFull, UploadCorrupted)]
+_REFUSED_FOR = [each.reason for each in (Draining, IndexFull, Overloaded, TierFull, UploadCorrupted)]
 _ROWS_A_PART = 65_536  # They take a third of a millisecond.
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def test_promtool_fires_every_alert_for_the_fault_only() -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r'alertname="(\w+)"', tests.read_text())) == {rule["alert"] for rule in rules()}
+
+
+def test_prometheus_accepts_the_configuration_of_the_page(tmp_path: Path) -> None:
+    page = (OPS.parent / "docs" / "monitoring.md").read_text()
+    block = textwrap.dedent(page.partition("```yaml\n")[2].partition("```")[0])
+    (tmp_path / "prometheus.yml").write_text(block.replace("/etc/prometheus", str(ALERTS)))
+    checked = [program("promtool"), "check", "config", tmp_path / "prometheus.yml"]
+    done = subprocess.run(checked, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"SUCCESS: {len(rules())} rules found" in done.stdout
 
 
 def test_no_two_panels_of_the_dashboard_overlap() -> None:
