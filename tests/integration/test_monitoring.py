@@ -22,7 +22,7 @@ import pytest
 from kvservice_api.errors import ChecksumMismatch, Overloaded
 from kvservice_api.v1 import admin_pb2
 from kvservice_client import BlockChain, Client, Durability, Outcome, RequestReport, Tier
-from tests.certificates import Authority
+from tests.certificates import Authority, replace
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save
 from tests.integration.media import arena, flip_data
@@ -47,6 +47,7 @@ class Site:
         program("prometheus")  # Skips the tests where it is missing.
         authority = Authority()
         certificate, key = authority.issue(valid_until=datetime.now(UTC) + timedelta(days=3)).write(folder)
+        self.certificate = certificate
         self.faults = Faults(folder / "faults")
         self.daemon = DaemonProcess(
             folder,
@@ -191,10 +192,17 @@ def test_clients_up_to_the_limit_and_refused_ones_are_alerted(site: Site) -> Non
 
 
 def test_stalls_of_the_event_loop_are_alerted(site: Site) -> None:
-    for _ in range(10):
-        with site.daemon.stopped():
-            time.sleep(0.1)  # A stall: the event loop is due at least once each 50 ms.
+    with site.client() as client:
+        for _ in range(10):
+            with site.daemon.stopped():
+                time.sleep(0.1)  # A stall: the event loop is due at least once each 50 ms.
+            client.admin.status()  # The loop has run, so the next stall is another one.
     site.prometheus.wait_for_alert("KVServiceEventLoopStalls")
+
+
+def test_tls_files_that_cannot_be_used_are_alerted(site: Site) -> None:
+    replace(site.certificate, b"no certificate")
+    site.prometheus.wait_for_alert("KVServiceTlsFilesRefused")
 
 
 def test_more_writes_than_the_tier_has_bytes_are_alerted(site: Site) -> None:
