@@ -73,8 +73,9 @@ vllm-env: .venv-vllm/installed .venv-vllm33/installed ## Install vLLM into .venv
 proto: .venv/installed-dev ## Generate the protobuf code again
 	$(BIN)/python tools/generate_protobuf.py proto
 
-docs: .venv/installed-dev ## Write the generated pages under docs/ again
+docs: .venv/installed-dev ## Write the generated pages, the dashboard and the Kubernetes alerts again
 	$(BIN)/python tools/generate_docs.py
+	$(BIN)/python tools/generate_monitoring.py
 
 demo: .venv/installed-demo ## A conversation whose history comes back from the daemon
 	@$(BIN)/python -m examples.demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.store import BlockStore
-from kvservice_api.errors import InvalidRequest, KVError, UnknownClient
+from kvservice_api.errors import InvalidRequest, KVError, Overloaded, UnknownClient
 from kvservice_api.status import grpc_code, to_status
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Unary = Callable[[Any, Context], Awaitable[Any]]
 
+_INTERNAL = "INTERNAL"
 _DETAILS_KEY = "grpc-status-details-bin"
 _LOCAL = "local"
 _ANONYMOUS = "anonymous"
@@ -68,6 +69,7 @@ class CallCounts:
     def add_method(self, method: str) -> None:
         """Count it from now on, from zero."""
         self.running[method] = self.ended[method, "OK"] = 0
+        self.errors[method, _INTERNAL] = self.errors[method, Overloaded.reason] = 0  # Alerts are about these.
 
     def end(self, method: str, code: str, reason: str) -> None:
         """Without a `reason` it was no error."""
@@ -106,7 +108,7 @@ def guarded(handler: Unary, counts: CallCounts, parse: Callable[[bytes], Any] | 
             # A write failed because the client has disconnected: no error for the log, and no client to answer.
             raise asyncio.CancelledError from error
         except Exception:  # A bug of the daemon: it ends this call only, with its traceback in the log.
-            code = reason = "INTERNAL"
+            code = reason = _INTERNAL
             log.exception("a handler failed: %s", method)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; the daemon's log has the details")
         finally:

@@ -77,8 +77,9 @@ def test_every_source_file_that_the_architecture_names_exists() -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        *("docs/container.md", "docs/deploying.md", "docs/hints.md", "docs/operating.md", "docs/security.md"),
-        *("docs/tickets.md", "docs/vllm.md", "ops/kubernetes/README.md"),
+        *("docs/container.md", "docs/deploying.md", "docs/hints.md", "docs/monitoring.md", "docs/operating.md"),
+        *("docs/security.md", "docs/tickets.md", "docs/vllm.md", "ops/kubernetes/README.md"),
+        *(f"ops/runbooks/{page.name}" for page in ROOT.glob("ops/runbooks/*.md")),
     ],
 )
 def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:

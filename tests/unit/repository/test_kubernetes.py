@@ -47,6 +47,7 @@ CUSTOM_FIELDS = {
         "isCA commonName secretName duration renewBefore privateKey usages dnsNames ipAddresses issuerRef".split()
     ),
     "ServiceMonitor": {"selector", "endpoints"},
+    "PrometheusRule": {"groups"},
 }
 
 
