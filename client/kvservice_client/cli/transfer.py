@@ -1,0 +1,62 @@
+"""What `kvctl export` and `kvctl import` share: their progress, and their errors."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+
+from kvservice_api.errors import KVError
+from kvservice_client.cli import output
+from kvservice_client.cli.advice import advice
+from kvservice_client.exports.export_file import UnusableFile
+
+STANDARD_STREAM = "-"
+_LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def progress(
+    doing: str, total: int | None, now_s: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int, str], None]]:
+    """Shows how far a transfer is: call it with what is done of `total`, and a text.
+
+    On a terminal a bar; else a line on stderr every ten seconds.
+    """
+    with output.progress() as bar:
+        task = bar.add_task(doing, total=total)
+        line_at_s = now_s() + _LINE_EVERY_S
+
+        def show(completed: int, text: str) -> None:
+            nonlocal line_at_s
+            bar.update(task, description=f"{doing} ({text})", completed=completed)
+            if bar.disable and now_s() >= line_at_s:
+                line_at_s = now_s() + _LINE_EVERY_S
+                share = f"{100 * completed // total} %, " if total else ""
+                print(f"kvctl: {doing}: {share}{text}", file=sys.stderr, flush=True)
+
+        yield show
+
+
+@contextmanager
+def failures(file: str, how_to_continue: str) -> Iterator[None]:
+    """Ends the verb with exit code 1 for what can go wrong in the middle of a transfer, and says how to continue."""
+    try:
+        yield
+    except UnusableFile as error:
+        _fail(f"{file}: {error}. {how_to_continue}")
+    except KVError as error:
+        _fail(f"{error.message.rstrip('.')}. {advice(error)} {how_to_continue}")
+    except OSError as error:
+        _fail(f"{file}: {error.strerror}. {how_to_continue}")
+    except KeyboardInterrupt:
+        print(f"kvctl: interrupted. {how_to_continue}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _fail(message: str) -> None:
+    print(f"kvctl: {message}", file=sys.stderr)
+    raise typer.Exit(1)
