@@ -189,21 +189,21 @@ def test_a_killed_export_continues_to_the_same_file(daemon: DaemonProcess, tmp_p
 def test_an_export_on_a_full_disk_says_so_and_continues(daemon: DaemonProcess, tmp_path: Path) -> None:
     file = tmp_path / "full.kvx"
     with daemon.client() as client:
-        talk(client, "full disk", 40 * LAYOUT.block_tokens)
+        talk(client, "full-disk", 40 * LAYOUT.block_tokens)
 
     def little_space() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = subprocess.run(
-        [KVCTL, "export", file, "full disk", "--address", daemon.address],
+        [KVCTL, "export", file, "full-disk", "--address", daemon.address],
         capture_output=True,
         text=True,
         check=False,
         preexec_fn=little_space,
     )
     assert (done.returncode, done.stderr) == (1, f"kvctl: {file}: File too large. Continue with --resume.\n")
-    assert exported(daemon, file, "full disk", "--resume")["resumed_at_bytes"] > 0
+    assert exported(daemon, file, "full-disk", "--resume")["resumed_at_bytes"] > 0
     with file.open("rb") as stream:
         assert sum(isinstance(each, BlockRecord) for each in ExportReader(stream)) == 40
 
@@ -213,8 +213,8 @@ def test_an_import_whose_kvctl_or_daemon_is_killed_is_repeated(
 ) -> None:
     file, target = tmp_path / "chats.kvx", new_daemon()
     with daemon.client() as client:
-        talk(client, "long import", 150 * LAYOUT.block_tokens + 3)
-    exported(daemon, file, "long import")
+        talk(client, "long-import", 400 * LAYOUT.block_tokens + 3)
+    exported(daemon, file, "long-import")
     data = file.read_bytes()
 
     for who in ("kvctl", "daemon"):
@@ -225,7 +225,7 @@ def test_an_import_whose_kvctl_or_daemon_is_killed_is_repeated(
             process.stdin.write(data[: len(data) * (2 if who == "kvctl" else 4) // 5])
             process.stdin.flush()
             with target.client() as client:
-                until(partial(has_blocks, client, 64 if who == "kvctl" else 100))
+                until(partial(has_blocks, client, 64 if who == "kvctl" else 192))
             if who == "kvctl":
                 process.kill()
             else:
@@ -240,9 +240,9 @@ def test_an_import_whose_kvctl_or_daemon_is_killed_is_repeated(
             assert not list(client.admin.list_sessions())
 
     answer = imported(target, file)
-    assert answer["blocks"] + answer["already_stored"] == 151
-    assert answer["already_stored"] >= 64
-    assert same_history(daemon, target, "long import")
+    assert answer["blocks"] + answer["already_stored"] == 401
+    assert answer["already_stored"] >= 192
+    assert same_history(daemon, target, "long-import")
 
 
 def test_a_damaged_byte_anywhere_never_arrives(daemon: DaemonProcess, empty: DaemonProcess, tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_an_export_may_flow_into_an_import(daemon: DaemonProcess, empty: DaemonP
                     for layer in range(first, first + 2)
                 ]
                 client.open_layout(layout, shard).save(chain, parts)
-        client.session(layout, "of ranks").append(chain)
-        talk(client, "other layout")
+        client.session(layout, "of-ranks").append(chain)
+        talk(client, "other-layout")
 
     with subprocess.Popen(
         [KVCTL, "export", "-", "--everything", "--address", daemon.address], stdout=subprocess.PIPE
@@ -310,8 +310,8 @@ def test_an_export_may_flow_into_an_import(daemon: DaemonProcess, empty: DaemonP
         assert exporting.wait(60) == 0
 
     assert json.loads(done.stdout)["incomplete"] == {}
-    assert same_history(daemon, empty, "of ranks", layout)
-    assert same_history(daemon, empty, "other layout")
+    assert same_history(daemon, empty, "of-ranks", layout)
+    assert same_history(daemon, empty, "other-layout")
     with daemon.client() as client, empty.client() as other:
         assert {(each.key, each.shard.head_begin, each.shard.layer_begin) for each in client.admin.list_blocks()} == {
             (each.key, each.shard.head_begin, each.shard.layer_begin) for each in other.admin.list_blocks()
@@ -320,21 +320,21 @@ def test_an_export_may_flow_into_an_import(daemon: DaemonProcess, empty: DaemonP
 
 def test_blocks_that_are_gone_are_listed(daemon: DaemonProcess, empty: DaemonProcess, tmp_path: Path) -> None:
     with daemon.client() as client:
-        chain = talk(client, "with a gap", 40)
+        chain = talk(client, "with-a-gap", 40)
         client.admin.discard(chain.keys[2:3])
 
-    answer = exported(daemon, tmp_path / "chats.kvx", "with a gap", code=1)
+    answer = exported(daemon, tmp_path / "chats.kvx", "with-a-gap", code=1)
 
-    assert answer["missing"] == [{"key": chain.keys[2].hex(), "session": "with a gap"}]
+    assert answer["missing"] == [{"key": chain.keys[2].hex(), "session": "with-a-gap"}]
     arrived = imported(empty, tmp_path / "chats.kvx", code=1)
-    assert (arrived["missing"], arrived["incomplete"]) == (1, {"with a gap": "its first 16 of 40 tokens are stored"})
+    assert (arrived["missing"], arrived["incomplete"]) == (1, {"with-a-gap": "its first 16 of 40 tokens are stored"})
     with empty.client() as client:
-        assert client.session(LAYOUT, "with a gap").get().stored_tokens == 16
+        assert client.session(LAYOUT, "with-a-gap").get().stored_tokens == 16
 
 
 def test_a_chain_is_exported_up_to_a_block(daemon: DaemonProcess, tmp_path: Path) -> None:
     with daemon.client() as client:
-        chain = talk(client, "of the chain", 40)
+        chain = talk(client, "of-the-chain", 40)
 
     exported(daemon, tmp_path / "chain.kvx", "--chain", chain.keys[3].hex()[:12])
 
@@ -350,8 +350,8 @@ def test_engines_of_another_key_generation_are_not_surprised(
     layout, file, target = small_layout("of a generation"), tmp_path / "chats.kvx", new_daemon()
     with daemon.client() as client:
         generation = client.open_layout(layout).begin_generation()
-        talk(client, "of a generation", layout=layout)
-    exported(daemon, file, "of a generation")
+        talk(client, "of-a-generation", layout=layout)
+    exported(daemon, file, "of-a-generation")
 
     done = kvctl("import", file, "--address", target.address, code=1)
 
@@ -359,7 +359,7 @@ def test_engines_of_another_key_generation_are_not_surprised(
     with target.client() as client:
         assert client.admin.status().blocks == 0
     imported(target, file, "--any-generation")
-    assert same_history(daemon, target, "of a generation", layout)
+    assert same_history(daemon, target, "of-a-generation", layout)
     assert target.stop() == 0
     shutil.copy(daemon.store / "key_generations", target.store / "key_generations")
     target.start()
@@ -416,15 +416,16 @@ def test_a_file_without_anything_in_it_is_whole(new_daemon: NewDaemon, empty: Da
 def test_a_target_that_is_too_small_says_which_sessions_are_not_whole(
     daemon: DaemonProcess, new_daemon: NewDaemon, tmp_path: Path
 ) -> None:
-    target = new_daemon(dram__capacity_bytes=2 * MIB, ssd__capacity_bytes=0)
+    target = new_daemon(dram__capacity_bytes=10 * MIB, ssd__capacity_bytes=0)
+    layout = Layout("of 256 KiB", "float16", layers=4, kv_heads=4, k_head_dim=64, v_head_dim=64, block_tokens=64)
     with daemon.client() as client:
-        talk(client, "too long", 800 * LAYOUT.block_tokens)
-    exported(daemon, tmp_path / "large", "too long")
+        talk(client, "too-long", 45 * layout.block_tokens, layout)
+    exported(daemon, tmp_path / "large", "too-long")
 
     done = kvctl("import", tmp_path / "large", "--address", target.address, code=1)
 
     assert "not all of it can stay" in done.stderr
-    assert "incomplete: session too long" in done.stderr
+    assert "incomplete: session too-long" in done.stderr
 
 
 def test_a_newer_file_is_refused(tmp_path: Path, daemon: DaemonProcess) -> None:

@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, BinaryIO
 
 import typer
@@ -124,7 +124,13 @@ def _opened(file: str, resume: bool) -> Iterator[tuple[BinaryIO, ResumedFile]]:
     """The file, positioned at its end, and what it has. Nobody else can read a file that is created."""
     nothing = ResumedFile(None, 0, 0, is_complete=False)
     if file == transfer.STANDARD_STREAM:
-        yield sys.stdout.buffer, nothing
+        try:
+            yield sys.stdout.buffer, nothing
+        finally:
+            try:
+                sys.stdout.buffer.flush()
+            except OSError:  # Its reader has ended. Python would try to flush again at its end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     try:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_EXCL), 0o600)
@@ -133,19 +139,23 @@ def _opened(file: str, resume: bool) -> Iterator[tuple[BinaryIO, ResumedFile]]:
         raise typer.BadParameter(f"{file} exists: name another file, or continue it with --resume") from None
     except OSError as error:
         raise typer.BadParameter(f"{file} cannot be written: {error.strerror}") from None
-    with os.fdopen(fd, "r+b" if is_file else "wb") as stream:
-        resumed = nothing
-        if resume and is_file:
+    stream, resumed = os.fdopen(fd, "r+b" if is_file else "wb"), nothing
+    try:
+        if is_file:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise typer.BadParameter(f"another kvctl writes {file}") from None
+        if resume and is_file:
             with transfer.failures(file, "It was not changed; export to another file."):
                 resumed = ResumedFile.read(stream, os.fstat(fd).st_size)
             if not resumed.is_complete:
                 stream.truncate(resumed.offset)
                 stream.seek(resumed.offset)
         yield stream, resumed
+    finally:
+        with suppress(OSError):  # After a failure, such as a full disk, it fails again.
+            stream.close()
 
 
 def _report(file: str, writer: ExportWriter, exporter: Exporter, resumed: ResumedFile, as_json: bool) -> None:

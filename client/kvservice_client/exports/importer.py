@@ -27,7 +27,8 @@ from kvservice_client.exports.export_file import (
 from kvservice_client.exports.exporter import generation_of
 from kvservice_client.transports.base import Durability
 
-_GROUP_BYTES = 32 * 2**20  # Of one save, or a single larger block.
+_GROUP_BYTES_MAX = 32 * 2**20  # Of one save, or a single larger block.
+_GROUP_DRAM_SHARE = 1 / 8  # A save needs space for all of its blocks at once.
 _GROUP_BLOCKS = 64
 
 
@@ -76,8 +77,9 @@ class Importer:
         self._any_generation = any_generation
         self._replace = replace
         self._on_record = on_record
-        has_ssd = client.admin.status().ssd.configured_bytes > 0
-        self._durability = Durability.SSD if has_ssd else Durability.DRAM
+        status = client.admin.status()
+        self._durability = Durability.SSD if status.ssd.configured_bytes else Durability.DRAM
+        self._group_bytes = min(_GROUP_BYTES_MAX, int(status.dram.configured_bytes * _GROUP_DRAM_SHARE))
         self._layouts: dict[bytes, Layout] = {}
         self._caches: dict[tuple[bytes, Shard], BlockCache] = {}
         self._group: list[BlockRecord] = []
@@ -118,7 +120,7 @@ class Importer:
         if group and (
             (group[0].name.fingerprint, group[0].name.shard) != (record.name.fingerprint, record.name.shard)
             or len(group) == _GROUP_BLOCKS
-            or sum(len(each.slices) for each in group) + len(record.slices) > _GROUP_BYTES
+            or sum(len(each.slices) for each in group) + len(record.slices) > self._group_bytes
         ):
             self._save_group()
         self._group.append(record)
