@@ -84,7 +84,7 @@ def examine(arena: Path) -> FoundArena:
             else:
                 found.state, found.why = _state(arena, found)
         except PermissionError:
-            found.why = f"only the user {_owner(arena)} and root may look into it"
+            found.why = f"only its user, {_owner(arena)}, may look into it"
         except OSError as error:
             found.why = f"it cannot be read: {error.strerror}"
     return found

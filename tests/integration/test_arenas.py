@@ -142,5 +142,5 @@ def test_an_arena_of_another_user_is_listed_and_kept(new_daemon: NewDaemon) -> N
     with another_user():
         found = arenas.examine(daemon.arena_folder)
         assert arenas.main([*REMOVE, str(daemon.shared_memory)]) == 0
-    assert (found.state, found.why) == ("unknown", "only the user root and root may look into it")
+    assert (found.state, found.why) == ("unknown", "only its user, root, may look into it")
     assert daemon.arena_folder.is_dir()
