@@ -121,7 +121,7 @@ def _sessions(client: Client, ids: Sequence[str], fingerprint: bytes) -> list[se
 
 @contextmanager
 def _opened(file: str, resume: bool) -> Iterator[tuple[BinaryIO, ResumedFile]]:
-    """The file, positioned at its end, and what it has. Nobody else can read a file that is created."""
+    """The file, positioned at its end, and what it has. Only its owner can read a file that is created."""
     nothing = ResumedFile(None, 0, 0, is_complete=False)
     if file == transfer.STANDARD_STREAM:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,28 +12,27 @@ from kvservice_api.errors import KVError
 from kvservice_client.cli import output
 from kvservice_client.cli.advice import advice
 from kvservice_client.exports.export_file import UnusableFile
+from kvservice_client.retry import SYSTEM_CLOCK, Clock
 
 STANDARD_STREAM = "-"
 _LINE_EVERY_S = 10.0
 
 
 @contextmanager
-def progress(
-    doing: str, total: int | None, now_s: Callable[[], float] = time.monotonic
-) -> Iterator[Callable[[int, str], None]]:
+def progress(doing: str, total: int | None, clock: Clock = SYSTEM_CLOCK) -> Iterator[Callable[[int, str], None]]:
     """Shows how far a transfer is: call it with what is done of `total`, and a text.
 
     On a terminal a bar; else a line on stderr every ten seconds.
     """
     with output.progress() as bar:
         task = bar.add_task(doing, total=total)
-        line_at_s = now_s() + _LINE_EVERY_S
+        line_at_s = clock.now_s() + _LINE_EVERY_S
 
         def show(completed: int, text: str) -> None:
             nonlocal line_at_s
             bar.update(task, description=f"{doing} ({text})", completed=completed)
-            if bar.disable and now_s() >= line_at_s:
-                line_at_s = now_s() + _LINE_EVERY_S
+            if bar.disable and clock.now_s() >= line_at_s:
+                line_at_s = clock.now_s() + _LINE_EVERY_S
                 share = f"{100 * completed // total} %, " if total else ""
                 print(f"kvctl: {doing}: {share}{text}", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""The bytes of an export file: sessions and blocks on their way to another daemon.
+"""The bytes of an export file: sessions and blocks for another daemon.
 
 A head, then records, then an end record. Numbers are little-endian. A file can be written to a pipe and read from one::
 
@@ -13,7 +13,7 @@ A head, then records, then an end record. Numbers are little-endian. A file can 
     end      layouts u64 | sessions u64 | blocks u64 | blocks that were missing u64
 
 A layout comes before its blocks and sessions, and the blocks of a session before the session. A file without an end
-record was cut off. It has no tenant: blocks belong to whoever imports them.
+record was cut off. It has no tenant: blocks belong to the caller that imports them.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class SessionServiceServicer(object):
 
     def RestoreSession(self, request, context):
         """Stores a manifest as another daemon's GetSession returned it, with its revision, cuts and positions. Only
-        `used_at` and `expires_at` begin anew. `expected_revision` is the revision of the session here, which the
+        `used_at` and `expires_at` are those of a use now. `expected_revision` is the revision of the session here, which the
         manifest replaces; 0 if there is none. Restoring what the session already is succeeds. Save the blocks first: the
         daemon does not check whether they are stored. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: a manifest that contradicts itself or the layout; fix the caller.
