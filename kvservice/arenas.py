@@ -76,17 +76,15 @@ def main(argv: Sequence[str]) -> int:
 def examine(arena: Path) -> FoundArena:
     """What is known of an arena."""
     found = FoundArena(str(arena), UNKNOWN, "", store_id=arena.name.removeprefix("kvservice-"))
-    with ExitStack() as held:
-        try:
-            _describe(found, arena)
-            if not _lock(arena, held):
-                found.state, found.why = IN_USE, "a daemon uses it"
-            else:
-                found.state, found.why = _state(arena, found)
-        except PermissionError:
-            found.why = f"only its user, {_owner(arena)}, may look into it"
-        except OSError as error:
-            found.why = f"it cannot be read: {error.strerror}"
+    try:
+        _describe(found, arena)
+        with ExitStack() as held:  # No longer than needed: a daemon that starts meanwhile would end.
+            in_use = not _lock(arena, held)
+        found.state, found.why = (IN_USE, "a daemon uses it") if in_use else _state(arena, found)
+    except PermissionError:
+        found.why = f"only its user, {_owner(arena)}, may look into it"
+    except OSError as error:
+        found.why = f"it cannot be read: {error.strerror}"
     return found
 
 

@@ -366,8 +366,8 @@ def test_engines_of_another_key_generation_are_not_surprised(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "is not a file of `kvctl export`"),
-        (b"another program's", "is not a file of `kvctl export`"),
+        (b"", "it is not a file of `kvctl export`. Name another file."),
+        (b"another program's", "it is not a file of `kvctl export`. Name another file."),
         (b"KVEXPORT", "the record at byte 0 is damaged or cut off"),
     ],
 )
@@ -381,7 +381,7 @@ def test_a_file_of_another_kind_is_refused_and_kept(kvctl_here: Any, tmp_path: P
     if len(content) > 8:
         done = kvctl_here("export", str(file), "--everything", "--resume")
         assert done.returncode == 1
-        assert "It was not changed" in done.stderr
+        assert "Name another file." in done.stderr
         assert file.read_bytes() == content
 
 

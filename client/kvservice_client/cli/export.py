@@ -147,7 +147,7 @@ def _opened(file: str, resume: bool) -> Iterator[tuple[BinaryIO, ResumedFile]]:
             except BlockingIOError:
                 raise typer.BadParameter(f"another kvctl writes {file}") from None
         if resume and is_file:
-            with transfer.failures(file, "It was not changed; export to another file."):
+            with transfer.failures(file, "It was not changed."):
                 resumed = ResumedFile.read(stream, os.fstat(fd).st_size)
             if not resumed.is_complete:
                 stream.truncate(resumed.offset)

@@ -54,20 +54,15 @@ def import_file(
             try:
                 imported = importer.run(ExportReader(stream))
             except OtherGeneration as error:
-                _refuse(
+                transfer.fail(
                     f"{error}: engines here would not find these blocks. Add --any-generation, or give the store the "
                     "generations of the other one: docs/operating.md"
                 )
             except BlockRefused as error:
-                _refuse(f"{error}. Make space or a larger tier, or see the daemon's log. {_CONTINUE}")
+                transfer.fail(f"{error}. Make space or a larger tier, or see the daemon's log. {_CONTINUE}")
     _report(imported, as_json)
     if imported.conflicts or imported.incomplete:
         raise typer.Exit(1)
-
-
-def _refuse(message: str) -> None:
-    print(f"kvctl: {message}", file=sys.stderr)
-    raise typer.Exit(1)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import typer
 
@@ -45,16 +46,20 @@ def failures(file: str, how_to_continue: str) -> Iterator[None]:
     try:
         yield
     except UnusableFile as error:
-        _fail(f"{file}: {error}. {how_to_continue}")
+        fail(f"{name_of(file)}: {error}. {error.what_helps}")
     except KVError as error:
-        _fail(f"{error.message.rstrip('.')}. {advice(error)} {how_to_continue}")
+        fail(f"{error.message.rstrip('.')}. {advice(error)} {how_to_continue}")
     except OSError as error:
-        _fail(f"{file}: {error.strerror}. {how_to_continue}")
+        fail(f"{name_of(file)}: {error.strerror}. {how_to_continue}")
     except KeyboardInterrupt:
-        print(f"kvctl: interrupted. {how_to_continue}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        fail(f"interrupted. {how_to_continue}", 130)
 
 
-def _fail(message: str) -> None:
-    print(f"kvctl: {message}", file=sys.stderr)
-    raise typer.Exit(1)
+def fail(message: str, code: int = 1) -> NoReturn:
+    """End the verb with one line on stderr."""
+    print(f"kvctl: {message}".rstrip(), file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def name_of(file: str) -> str:
+    return "the pipe" if file == STANDARD_STREAM else file

@@ -51,11 +51,15 @@ _READ_BYTES = 64 * 2**20
 
 
 class UnusableFile(Exception):
-    """The file cannot be imported or continued; the message says why, where, and what to do."""
+    """The file cannot be imported or continued; the message says why and where."""
+
+    what_helps = "Name another file."
 
 
 class DamagedFile(UnusableFile):
     """Bytes are not those that were written, or are missing, from the record at `offset` on."""
+
+    what_helps = "If its export was interrupted, continue it with `kvctl export --resume`; else export again."
 
     def __init__(self, offset: int, what: str) -> None:
         super().__init__(f"the record at byte {offset} {what}")
@@ -178,12 +182,14 @@ class ExportReader:
         self._layouts: dict[bytes, Layout] = {}
         head = self._read(HEAD_BYTES)
         if head[: len(_MAGIC)] != _MAGIC[: len(head)] or not len(head):
-            raise UnusableFile("is not a file of `kvctl export`")
+            raise UnusableFile("it is not a file of `kvctl export`")
         if len(head) < HEAD_BYTES or checksum(head[: _HEAD.size]) != _SUM.unpack_from(head, _HEAD.size)[0]:
             raise DamagedFile(0, "is damaged or cut off")
         _, version, _ = _HEAD.unpack_from(head)
         if version != VERSION:
-            raise UnusableFile(f"has version {version} of the format, and this kvctl knows {VERSION}: use a newer one")
+            raise UnusableFile(
+                f"it has version {version} of the format, and this kvctl knows {VERSION}: use a newer one"
+            )
         self.offset = HEAD_BYTES
 
     def __iter__(self) -> Iterator[Record]:
