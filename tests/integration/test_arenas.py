@@ -103,23 +103,28 @@ def test_an_arena_of_an_earlier_setting_is_named_and_goes_with_its_store(new_dae
 
 
 def test_a_store_that_may_still_exist_keeps_its_arena(new_daemon: NewDaemon, tmp_path: Path) -> None:
-    moved, empty, hidden, old = (stopped(new_daemon) for _ in range(4))
-    moved.store.rename(moved.folder / "renamed")
-    shutil.rmtree(empty.store)
-    empty.store.mkdir()  # As a mount point whose drive is away.
-    hidden.folder.rename(tmp_path / "away")
-    hidden.folder.mkdir()
-    (old.arena_folder / "store.json").unlink()  # As of an older version.
-    (old.arena_folder / "arena").write_bytes(b"KVARENA1")
+    daemon = stopped(new_daemon)
+    store, arena = daemon.store, daemon.arena_folder
 
-    found = {daemon: listed(daemon.shared_memory, *REMOVE)[0] for daemon in (moved, empty, hidden, old)}
+    def kept(state: str, why: str) -> None:
+        (found,) = listed(daemon.shared_memory, *REMOVE)
+        assert (found["state"], found["removed"]) == (state, False)
+        assert why in found["why"]
+        assert (arena / "arena").is_file()
 
-    assert [each["state"] for each in found.values()] == ["needed", "unknown", "unknown", "unknown"]
-    assert found[moved]["why"] == f"its store was moved to {moved.folder / 'renamed'}"
-    assert "perhaps a drive is away" in found[empty]["why"]
-    assert "not visible here" in found[hidden]["why"]
-    assert "no note of its store" in found[old]["why"]
-    assert all(daemon.arena_folder.is_dir() for daemon in found)
+    store.rename(daemon.folder / "renamed")
+    kept("needed", f"its store was moved to {daemon.folder / 'renamed'}")
+    (daemon.folder / "renamed").rename(tmp_path / "away")
+    store.mkdir()  # As a mount point whose drive is away.
+    kept("unknown", "perhaps a drive is away")
+    daemon.folder.rename(tmp_path / "other")
+    daemon.folder.mkdir()  # Another folder of the same name, as in another container.
+    kept("unknown", "not visible here")
+    (arena / "store.json").write_text("{}")
+    kept("unknown", "no note of its store")
+    (arena / "store.json").unlink()  # As of an older version.
+    (arena / "arena").write_bytes(b"KVARENA1")
+    kept("unknown", "no note of its store")
 
 
 def test_another_store_in_the_same_folder_does_not_need_it(new_daemon: NewDaemon) -> None:

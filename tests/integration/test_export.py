@@ -457,3 +457,14 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(capsys: pytest.Captu
             show(done, f"{done} blocks")
     lines = [f"kvctl: exporting: {share} %, {done} blocks" for share, done in ((15, 30), (35, 70))]
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_an_older_daemon_is_exported_from_and_restores_no_session(
+    daemon: DaemonProcess, new_daemon: NewDaemon, tmp_path: Path
+) -> None:
+    older = new_daemon(program=("-m", "tests.older_daemon"))
+    with older.client() as client:
+        talk(client, "of-the-older", 40)
+    exported(older, tmp_path / "file", "of-the-older")
+    done = kvctl("import", tmp_path / "file", "--address", older.address, code=1)
+    assert "restores no sessions: upgrade it. `kvctl version` shows both versions." in done.stderr
