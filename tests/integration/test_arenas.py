@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -74,6 +76,13 @@ def test_without_a_yes_nothing_goes(new_daemon: NewDaemon) -> None:
     assert str(daemon.arena_folder) in text
     assert f"orphan: its store {daemon.store} is gone" in text
     assert daemon.command("arenas", str(daemon.folder / "none")).returncode == 2
+    arena = daemon.arena_folder
+    with mock.patch.object(sys.stdin, "isatty", return_value=True, create=True):
+        for answer, code in (("", 1), ("n", 1), ("y", 0)):
+            assert arena.is_dir()
+            with mock.patch("builtins.input", return_value=answer):
+                assert arenas.main(["--remove-orphans", str(daemon.shared_memory)]) == code
+    assert not arena.exists()
 
 
 def test_an_arena_of_an_earlier_setting_is_named_and_goes_with_its_store(new_daemon: NewDaemon, tmp_path: Path) -> None:

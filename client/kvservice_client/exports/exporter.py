@@ -1,13 +1,12 @@
 """Writes sessions and blocks of a daemon to an export file.
 
 Blocks are loaded under a lease, as an engine loads them: the daemon verifies each, and it counts as a use. Blocks that
-are gone when their turn comes are listed, and left out. At most two groups of blocks are in memory.
+are gone when their turn comes are listed, and left out. The bytes of a group of blocks are in memory at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
 
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, DaemonTooOld, LeaseExpired
 from kvservice_api.image import layer_starts
@@ -18,7 +17,7 @@ from kvservice_client.block_cache import BlockCache
 from kvservice_client.client import Client
 from kvservice_client.exports.export_file import BlockName, ExportWriter, LayoutRecord, slice_sizes
 
-_GROUP_BYTES = 32 * 2**20  # Blocks of one lookup and one load, or a single larger block.
+_GROUP_BYTES = 32 * 2**20  # Blocks that are taken together, or a single larger one.
 _GROUP_BLOCKS = 64
 _SLICES_MAX = 2**20
 _ATTEMPTS = 3
@@ -34,6 +33,7 @@ class Exporter:
         self._on_block = on_block
         self._caches: dict[tuple[bytes, Shard], BlockCache] = {}
         self._layouts = {each.fingerprint: Layout.from_proto(each.layout) for each in client.admin.list_layouts()}
+        self._keys_before = {key for key, _ in writer.contents.blocks}
         self.missing: dict[bytes, str] = {}  # Key -> the session that names it, if there is one.
 
     def session(self, session_id: str, fingerprint: bytes) -> None:
@@ -75,34 +75,40 @@ class Exporter:
             try:
                 yield from self._client.admin.inspect(key).shards
             except BlockNotFound:
-                self._miss(key, session_id)
+                if key not in self._keys_before:
+                    self._miss(key, session_id)
 
     def _miss(self, key: bytes, session_id: str) -> None:
         self.missing.setdefault(key, session_id)
         self._on_block()
 
     def _blocks(self, blocks: Iterable[admin_pb2.StoredBlock], session_id: str = "") -> None:
-        """Write those that are not in the file yet, in groups of one layout and shard."""
-        for (fingerprint, shard), some in groupby(self._new_names(blocks), lambda name: (name.fingerprint, name.shard)):
-            cache = self._cache(fingerprint, shard)
-            group: list[BlockName] = []
-            size_bytes = 0
-            for name in some:
-                size = sum(slice_sizes(cache.layout, name))
-                if group and (size_bytes + size > _GROUP_BYTES or len(group) == _GROUP_BLOCKS):
-                    self._group(cache, group, session_id)
-                    group, size_bytes = [], 0
-                group.append(name)
-                size_bytes += size
-            self._group(cache, group, session_id)
+        """Write those that are not in the file yet, some at a time: those of one shard by one load.
 
-    def _new_names(self, blocks: Iterable[admin_pb2.StoredBlock]) -> Iterator[BlockName]:
+        Which blocks are taken together does not depend on what the file has, so that their order in it does not.
+        """
+        taken: list[BlockName] = []
+        size_bytes = 0
         for each in blocks:
             shard = Shard.from_proto(each.shard)
-            if (each.key, shard) in self._writer.contents.blocks:
+            name = BlockName(each.key, each.parent_key, each.layout_fingerprint, shard, each.token_count)
+            more_bytes = sum(slice_sizes(self._layouts[name.fingerprint], name))
+            if taken and (size_bytes + more_bytes > _GROUP_BYTES or len(taken) == _GROUP_BLOCKS):
+                self._by_shard(taken, session_id)
+                taken, size_bytes = [], 0
+            taken.append(name)
+            size_bytes += more_bytes
+        self._by_shard(taken, session_id)
+
+    def _by_shard(self, names: list[BlockName], session_id: str) -> None:
+        groups: dict[tuple[bytes, Shard], list[BlockName]] = {}
+        for name in names:
+            if (name.key, name.shard) in self._writer.contents.blocks:
                 self._on_block()
             else:
-                yield BlockName(each.key, each.parent_key, each.layout_fingerprint, shard, each.token_count)
+                groups.setdefault((name.fingerprint, name.shard), []).append(name)
+        for (fingerprint, shard), group in groups.items():
+            self._group(self._cache(fingerprint, shard), group, session_id)
 
     def _group(self, cache: BlockCache, names: list[BlockName], session_id: str) -> None:
         attempts = 0
