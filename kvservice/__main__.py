@@ -1,4 +1,4 @@
-"""The command line: ``kvservice serve``, ``config``, ``check`` and ``remove``."""
+"""The command line: ``kvservice serve``, ``config``, ``check``, ``remove`` and ``arenas``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ commands:
   config     print the settings that serve would have, and where each comes from
   check      verify a stopped store, and repair it with --repair
   remove     delete a stopped store with all its blocks, on disk and in memory
+  arenas     list the arenas in shared memory, and delete those whose store is gone
 
 options:
   --version  print the version
@@ -51,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from kvservice import remove
 
         return remove.main(rest)
+    if command == "arenas":
+        from kvservice import arenas
+
+        return arenas.main(rest)
     if command == "--version":
         print(f"kvservice {__version__}")
         return 0

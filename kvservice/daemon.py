@@ -60,6 +60,7 @@ from kvservice.store.sessions.sessions import SessionLimits
 from kvservice.store.store import BlockStore, StoreLimits
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.arena import Arena, without_generations
+from kvservice.tiers.arena_notes import note_arena, write_arena_note
 from kvservice.tiers.base import DurableTier, Resizable, StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
@@ -302,6 +303,7 @@ async def _open_store(settings: Settings, clock: Clock, files: FileCalls, openin
     slower |= _lower_tiers(settings, index, make_durable, files, opening)
     arena = Arena.open(settings.dram.path, index.store_id, _arena_bytes(settings), calls=files)
     opening.callback(arena.close)
+    _note_arena(path, arena.directory.absolute())
     kind = file_system_of(arena.directory)
     if kind not in ("", "tmpfs", "ramfs", "hugetlbfs"):
         log.warning("the arena is on a disk: dram.path is meant for a tmpfs, and %s has %s", settings.dram.path, kind)
@@ -371,6 +373,16 @@ async def _open_store(settings: Settings, clock: Clock, files: FileCalls, openin
     )
     opening.callback(directory.close)
     return _StoreParts(store, counters, directory, executor)
+
+
+def _note_arena(store: Path, arena: Path) -> None:
+    """For `kvservice arenas` and `kvservice remove`: which arena belongs to which store."""
+    try:
+        write_arena_note(arena, store)
+        for earlier in note_arena(store, arena):
+            log.warning("an arena of an earlier dram.path takes memory: %s; see `kvservice arenas`", earlier)
+    except OSError as error:
+        log.warning("the store of the arena %s could not be noted: %s", arena, error.strerror)
 
 
 def _lower_tiers(

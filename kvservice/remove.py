@@ -30,12 +30,22 @@ from kvservice.index.layouts import LAYOUTS_NAME
 from kvservice.index.store_lock import StoreLock
 from kvservice.store.mover.learned_counts import LEARNED_NAME
 from kvservice.tiers.arena import arena_directory
+from kvservice.tiers.arena_notes import ARENAS_NAME, arenas_of, read_arena_note
 from kvservice.tiers.ssd_files import read_header
 from kvservice_api.errors import KVError
 
 _LOCK_NAME = "lock"
 _MAP_BYTES_MIN = 1 << 20
-_IN_FOLDER = (LAYOUTS_NAME, SECRET_NAME, KEY_GENERATIONS_NAME, LEARNED_NAME, "kvservice.sock", "kvservice.sock.lock")
+_IN_FOLDER = (
+    LAYOUTS_NAME,
+    SECRET_NAME,
+    KEY_GENERATIONS_NAME,
+    LEARNED_NAME,
+    ARENAS_NAME,
+    f"{ARENAS_NAME}.new",
+    "kvservice.sock",
+    "kvservice.sock.lock",
+)
 _INDEX = re.compile(r"index(\.new|\.damaged-\d+)?")
 
 
@@ -108,9 +118,10 @@ def _plan(store: Path, held: ExitStack) -> Removal:
     """What belongs to the store. Locks its arena until `held` ends. Raises NotRemovable, OSError."""
     removal = Removal(str(store))
     known = _known(store, removal)
-    if known.arena is not None and known.arena.is_dir():
-        _lock_arena(known.arena, held)
-        _add(removal, known.arena)
+    for arena in dict.fromkeys([*([known.arena] if known.arena is not None else []), *_noted_arenas(store, known)]):
+        if arena.is_dir():
+            _lock_arena(arena, held)
+            _add(removal, arena)
     for file in dict.fromkeys([*known.ssd_files, *sorted(store.glob("ssd-*.kv"))]):
         try:
             header = read_header(file)
@@ -160,6 +171,19 @@ def _known(store: Path, removal: Removal) -> _Known:
             f"{path}: the store was last used in another folder; this may belong to another store"
         )
     return known
+
+
+def _noted_arenas(store: Path, known: _Known) -> list[Path]:
+    """Arenas of this and earlier settings of `dram.path`, if their notes name this folder: those of a store that was
+    copied name the original's.
+    """
+    found = []
+    for arena in arenas_of(store):
+        note = read_arena_note(arena)
+        is_ours = known.store_id and arena == arena_directory(arena.parent, known.store_id)
+        if is_ours and note is not None and note.store.resolve() == store.resolve():
+            found.append(arena)
+    return found
 
 
 def _map_bytes(directory: Path) -> int:

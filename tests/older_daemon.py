@@ -18,6 +18,7 @@ async def without_generations(
     answer = await get_capabilities(service, request, context)
     answer.ClearField("keeps_generations")
     answer.ClearField("takes_hints")
+    answer.ClearField("restores_sessions")
     return answer
 
 

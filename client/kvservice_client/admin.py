@@ -7,6 +7,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import TypeVar
 
+from kvservice_api.errors import DaemonTooOld
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import sessions_pb2
 from kvservice_client import arguments
@@ -108,6 +109,22 @@ class Admin:
             sessions_pb2.GetSessionRequest, session_id=session_id, layout_fingerprint=layout_fingerprint
         )
         return self._connection.ask(SESSIONS + "GetSession", request, sessions_pb2.GetSessionResponse, deadline)
+
+    def restore_session(
+        self, session: sessions_pb2.Session, expected_revision: int = 0, timeout_s: float | None = None
+    ) -> sessions_pb2.RestoreSessionResponse:
+        """Store the session of another daemon's `get_session`, in a layout that is open here.
+
+        `expected_revision` is that of the session here, which it replaces; 0 if there is none. Raises DaemonTooOld,
+        InvalidRequest, UnknownLayout, SessionChanged if the session exists with other content, SessionsFull.
+        """
+        deadline = self._connection.deadline(timeout_s)
+        limits = self._connection.retried(lambda: self._connection.limits(deadline), deadline)
+        if not limits.restores_sessions:
+            raise DaemonTooOld(f"the daemon's version {limits.version} restores no sessions: upgrade it")
+        request = sessions_pb2.RestoreSessionRequest(session=session, expected_revision=expected_revision)
+        answer = sessions_pb2.RestoreSessionResponse
+        return self._connection.ask(SESSIONS + "RestoreSession", request, answer, deadline)
 
     def inspect(self, key: bytes, timeout_s: float | None = None) -> pb.InspectResponse:
         """Raises BlockNotFound."""

@@ -75,6 +75,7 @@ class BlockService:
                 max_tails=TAILS_MAX,
                 keeps_generations=True,
                 takes_hints=True,
+                restores_sessions=True,
                 max_save_chains=SAVE_BLOCKS_MAX,
                 max_lease_ttl_ms=int(limits.lease_ttl_max_s * 1000),
                 transports=["grpc"] if arena.not_shared_because else ["shm", "grpc"],

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from kvservice.rpc.messages import timestamp
-from kvservice.store.types import Manifest, StoredSession
-from kvservice_api.errors import SessionChanged
+from kvservice.store.types import POSITIONS_MAX, SLICE, Manifest, SessionContent, StoredSession
+from kvservice_api.errors import InvalidRequest, SessionChanged
+from kvservice_api.keys import KEY_BYTES, split_keys
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import sessions_pb2 as pb
 
@@ -63,3 +64,38 @@ def _slices(manifest: Manifest, layout: Layout) -> pb.SessionSlices:
         start, count = int(slices["positions_at"][which]), int(slices["token_count"][which])
         message.positions.add(slice=which, positions=manifest.positions[start : start + count].tolist())
     return message
+
+
+def session_content(message: pb.Session, slices_max: int) -> SessionContent:
+    """The manifest in a message with slices. Raises InvalidRequest if columns differ in length."""
+    if len(message.tip) != KEY_BYTES:
+        raise InvalidRequest(f"tip has {len(message.tip)} bytes, not {KEY_BYTES}", field="tip")
+    columns = message.slices
+    keys = split_keys(columns.keys, field="slices", count_max=slices_max)
+    slices = np.zeros(len(keys), SLICE)
+    slices["key"] = np.frombuffer(columns.keys, f"V{KEY_BYTES}")
+    slices["positions_at"] = slices["stored_position"] = -1
+    for name in ("first_token", "token_count", "block_tokens", "stored_position"):
+        values = getattr(columns, name)
+        if len(values) == len(keys):
+            slices[name] = values
+        elif values or name != "stored_position":
+            raise InvalidRequest(f"{name} has {len(values)} entries for {len(keys)} slices", field=name)
+    positions: list[int] = []
+    last = -1
+    for each in columns.positions:
+        if not last < each.slice < len(keys) or len(each.positions) != slices["token_count"][each.slice]:
+            raise InvalidRequest(f"positions of slice {each.slice} are not one per token", field="positions")
+        last = each.slice
+        slices["positions_at"][last] = len(positions)
+        positions += each.positions
+        if len(positions) > POSITIONS_MAX:
+            raise InvalidRequest(f"there are more than {POSITIONS_MAX} positions", field="positions")
+    tokens = int(slices["token_count"].sum(dtype=np.uint64))
+    if (message.token_count, message.slice_count) != (tokens, len(keys)):
+        raise InvalidRequest(f"the slices are {len(keys)} with {tokens} tokens", field="token_count")
+    created_at_ms = max(0, message.created_at.ToMilliseconds())
+    content = np.array(positions, np.uint64)
+    return SessionContent(
+        message.revision, message.tip, message.tail_tokens, message.cuts, created_at_ms, slices, content
+    )

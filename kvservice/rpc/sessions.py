@@ -8,7 +8,7 @@ import numpy as np
 
 from kvservice.rpc.calls import Callers, Context
 from kvservice.rpc.messages import residency_runs
-from kvservice.rpc.session_messages import change_refused, session_message
+from kvservice.rpc.session_messages import change_refused, session_content, session_message
 from kvservice.store.store import BlockStore
 from kvservice.store.types import KEEP_RANGES_MAX, POSITIONS_MAX, SessionAppend
 from kvservice_api.errors import InvalidRequest
@@ -21,6 +21,7 @@ class SessionService:
     def __init__(self, store: BlockStore) -> None:
         self._sessions = store.sessions
         self._keys_max = store.limits.keys_max
+        self._slices_max = store.limits.session.slices_max
         self._callers = Callers(store)
 
     async def AppendTurn(self, request: pb.AppendTurnRequest, context: Context) -> pb.AppendTurnResponse:
@@ -63,6 +64,15 @@ class SessionService:
         caller = self._callers.of(context)
         ended = await self._sessions.end(caller, request.layout_fingerprint, request.session_id)
         return pb.EndSessionResponse(ended=ended)
+
+    async def RestoreSession(self, request: pb.RestoreSessionRequest, context: Context) -> pb.RestoreSessionResponse:
+        caller, given = self._callers.of(context), request.session
+        content = session_content(given, self._slices_max)
+        with change_refused():
+            session, changed = await self._sessions.restore(
+                caller, given.layout_fingerprint, given.session_id, request.expected_revision, content
+            )
+        return pb.RestoreSessionResponse(session=session_message(session, bytes_max=0), changed=changed)
 
     def _turn(self, request: pb.AppendTurnRequest) -> SessionAppend:
         if len(request.parent_key) != KEY_BYTES:

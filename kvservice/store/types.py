@@ -5,6 +5,7 @@ Listeners and metrics import these, `Caller` and `BlockStore`, and nothing else 
 
 from __future__ import annotations
 
+from kvservice.index.session_records import SLICE as SLICE
 from kvservice.index.session_records import Manifest as Manifest
 from kvservice.placement.shadow import Found as Found
 from kvservice.policy.base import Hint as Hint
@@ -48,6 +49,7 @@ from kvservice.store.prefix_match import Run as Run
 from kvservice.store.prefix_match import Tail as Tail
 from kvservice.store.sessions.manifests import KEEP_RANGES_MAX as KEEP_RANGES_MAX
 from kvservice.store.sessions.manifests import SessionAppend as SessionAppend
+from kvservice.store.sessions.manifests import SessionContent as SessionContent
 from kvservice.store.sessions.manifests import StoredSession as StoredSession
 from kvservice.store.sessions.sessions import POSITIONS_MAX as POSITIONS_MAX
 from kvservice.store.sessions.sessions import SessionHistory as SessionHistory

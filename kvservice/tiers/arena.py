@@ -287,6 +287,17 @@ def examine(path: Path, store_id: bytes) -> tuple[ArenaHeader | None, str]:
     return header, ""
 
 
+def store_of_arena(directory: Path) -> bytes:
+    """The id of the store that the arena in a folder belongs to; empty if there is no arena, or of another version.
+
+    Raises OSError.
+    """
+    try:
+        return _read_header(directory / ARENA_NAME).store_id
+    except (FileNotFoundError, ValueError):
+        return b""
+
+
 def _read_header(path: Path) -> ArenaHeader:
     with path.open("rb") as file:
         return ArenaHeader.decode(file.read(HEADER_BYTES))

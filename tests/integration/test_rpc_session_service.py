@@ -359,3 +359,78 @@ def test_GetSession_finds_nothing_once_the_session_expired(new_daemon: Callable[
         with refused(SessionNotFound, "expired"):
             wire.get_session("short", SMALL)
         until(lambda: wire.status().counters["sessions_expired"] == 1)
+
+
+def restore(wire: Wire, session: pb.Session, revision: int = 0) -> pb.RestoreSessionResponse:
+    request = pb.RestoreSessionRequest(session=session, expected_revision=revision)
+    answer: pb.RestoreSessionResponse = wire.sessions.RestoreSession(request)
+    return answer
+
+
+def test_RestoreSession_stores_a_manifest_as_another_daemon_had_it(wire: Wire, session_id: str) -> None:
+    chain = saved(wire, 4)
+    wire.append(session_id, SMALL, chain[:3], stored_positions=range(100, 148))
+    cut = wire.truncate(session_id, SMALL, 1, (0, 4), (20, 20))
+    tail = BlockChain(cut.tip, (block_key(cut.tip, [1, 2]),), (2,))
+    wire.append(session_id, SMALL, tail, 2, stored_position=7)
+    whole = wire.get_session(session_id, SMALL).session
+    named: dict[str, Any] = {"session_id": session_id, "layout_fingerprint": SMALL.fingerprint}
+    wire.sessions.EndSession(pb.EndSessionRequest(**named))
+
+    answer = restore(wire, whole)
+
+    assert (answer.changed, answer.session.revision, answer.session.cuts) == (True, 3, 1)
+    now = wire.get_session(session_id, SMALL).session
+    assert now.used_at.ToMilliseconds() >= whole.used_at.ToMilliseconds()
+    for name in ("used_at", "expires_at"):
+        now.ClearField(name)
+        whole.ClearField(name)
+    assert now == whole
+    assert not restore(wire, whole).changed, "a call whose answer was lost may be repeated"
+    fuller = BlockChain(cut.tip, (block_key(cut.tip, range(16)),), (16,))
+    assert wire.append(session_id, SMALL, fuller, 3).revision == 4
+    with pytest.raises(grpc.RpcError) as caught:
+        restore(wire, whole)
+    assert attached_to(caught.value).revision == 4
+    assert restore(wire, whole, 4).session.revision == 3
+
+
+def test_RestoreSession_refuses_a_manifest_that_contradicts_itself(
+    wire: Wire, daemon: DaemonProcess, session_id: str
+) -> None:
+    chain = saved(wire, 2)
+    wire.append(session_id, SMALL, BlockChain(chain.parent, (*chain.keys, bytes(32)), (16, 16, 5)))
+    whole = wire.get_session(session_id, SMALL).session
+    whole.session_id = f"{session_id}/other"
+    changes: list[tuple[str, Callable[[pb.Session], object]]] = [
+        ("tip has 3 bytes", lambda of: setattr(of, "tip", b"tip")),
+        ("revision is 0", lambda of: setattr(of, "revision", 0)),
+        ("slices has 0 bytes", lambda of: of.ClearField("slices")),
+        ("slices has 95 bytes", lambda of: setattr(of.slices, "keys", of.slices.keys[1:])),
+        ("first_token has 2 entries", lambda of: of.slices.first_token.pop()),
+        ("the slices are 3 with 37 tokens", lambda of: setattr(of, "token_count", 38)),
+        ("the slices are 3 with", lambda of: setattr(of, "slice_count", 2)),
+        ("slice 1 is not within its block", lambda of: of.slices.first_token.__setitem__(1, 1)),
+        ("slice 0 is not within its block", lambda of: of.slices.block_tokens.__setitem__(0, 17 * 2**20)),
+        ("tail_tokens is 4; the last slice differs", lambda of: setattr(of, "tail_tokens", 4)),
+        ("a slice of this layout has one position", lambda of: of.slices.ClearField("stored_position")),
+        ("a position is too large", lambda of: of.slices.stored_position.__setitem__(0, 2**62)),
+        ("positions of slice 9", lambda of: of.slices.positions.add(slice=9, positions=[1])),
+        ("one position", lambda of: of.slices.positions.add(slice=2, positions=[1, 2, 3, 4, 5])),
+    ]
+    with unharmed(daemon.address):
+        for why, change in changes:
+            wrong = pb.Session.FromString(whole.SerializeToString())
+            change(wrong)
+            with refused(InvalidRequest, re.escape(why)):
+                restore(wire, wrong)
+        with refused(SessionNotFound, "never begun"):
+            restore(wire, whole, 3)
+        whole.session_id = "a b"
+        with refused(InvalidRequest, "1 to 200 letters", field="session_id"):
+            restore(wire, whole)
+        whole.layout_fingerprint = bytes(32)
+        whole.session_id = session_id
+        with refused(UnknownLayout, "OpenLayout"):
+            restore(wire, whole)
+    assert not wire.admin.ListSessions(admin_pb2.ListSessionsRequest(session_id=f"{session_id}/other")).sessions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvservice_api.errors import (
     BlockNotFound,
+    DaemonTooOld,
     DeadlineExceeded,
     Draining,
     IndexFull,
@@ -14,12 +15,14 @@ from kvservice_api.errors import (
     RequestNotFound,
     ScrubRunning,
     SessionNotFound,
+    SessionsFull,
     StorageFailed,
     TlsFileUnusable,
 )
 
 _ADVICE: dict[type[KVError], str] = {
     BlockNotFound: "See what is stored with `kvctl ls`.",
+    DaemonTooOld: "`kvctl version` shows both versions.",
     DeadlineExceeded: "The daemon is busy or out of reach; allow more time with --timeout.",
     Draining: "The daemon is stopping; ask again once it is back.",
     IndexFull: "Make the index larger with the setting of its map's size.",
@@ -28,6 +31,7 @@ _ADVICE: dict[type[KVError], str] = {
     PinsFull: "Unpin others with `kvctl unpin`, or raise the setting `pins.fraction_max`.",
     RequestNotFound: "Engines name their requests when they look up; a block's key has 64 hexadecimal digits.",
     ScrubRunning: "Wait for the scrub that runs, then try again.",
+    SessionsFull: "End some sessions, or raise the setting `session.sessions_max`.",
     SessionNotFound: "See which there are with `kvctl sessions`.",
     TlsFileUnusable: "Correct the file, or name another one; see `kvctl COMMAND --help`.",
     StorageFailed: "The daemon's log says which file failed; check the disk.",

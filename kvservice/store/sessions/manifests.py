@@ -48,6 +48,19 @@ class SessionAppend:
     stored_positions: Positions = dataclasses.field(default_factory=lambda: NO_POSITIONS)
 
 
+@dataclass(frozen=True, slots=True)
+class SessionContent:
+    """A manifest of another daemon, as a client sends it: without the name, which `restored` adds."""
+
+    revision: int
+    tip: bytes
+    tail_tokens: int
+    cuts: int
+    created_at_ms: int
+    slices: Slices  # Their `positions_at` are within `positions`.
+    positions: Positions
+
+
 def begun(session_id: str, layout_id: int, layout: Layout, turn: SessionAppend, now_ms: int) -> Manifest:
     """A new session of one turn. Raises InvalidRequest."""
     slices, positions = _slices_of(turn, layout, read_at=0)
@@ -130,6 +143,51 @@ def forked(manifest: Manifest, session_id: str, now_ms: int) -> Manifest:
     """The same history under another id. Slices are shared: they are never changed."""
     return dataclasses.replace(
         manifest, session_id=session_id, revision=1, created_at_ms=now_ms, used_at_ms=now_ms, expires_at_ms=now_ms
+    )
+
+
+def restored(session_id: str, layout_id: int, layout: Layout, content: SessionContent, now_ms: int) -> Manifest:
+    """The session of another daemon, used now. Raises InvalidRequest if its numbers contradict each other."""
+    slices, last = content.slices, content.slices[-1]
+    if not 1 <= content.revision < 2**63:
+        raise InvalidRequest(f"revision is {content.revision}; it must be in 1..{2**63 - 1}", field="revision")
+    firsts, counts = slices["first_token"].astype(np.int64), slices["token_count"].astype(np.int64)
+    wrong = (counts < 1) | (firsts + counts > slices["block_tokens"]) | (slices["block_tokens"] > layout.block_tokens)
+    if wrong.any():
+        raise InvalidRequest(f"slice {int(wrong.argmax())} is not within its block", field="slices")
+    is_whole = last["first_token"] == 0 and last["token_count"] == last["block_tokens"] < layout.block_tokens
+    if content.tail_tokens and not (is_whole and last["token_count"] == content.tail_tokens):
+        raise InvalidRequest(f"tail_tokens is {content.tail_tokens}; the last slice differs", field="tail_tokens")
+    listed = slices["positions_at"] >= 0
+    has_position = listed | (slices["stored_position"] >= 0)
+    if (has_position != layout.rotated).any() or (listed & (slices["stored_position"] >= 0)).any():
+        needed = "one position or one list of positions" if layout.rotated else "no position, as keys are not rotated"
+        raise InvalidRequest(f"a slice of this layout has {needed}", field="stored_position")
+    highest = max(int(slices["stored_position"].max()), int(content.positions.max(initial=0)))
+    if highest >= _POSITION_MAX:
+        raise InvalidRequest("a position is too large", field="stored_position")
+    created_at_ms = min(content.created_at_ms, now_ms)
+    return Manifest(
+        session_id,
+        layout_id,
+        content.revision,
+        content.tip,
+        slices,
+        content.positions,
+        bool(content.tail_tokens),
+        content.cuts,
+        created_at_ms,
+        now_ms,
+        now_ms,
+    )
+
+
+def is_same_history(one: Manifest, other: Manifest) -> bool:
+    """Whether two manifests are equal in everything except their times."""
+    return (
+        (one.revision, one.tip, one.has_tail, one.cuts) == (other.revision, other.tip, other.has_tail, other.cuts)
+        and one.slices.tobytes() == other.slices.tobytes()
+        and np.array_equal(one.positions, other.positions)
     )
 
 

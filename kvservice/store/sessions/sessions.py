@@ -30,7 +30,7 @@ from kvservice.store.miss_reasons import Reason
 from kvservice.store.operations.trace import TraceRecorder
 from kvservice.store.prefix_match import Run, match_prefix, runs_of
 from kvservice.store.sessions import manifests
-from kvservice.store.sessions.manifests import SessionAppend, StoredSession
+from kvservice.store.sessions.manifests import SessionAppend, SessionContent, StoredSession
 from kvservice.store.sessions.partial_blocks import NamedPartialBlocks
 from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound, SessionsFull
@@ -263,6 +263,30 @@ class Sessions:
 
         return await self._change(new_name, change)
 
+    async def restore(
+        self, caller: Caller, fingerprint: bytes, session_id: str, expected_revision: int, content: SessionContent
+    ) -> tuple[StoredSession, bool]:
+        """Store a session of another daemon; revision 0 if there is none here. Raises as `append`.
+
+        Returns whether that changed anything: a session that has this content already stays as it is.
+        """
+        name = self._name(fingerprint, session_id)
+        layout, is_new = self._index.layouts[name[0]], True
+
+        def change(now: Manifest | None) -> Manifest:
+            nonlocal is_new
+            after = manifests.restored(session_id, name[0], layout, content, self._clock.wall_ms())
+            if now is not None and manifests.is_same_history(now, after):
+                is_new = False
+                return now
+            if now is None and not expected_revision:
+                self._check_room()
+            else:
+                self._expected(name, now, expected_revision)
+            return after
+
+        return await self._change(name, change), is_new
+
     async def end(self, caller: Caller, fingerprint: bytes, session_id: str) -> bool:
         """Delete a session. False if there was none."""
         name = self._name(fingerprint, session_id)
@@ -302,7 +326,7 @@ class Sessions:
                     )
                 if len(after.positions) > POSITIONS_MAX:
                     raise SessionsFull(f"a session may list {POSITIONS_MAX} positions, not {len(after.positions)}")
-                after = self._used(after, after.created_at_ms if before is None else self._clock.wall_ms())
+                after = self._used(after, after.used_at_ms if before is None else self._clock.wall_ms())
                 await self._put(name, after)
                 return after
 

@@ -38,7 +38,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_tails", "keeps_generations", "takes_hints", "max_save_chains", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
+    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_tails", "keeps_generations", "takes_hints", "restores_sessions", "max_save_chains", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,7 @@ class GetCapabilitiesResponse(_message.Message):
     MAX_TAILS_FIELD_NUMBER: _ClassVar[int]
     KEEPS_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     TAKES_HINTS_FIELD_NUMBER: _ClassVar[int]
+    RESTORES_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAVE_CHAINS_FIELD_NUMBER: _ClassVar[int]
     ARENA_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     ARENA_ID_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +73,7 @@ class GetCapabilitiesResponse(_message.Message):
     max_tails: int
     keeps_generations: bool
     takes_hints: bool
+    restores_sessions: bool
     max_save_chains: int
     arena_directory: str
     arena_id: bytes
@@ -81,7 +83,7 @@ class GetCapabilitiesResponse(_message.Message):
     residency_directory: str
     max_session_slices: int
     session_ttl_ms: int
-    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_tails: _Optional[int] = ..., keeps_generations: bool = ..., takes_hints: bool = ..., max_save_chains: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_tails: _Optional[int] = ..., keeps_generations: bool = ..., takes_hints: bool = ..., restores_sessions: bool = ..., max_save_chains: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class OpenLayoutRequest(_message.Message):
     __slots__ = ("layout", "fingerprint")

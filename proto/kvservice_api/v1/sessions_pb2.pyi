@@ -168,3 +168,19 @@ class EndSessionResponse(_message.Message):
     ENDED_FIELD_NUMBER: _ClassVar[int]
     ended: bool
     def __init__(self, ended: bool = ...) -> None: ...
+
+class RestoreSessionRequest(_message.Message):
+    __slots__ = ("session", "expected_revision")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_REVISION_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    expected_revision: int
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., expected_revision: _Optional[int] = ...) -> None: ...
+
+class RestoreSessionResponse(_message.Message):
+    __slots__ = ("session", "changed")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    changed: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., changed: bool = ...) -> None: ...

@@ -70,6 +70,11 @@ class SessionServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_sessions__pb2.EndSessionRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_sessions__pb2.EndSessionResponse.FromString,
                 _registered_method=True)
+        self.RestoreSession = channel.unary_unary(
+                '/kvservice_api.v1.SessionService/RestoreSession',
+                request_serializer=kvservice__api_dot_v1_dot_sessions__pb2.RestoreSessionRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_sessions__pb2.RestoreSessionResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer(object):
@@ -148,6 +153,20 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RestoreSession(self, request, context):
+        """Stores a manifest as another daemon's GetSession returned it, with its revision, cuts and positions. Only
+        `used_at` and `expires_at` are those of a use now. `expected_revision` is the revision of the session here, which the
+        manifest replaces; 0 if there is none. Restoring what the session already is succeeds. Save the blocks first: the
+        daemon does not check whether they are stored. Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: a manifest that contradicts itself or the layout; fix the caller.
+        * NOT_FOUND SESSION_NOT_FOUND: there is no session to replace; restore it with `expected_revision` 0.
+        * ABORTED SESSION_CHANGED: the session exists, with other content or at another revision. The status contains it.
+        * RESOURCE_EXHAUSTED SESSIONS_FULL, INDEX_FULL, UNAVAILABLE STORAGE_FAILED: as for AppendTurn.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -175,6 +194,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.EndSession,
                     request_deserializer=kvservice__api_dot_v1_dot_sessions__pb2.EndSessionRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_sessions__pb2.EndSessionResponse.SerializeToString,
+            ),
+            'RestoreSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreSession,
+                    request_deserializer=kvservice__api_dot_v1_dot_sessions__pb2.RestoreSessionRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_sessions__pb2.RestoreSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -323,6 +347,33 @@ class SessionService(object):
             '/kvservice_api.v1.SessionService/EndSession',
             kvservice__api_dot_v1_dot_sessions__pb2.EndSessionRequest.SerializeToString,
             kvservice__api_dot_v1_dot_sessions__pb2.EndSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.SessionService/RestoreSession',
+            kvservice__api_dot_v1_dot_sessions__pb2.RestoreSessionRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_sessions__pb2.RestoreSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,113 @@
+"""``kvctl import``: store the sessions and blocks of an export file."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, BinaryIO
+
+import typer
+
+from kvservice_client.cli import output, transfer
+from kvservice_client.cli.options import Address, AsJson, Timeout, connect
+from kvservice_client.client import DEFAULT_ADDRESS, Client
+from kvservice_client.exports.export_file import ExportReader
+from kvservice_client.exports.importer import BlockRefused, Imported, Importer, OtherGeneration
+
+_CONTINUE = "What came before it is stored; the same command continues."
+
+
+def import_file(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Of `kvctl export`; - reads standard input.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace sessions that exist here with other content.")
+    ] = False,
+    any_generation: Annotated[
+        bool,
+        typer.Option("--any-generation", help="Also store blocks that engines here do not find after a cache reset."),
+    ] = False,
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Store the sessions and blocks of a file of `kvctl export`.
+
+    Each record is verified before it is sent, and each block again by the daemon before it is visible. Blocks are on
+    SSD when their import is counted, if the daemon has an SSD tier. Blocks that are stored already are not sent, so an
+    interrupted import is repeated. Exit code 1 also if a session exists here with other content, or is not whole.
+    """
+    with connect(address, timeout, transport="grpc") as client, _opened(file) as (stream, size_bytes):
+        if size_bytes:
+            _warn_if_too_small(client, size_bytes)
+        with transfer.failures(file, _CONTINUE), transfer.progress("importing", size_bytes) as show:
+
+            def at(offset: int) -> None:
+                show(
+                    offset,
+                    f"{importer.imported.blocks + importer.imported.already_stored} blocks, {output.size(offset)}",
+                )
+
+            importer = Importer(client, any_generation=any_generation, replace=replace, on_record=at)
+            try:
+                imported = importer.run(ExportReader(stream))
+            except OtherGeneration as error:
+                transfer.fail(
+                    f"{error}: engines here would not find these blocks. Add --any-generation, or give the store the "
+                    "generations of the other one: docs/operating.md"
+                )
+            except BlockRefused as error:
+                transfer.fail(f"{error}. Make space or a larger tier, or see the daemon's log. {_CONTINUE}")
+    _report(imported, as_json)
+    if imported.conflicts or imported.incomplete:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[tuple[BinaryIO, int | None]]:
+    """The file, and its size if it has one."""
+    if file == transfer.STANDARD_STREAM:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("standard input is a terminal: name a file, or use a pipe")
+        yield sys.stdin.buffer, None
+        return
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}") from None
+    with os.fdopen(fd, "rb") as stream:
+        status = os.fstat(fd)
+        yield stream, status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _warn_if_too_small(client: Client, size_bytes: int) -> None:
+    tiers = output.tier_statuses(client.admin.status())
+    name, largest = max(tiers.items(), key=lambda tier: tier[1].configured_bytes)
+    if size_bytes > largest.configured_bytes:
+        here = f"the largest tier here, {name}, {output.size(largest.configured_bytes)}"
+        print(f"kvctl: the file has {output.size(size_bytes)}, and {here}: not all of it can stay", file=sys.stderr)
+
+
+def _report(imported: Imported, as_json: bool) -> None:
+    if as_json:
+        output.print_json(
+            {
+                "layouts": imported.layouts,
+                "sessions": imported.sessions,
+                "blocks": imported.blocks,
+                "already_stored": imported.already_stored,
+                "missing": imported.missing,
+                "conflicts": imported.conflicts,
+                "incomplete": imported.incomplete,
+            }
+        )
+        return
+    for session_id, why in imported.conflicts.items():
+        print(f"kvctl: not imported: session {session_id}: {why}; --replace replaces it", file=sys.stderr)
+    for session_id, why in imported.incomplete.items():
+        print(f"kvctl: incomplete: session {session_id}: {why}", file=sys.stderr)
+    missing = f"; the export lacked {imported.missing} blocks" if imported.missing else ""
+    stored = f"{imported.blocks} blocks ({imported.already_stored} were stored already)"
+    print(f"imported {imported.sessions} sessions and {stored}{missing}")
