@@ -156,6 +156,9 @@ class Session:
         self._blocks = blocks
         self.session_id = session_id
 
+    def __repr__(self) -> str:
+        return f"Session({self.session_id!r}, {self.layout.model_id!r}, {self.layout.fingerprint.hex()[:8]})"
+
     @property
     def layout(self) -> Layout:
         return self._blocks.layout

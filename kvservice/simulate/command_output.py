@@ -10,12 +10,20 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from kvservice.simulate.result import Result
 
-_TABLE_WIDTH_MIN = 160
+_WIDTH = 100_000  # Wider than any row: a terminal breaks the lines that are longer than it is wide.
 
 
 def print_json(document: object) -> None:
@@ -93,9 +101,8 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def console() -> Console:
-    found = Console(highlight=False)
-    found.width = max(found.width, _TABLE_WIDTH_MIN)
-    return found
+    """For stdout. It neither cuts nor breaks a line."""
+    return Console(highlight=False, width=_WIDTH)
 
 
 def progress() -> Progress:
@@ -110,3 +117,11 @@ def progress() -> Progress:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
+
+
+def show_simulation(progress: Progress, task: TaskID, policy: str, dram_gb: float, ssd_gb: float) -> None:
+    """Show what is simulated now: beside the bar on a terminal, elsewhere as a line on stderr."""
+    what = f"simulating {policy} with {size(dram_gb)} of DRAM and {size(ssd_gb)} of SSD"
+    progress.update(task, description=what)
+    if progress.disable:
+        print(f"kvctl: {what}", file=sys.stderr, flush=True)

@@ -62,10 +62,11 @@ def plan(
         return float(getattr(result, _FIELDS[of]))
 
     with output.progress() as progress:
-        task = progress.add_task("simulating", total=None)
+        task = progress.add_task("", total=None)
 
         @functools.cache
         def simulated(name: str, dram_gb: float, ssd_gb: float) -> Result:
+            output.show_simulation(progress, task, name, dram_gb, ssd_gb)
             try:
                 result = simulate(workload, machine_of(dram_gb, ssd_gb), name, warmup_turns=load.warmup_turns)
             except ValueError as error:

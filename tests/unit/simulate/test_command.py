@@ -330,7 +330,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_simulated(
 
     assert done.exit_code == 1
     assert done.stderr == (
-        "kvctl: --plot needs matplotlib, which is not installed. Install it: pip install 'kvservice[plot]'.\n"
+        "kvctl: --plot needs matplotlib, which is not installed. Install it: pip install matplotlib.\n"
     )
 
 
