@@ -36,9 +36,9 @@ def block(first_words: str, language: str = "sh") -> str:
 
 def commands(first_words: str) -> list[list[str]]:
     """The words of each command of a block, without comments."""
-    joined = block(first_words).replace("\\\n", "")
-    lines = re.findall(r"(?:[^'\n]|'[^']*')+", joined)  # A quoted text may go over several lines.
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    text = re.sub(r"(?m)(^|\s)#.*$", "", block(first_words))
+    lines = re.findall(r"(?:[^'\n]|'[^']*')+", text)  # A quoted text may go over several lines.
+    return [words for line in lines if (words := shlex.split(line))]
 
 
 def test_every_block_has_a_test_here() -> None:
@@ -127,7 +127,7 @@ def test_the_connector_saves_what_a_model_of_the_hub_has_computed(
     exec(code, names)
     assert names["history"].tokens == 0, "nothing was stored before"
     exec(code, names)
-    assert names["history"].tokens > 20, "the second run loads what the first has saved"
+    assert names["history"].tokens == 6 * 256, "the second run loads what the first has saved"
     names["connector"].close()
     names["client"].close()
 
