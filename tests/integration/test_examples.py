@@ -95,6 +95,15 @@ def test_an_example_that_cannot_run_ends_with_a_message(name: str, arguments: li
     assert re.search(message, said)
 
 
+@pytest.mark.parametrize(("page", "shown"), [("fork.md", "[2, 2, 2]\n"), ("several-hosts.md", "[262144, 262144]\n")])
+def test_the_program_of_a_page_runs(
+    page: str, shown: str, new_daemon: Callable[..., DaemonProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    exec(program.replace("127.0.0.1:7070", new_daemon().address), {})
+    assert capsys.readouterr().out == shown
+
+
 def test_every_program_in_the_folder_is_tested_here_and_named_in_the_readme() -> None:
     programs = {path.stem for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text()}
 
