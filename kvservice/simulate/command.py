@@ -110,17 +110,16 @@ def _play(
     factors: tuple[float, ...],
 ) -> dict[tuple[str, float], Result]:
     found = {}
-    with output.progress() as progress:
-        task = progress.add_task("", total=len(names) * len(factors))
+    with output.Simulations(len(names) * len(factors)) as simulations:
         for name in names:
             for factor in factors:
                 sized = scaled(machine, sweep, factor)
-                output.show_simulation(progress, task, name, sized.dram_bytes / GIB, sized.ssd_bytes / GIB)
+                simulations.begins(name, sized.dram_bytes / GIB, sized.ssd_bytes / GIB)
                 try:
                     found[name, factor] = run(workload, sized, name, warmup_turns=warmup_turns)
                 except ValueError as error:
                     fail(f"{error}.")
-                progress.advance(task)
+                simulations.ended()
     return found
 
 

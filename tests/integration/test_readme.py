@@ -142,8 +142,8 @@ def test_vllm_is_given_settings_that_the_connector_has() -> None:
     assert set(given["kv_connector_extra_config"]) <= set(settings)
 
 
-def test_the_simulations_run_and_say_on_stderr_what_they_do() -> None:
+def test_the_simulations_run_and_say_on_stderr_what_takes_long() -> None:
     for words in commands("kvctl simulate"):
         done = subprocess.run([PROGRAMS / words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert re.search(r"(?m)^kvctl: simulating \w+ with [\d.]+ GiB of DRAM", done.stderr)
+        assert all(re.match(r"kvctl: simulating \w+ with [\d.]+ GiB of D", line) for line in done.stderr.splitlines())
         assert "…" not in done.stdout
