@@ -74,7 +74,7 @@ class SessionState:
 
     @property
     def read_positions(self) -> list[int]:
-        """The position at which each slice is read: the sum of the token counts before it."""
+        """The position at which each slice is read: the sum of the token counts before it. Empty without `slices`."""
         return list(accumulate((each.token_count for each in self.slices), initial=0))[:-1]
 
 

@@ -16,6 +16,7 @@ from kvservice_api.errors import (
     SessionNotFound,
     StorageFailed,
     TlsFileUnusable,
+    UnknownLayout,
 )
 
 _ADVICE: dict[type[KVError], str] = {
@@ -30,6 +31,7 @@ _ADVICE: dict[type[KVError], str] = {
     ScrubRunning: "Wait for the scrub that runs, then try again.",
     SessionNotFound: "See which there are with `kvctl sessions`.",
     TlsFileUnusable: "Correct the file, or name another one; see `kvctl COMMAND --help`.",
+    UnknownLayout: "See which there are with `kvctl layouts`.",
     StorageFailed: "The daemon's log says which file failed; check the disk.",
 }
 
