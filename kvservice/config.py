@@ -84,7 +84,7 @@ class StoreSettings(_Section):
     path: Path = _setting(
         Path("kvservice-data"),
         "Folder of the store: its lock, the durable index and, unless `ssd.paths` is set, the SSD files. "
-        "The daemon creates the folder if it is missing.",
+        "The daemon creates the folder if it is missing. A new store needs this setting.",
     )
 
 

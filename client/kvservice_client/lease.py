@@ -82,6 +82,9 @@ class Lease:
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
         self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
 
+    def __repr__(self) -> str:
+        return f"Lease({self.hit_blocks} blocks of {self.hit_tokens} tokens, ends in {self.remaining_s:.1f} s)"
+
     @property
     def hit_blocks(self) -> int:
         """How many leading blocks of the prefix are stored."""

@@ -18,6 +18,7 @@ from kvservice_api.errors import (
     SessionsFull,
     StorageFailed,
     TlsFileUnusable,
+    UnknownLayout,
 )
 
 _ADVICE: dict[type[KVError], str] = {
@@ -34,6 +35,7 @@ _ADVICE: dict[type[KVError], str] = {
     SessionsFull: "End some sessions, or raise the setting `session.sessions_max`.",
     SessionNotFound: "See which there are with `kvctl sessions`.",
     TlsFileUnusable: "Correct the file, or name another one; see `kvctl COMMAND --help`.",
+    UnknownLayout: "See which there are with `kvctl layouts`.",
     StorageFailed: "The daemon's log says which file failed; check the disk.",
 }
 

@@ -45,7 +45,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "errors.md", "reference/metrics.md"])
+@pytest.mark.parametrize(
+    "page", ["configuration.md", "errors.md", "reference/metrics.md", "reference/python.md", "sizing.md"]
+)
 def test_the_page_is_what_make_docs_writes(pages: Path, page: str) -> None:
     assert (ROOT / "docs" / page).read_text() == (pages / page).read_text(), "run `make docs`"
 

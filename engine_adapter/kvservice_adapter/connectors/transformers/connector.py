@@ -53,7 +53,7 @@ from kvservice_adapter.torch_device import device_for
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.keys import extra_identity
 from kvservice_api.session_ids import checked_session_id
-from kvservice_client import BlockChain, Client, Durability, Session, forks
+from kvservice_client import BlockChain, Client, Durability, Session, arguments, forks
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
 
@@ -100,12 +100,22 @@ class TransformersConnector:
 
         Computes a few tokens in the model's first layers, to see what its cache holds and that its attention is
         causal (`model_probe`). Asks nothing of the daemon. Raises UnsupportedModel, with the reason, for a model, or
-        any other object, whose KV could not be restored exactly, and InvalidRequest if `client` is not a client.
+        any other object, whose KV could not be restored exactly, and InvalidRequest for any other argument of a wrong
+        type or out of range.
         """
         if not callable(getattr(client, "open_layout", None)):
             raise InvalidRequest(
                 f"client is of type {type(client).__name__}; give a kvservice_client.Client", field="client"
             )
+        arguments.instance(lora_id, str, "lora_id")
+        arguments.instance(salt, bytes, "salt")
+        arguments.seconds(wait_s, "wait_s")
+        arguments.seconds(save_wait_s, "save_wait_s")
+        arguments.whole(staging_bytes, "staging_bytes", 1, 2**60)
+        if rates is not None:
+            arguments.instance(rates, Rates, "rates")
+        if device is not None:
+            arguments.instance(device, Device, "device")
         self._generation = forks.generation
         self._lines = RateLimitedLog(log)
         self._model, self._lora_id = model, lora_id
