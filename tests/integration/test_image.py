@@ -91,7 +91,7 @@ def test_it_has_no_torch_no_pip_of_its_own_and_nothing_of_the_host_that_built_it
         assert not (built.root / path).exists(), path
     for path in ("etc/hostname", "etc/hosts", "etc/resolv.conf"):  # buildah leaves empty ones.
         assert not (built.root / path).exists() or not (built.root / path).read_bytes()
-    own = {each for each in Path("/usr/local/share/ca-certificates").rglob("*.crt")}
+    own = list(Path("/usr/local/share/ca-certificates").rglob("*.crt"))
     bundle = (built.root / "etc/ssl/certs/ca-certificates.crt").read_text()
     assert not [each for each in own if each.read_text().strip() in bundle]
     assert all((each.lstat().st_uid, each.lstat().st_gid) == (0, 0) for each in (built.root / "opt").rglob("*"))
