@@ -35,7 +35,7 @@ VLLM_WITHOUT := torch torchvision torchaudio torchcodec intel-openmp
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint test test-slow test-vllm test-vllm-engine test-vllm-scheduler coverage proto docs demo bench bench-adapter simulate vllm-env clean
+.PHONY: help install check lint test test-slow test-vllm test-vllm-engine test-vllm-scheduler coverage proto docs demo bench bench-adapter simulate vllm-env image clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +49,7 @@ lint: .venv/installed-dev ## Style, types, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile ops/compose/vllm.Dockerfile
 
 test: .venv/installed-dev ## The fast tests, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest $(IN_THREE_PROCESSES) $(ARGS)
@@ -88,6 +88,9 @@ bench-adapter: .venv/installed-demo ## Measure the adapter on a real model, and 
 
 simulate: .venv/installed-dev ## Try the placement policies, and write docs/policies-experiments.md (ARGS='--traces FOLDER')
 	@$(BIN)/python -m benchmarks.policies --write docs/policies-experiments.md $(ARGS)
+
+image: ## Build the image with buildah and debootstrap, as root, and list its software (ARGS='--base IMAGE')
+	@$(PYTHON) -m tools.build_image $(ARGS)
 
 clean: ## Remove .venv, .venv-vllm and everything generated
 	rm -rf .venv .venv-vllm .venv-vllm33 dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

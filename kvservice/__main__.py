@@ -84,7 +84,7 @@ def _serve(argv: Sequence[str]) -> int:
     from kvservice import daemon, logs
     from kvservice.config import ConfigError
     from kvservice.config_sources import load_settings
-    from kvservice.host_limits import raise_open_files_limit
+    from kvservice.host_limits import expect_threads, raise_open_files_limit
     from kvservice.index.errors import StoreDamaged, StoreError
     from kvservice.tiers.base import StoreMismatch
     from kvservice_api.errors import KVError
@@ -97,6 +97,7 @@ def _serve(argv: Sequence[str]) -> int:
     logs.set_up(settings.log.level, settings.log.format)
     try:
         raise_open_files_limit(len(settings.ssd_directories))  # Before the event loop and gRPC open files.
+        expect_threads()
         uvloop.run(daemon.run(settings))
     except ConfigError as error:  # A path or an address in the settings cannot be used.
         print(f"kvservice serve: {error}", file=sys.stderr)
