@@ -7,13 +7,14 @@ variables say where they are sent, and how: ``OTEL_EXPORTER_OTLP_ENDPOINT`` and 
 from __future__ import annotations
 
 import os
+import threading
 from importlib import import_module
 from typing import Any
 
 from kvservice.config import ConfigError
 
 _MODULES = {"grpc": "opentelemetry.exporter.otlp.proto.grpc", "http/protobuf": "opentelemetry.exporter.otlp.proto.http"}
-_SENT_MS = 2000  # At the end: for spans that are not sent yet.
+_SENT_S = 2.0  # At the end: for spans that are not sent yet.
 
 
 class Tracing:
@@ -42,6 +43,7 @@ class Tracing:
         trace.set_tracer_provider(self._provider)
 
     def close(self) -> None:
-        """Send what is not sent yet, for a bounded time. Blocks."""
-        self._provider.force_flush(_SENT_MS)
-        self._provider.shutdown()
+        """Send what is not sent yet. Blocks for two seconds at most: a collector that does not answer takes ten."""
+        ending = threading.Thread(target=self._provider.shutdown, name="tracing-end", daemon=True)
+        ending.start()
+        ending.join(_SENT_S)
