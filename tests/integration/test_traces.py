@@ -7,11 +7,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
+from kvservice_api import spans
 from tests.daemon import DaemonProcess
+from tests.integration.known_blocks import SMALL, new_chain, save
 from tests.integration.traced_engine import CASES, TRACED
+from tests.layouts import changed
 from tests.otlp_receiver import OtlpReceiver, ReceivedSpan
 from tests.process_starter import python_path
 
@@ -176,6 +180,31 @@ def test_a_load_that_fails_says_why(traces: Mapping[str, Trace]) -> None:
 
     assert load.has_failed
     assert load.attributes["error.type"] == "LEASE_EXPIRED"
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_outside_of_a_trace_no_layer_of_a_load_costs_anything(daemon: DaemonProcess, transport: str) -> None:
+    """The calls into the module of the spans are those of the load, however many layers it has."""
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename == spans.__file__:
+            calls.append(frame.f_code.co_name)
+
+    with daemon.client(transport=transport) as client:
+        for layers in (2, 20):
+            layout = changed(SMALL, layers=layers)
+            chain = new_chain(layout)
+            save(client, layout, chain)
+            with client.open_layout(layout).lookup(chain) as lease:
+                sys.setprofile(note)
+                try:
+                    loaded = len(list(lease.load()))
+                finally:
+                    sys.setprofile(None)
+            assert loaded == layers
+            assert calls == ["current", "headers", "current"]  # Of the load, and of its call.
+            calls.clear()
 
 
 def test_without_tracing_neither_side_imports_opentelemetry(tmp_path: Path) -> None:
