@@ -9,7 +9,7 @@ _COMMANDS = {
     "config": ("--help", "--json", "--config", *map(flag_name, SETTINGS)),
     "check": ("--help", "--json", "--repair", "--rebuild", "--ssd-file"),
     "remove": ("--help", "--json", "--yes"),
-    "arenas": ("--help", "--dram-path", "--remove-orphans", "--yes", "--json"),
+    "arenas": ("--help", "--remove-orphans", "--yes", "--json"),
     "completion": (),
 }
 

@@ -66,6 +66,7 @@ from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
 from kvservice.tiers.kinds import TierOptions, tier_kind
 from kvservice.tiers.ssd import SsdTier
+from kvservice.tracing import Tracing
 from kvservice_api.malloc import keep_large_buffers, return_free_memory
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Daemon:
             frame_bytes=int(server.frame_bytes),
             unix_socket=UnixSocket(path, _SOCKET_MODES[server.unix_socket_access]) if path is not None else None,
             credentials=certificates.server_credentials() if certificates else None,
+            is_traced=settings.tracing.enabled,
         )
         self.port = self._server.ports[0]
         self._metrics: MetricsServer | None = None
@@ -139,6 +141,8 @@ class Daemon:
         check_start(settings)
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
+            if settings.tracing.enabled:
+                opening.callback(Tracing(__version__).close)
             files, clock = files or FileCalls(), clock or SystemClock()
             parts = await _open_store(settings, clock, files, opening)
             daemon = cls(settings, parts, opening, certificates, clock)

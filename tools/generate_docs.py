@@ -13,6 +13,8 @@ from pathlib import Path
 from kvservice.config_sources import SETTINGS, Setting, default_text, environment_name
 from kvservice.metrics.rows import PREFIX, Metric
 from kvservice.metrics.table import SUBJECTS
+from kvservice_adapter.engine.metrics import ENGINE_METRICS, EngineMetric
+from kvservice_adapter.engine.metrics import PREFIX as ENGINE_PREFIX
 from kvservice_api import errors
 from kvservice_api.layout import LayerGroup
 from tools.python_reference import python_page
@@ -71,6 +73,7 @@ The daemon also has the metrics of its process, as every program with the Python
 `python_*`. `kvctl status` shows totals under shorter names of its own.
 """
 
+<<<<<<< HEAD
 SIZING_HEAD = """\
 # Sizing by hand
 
@@ -126,6 +129,20 @@ _SIZED = {  # Layers, KV heads, head dim of K, of V; from the models' config.jso
     "DeepSeek-V3 and R1": LayerGroup(61, 1, 576, 0, "bfloat16"),  # 512 + 64.
 }
 
+=======
+ENGINE_HEAD = f"""
+## The engine's side
+
+The adapter measures what loads do for an engine. With vLLM these are among vLLM's own metrics, as `vllm:kvservice_NAME`
+with vLLM's labels: vLLM collects them from all its processes. The connector for transformers exports them by the
+default registry of prometheus_client in the engine's process, as `{ENGINE_PREFIX}NAME` with the label `model`; without
+that package it exports none. Counters end in `_total`.
+
+| NAME | Type | Meaning | Engines |
+|---|---|---|---|
+"""
+
+>>>>>>> tracing
 _TABLE_ROW = re.compile(r"^ +x (\w+) +([A-Z_]+) +(.+)$", re.MULTILINE)
 
 
@@ -159,7 +176,14 @@ def metrics_page() -> str:
     for subject, metrics in SUBJECTS.items():
         parts.append(f"\n## {subject}\n\n| Metric | Type | Meaning | What to do with it |\n|---|---|---|---|\n")
         parts += map(_metric_row, metrics)
+    parts += [ENGINE_HEAD, *map(_engine_row, ENGINE_METRICS)]
     return "".join(parts)
+
+
+def _engine_row(metric: EngineMetric) -> str:
+    label = f"<br>by `{metric.label}`" if metric.label else ""
+    name = f"{metric.name}_total" if metric.kind == "counter" else metric.name
+    return f"| `{name}`{label} | {metric.kind} | {metric.meaning} | {'vLLM' if metric.only_vllm else 'both'} |\n"
 
 
 def _metric_row(metric: Metric) -> str:

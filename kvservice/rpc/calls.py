@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.store import BlockStore
+from kvservice_api import spans
 from kvservice_api.errors import InvalidRequest, KVError, Overloaded, UnknownClient
 from kvservice_api.status import grpc_code, to_status
 
@@ -79,10 +80,17 @@ class CallCounts:
             self.errors[method, reason] += 1
 
 
-def guarded(handler: Unary, counts: CallCounts, parse: Callable[[bytes], Any] | None = None) -> Unary:
+def guarded(
+    handler: Unary,
+    counts: CallCounts,
+    parse: Callable[[bytes], Any] | None = None,
+    *,
+    span_name: str = "",
+) -> Unary:
     """A handler that answers once or writes to its context, its errors turned into statuses, and counted.
 
-    `parse` reads the request of a unary call here, because a parse error inside grpc gives the caller no reason.
+    `parse` reads the request of a unary call here, because a parse error inside grpc gives the caller no reason. With
+    a `span_name`, calls of clients that record a trace have a span of this name in it.
     """
     method = handler.__name__
     counts.add_method(method)
@@ -91,6 +99,7 @@ def guarded(handler: Unary, counts: CallCounts, parse: Callable[[bytes], Any] | 
     async def call(request: Any, context: Context) -> Any:
         code, reason = "CANCELLED", ""
         counts.running[method] += 1
+        span = spans.of_call(span_name, context.invocation_metadata() or ()) if span_name else None
         try:
             answer = await handler(request if parse is None else parse(request), context)
             code = "OK"
@@ -113,6 +122,8 @@ def guarded(handler: Unary, counts: CallCounts, parse: Callable[[bytes], Any] | 
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; the daemon's log has the details")
         finally:
             counts.end(method, code, reason)
+            if span is not None:
+                span.end_call(code, reason)
 
     return call
 
