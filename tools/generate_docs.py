@@ -73,7 +73,6 @@ The daemon also has the metrics of its process, as every program with the Python
 `python_*`. `kvctl status` shows totals under shorter names of its own.
 """
 
-<<<<<<< HEAD
 SIZING_HEAD = """\
 # Sizing by hand
 
@@ -129,7 +128,6 @@ _SIZED = {  # Layers, KV heads, head dim of K, of V; from the models' config.jso
     "DeepSeek-V3 and R1": LayerGroup(61, 1, 576, 0, "bfloat16"),  # 512 + 64.
 }
 
-=======
 ENGINE_HEAD = f"""
 ## The engine's side
 
@@ -142,7 +140,6 @@ that package it exports none. Counters end in `_total`.
 |---|---|---|---|
 """
 
->>>>>>> tracing
 _TABLE_ROW = re.compile(r"^ +x (\w+) +([A-Z_]+) +(.+)$", re.MULTILINE)
 
 
