@@ -6,7 +6,7 @@ import signal
 
 from tests.daemon import DaemonProcess
 
-_EVENTS_MAX = 400
+_EVENTS_MAX = 800
 
 
 def deaths(daemon: DaemonProcess, *, first: int, step: int) -> int:
