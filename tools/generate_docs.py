@@ -63,9 +63,10 @@ other path is 404.
 
 Names follow Prometheus' conventions: base units, `_total` for counters, which count from the daemon's start. Counters
 and histograms start at 0, also those with labels, so that `rate` and `increase` see the first event. Three have more
-series later: `rpc_calls_total` for codes other than `OK`, and `rpc_errors_total` and `save_refused_blocks_total` for
-rare reasons. A histogram has `_bucket`, `_sum` and `_count`; its buckets are from 0.1 ms to 30 s, or from 1 ms for the
-event loop.
+series later: `rpc_calls_total` for codes other than `OK`, `rpc_errors_total` for reasons other than `INTERNAL` and
+`OVERLOADED`, and `save_refused_blocks_total` for rare reasons. A histogram has `_bucket`, `_sum` and `_count`; its
+buckets are from 0.1 ms to 30 s, or from 1 ms for the event loop.
+
 The label `layout` has the first digits of a layout's fingerprint: `kvservice_layout_info` names its model. `path` is
 `stream` (bytes over gRPC) or `in_place` (the client reads or writes shared memory).
 

@@ -25,8 +25,11 @@ DASHBOARD = Path("dashboards", "kvservice.json")
 RULES = Path("alerts", "kvservice.rules.yaml")
 OPERATOR_RULES = Path("kubernetes", "components", "monitoring", "alerts.yaml")
 
-_BY_NAME = {metric.name: metric for metric in METRICS}
-_HISTOGRAM_SERIES = re.compile("_(bucket|count|sum)$")
+LABELS = {  # Of each series, by its name without the prefix.
+    metric.name + suffix: {*metric.labels, *(["le"] if suffix == "_bucket" else [])}
+    for metric in METRICS
+    for suffix in (("_bucket", "_count", "_sum") if metric.kind == "histogram" else ("",))
+}
 _METRIC = re.compile(r"@(\w+)(?:\{([^}]*)\})?")
 _CHOSEN = 'job=~"$job", instance=~"$instance"'
 _PANEL_WIDTH, _PANEL_HEIGHT, _PANELS_A_LINE = 8, 8, 3
@@ -36,16 +39,15 @@ _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 def expanded(query: str) -> str:
     """PromQL, from text that has `@name` or `@name{label="value"}` for a metric of the table, of the chosen instances.
 
-    `RATE` is the range for `rate`. Raises KeyError if there is no such metric, and ValueError if it has no such label.
+    `RATE` is the range for `rate`. Raises ValueError if there is no such series, or if it has no such label.
     """
 
     def selector(found: re.Match[str]) -> str:
         name, matchers = found[1], found[2] or ""
-        base = _HISTOGRAM_SERIES.sub("", name)
-        metric = _BY_NAME[base if base in _BY_NAME and _BY_NAME[base].kind == "histogram" else name]
-        unknown = {*re.findall(r"(\w+)[=!]", matchers)} - {*metric.labels, "le"}
-        if unknown:
-            raise ValueError(f"{metric.name} has no label {unknown}")
+        if name not in LABELS:
+            raise ValueError(f"there is no such series: {name}")
+        if unknown := {*re.findall(r"(\w+)[=!]", matchers)} - LABELS[name]:
+            raise ValueError(f"{name} has no label {unknown}")
         return f"{PREFIX}{name}{{{', '.join(filter(None, (_CHOSEN, matchers)))}}}"
 
     return _METRIC.sub(selector, query).replace("RATE", "$__rate_interval")

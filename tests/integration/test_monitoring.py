@@ -140,9 +140,9 @@ def test_a_healthy_daemon_has_no_alert_but_that_of_its_certificate(site: Site) -
     annotations = site.prometheus.wait_for_alert("KVServiceCertificateExpires")
     assert re.search("expires in 2d 23h", annotations["summary"])
 
-    firing = site.prometheus.values('ALERTS{alertstate="firing"}', "alertname")
-    # On a busy machine the event loop is late.
-    assert firing.keys() - {"KVServiceEventLoopStalls"} == {"KVServiceCertificateExpires"}
+    # On a busy machine the event loop is late. Without its time of waiting, a short queue of writes is an alert too.
+    others = 'alertname!~"KVServiceCertificateExpires|KVServiceEventLoopStalls"'
+    site.prometheus.wait_for(f'absent(ALERTS{{alertstate="firing", {others}}})')
 
 
 def test_a_disk_that_takes_no_writes_is_alerted(site: Site) -> None:
