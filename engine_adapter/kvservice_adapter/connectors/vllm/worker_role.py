@@ -232,8 +232,8 @@ class WorkerRole:
             self._load_failed(order, error, load.valid_tokens)
         else:
             seconds = self._clock.now_s() - began_s
-            waited_s = [] if order.mode is LoadMode.BETWEEN_STEPS else [seconds]
-            self._load_ended(order, load.size_bytes, seconds, waited_s, load.transport)
+            waits_s = [] if order.mode is LoadMode.BETWEEN_STEPS else [seconds]
+            self._load_ended(order, load.size_bytes, seconds, waits_s, load.transport)
 
     def _load_between_steps(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         """On the loading stream's thread. Every end is reported: else the request never runs."""
