@@ -80,12 +80,16 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 @pytest.fixture
 def empty(target: DaemonProcess) -> DaemonProcess:
-    with target.client() as client:
-        client.admin.discard_all()
-        for each in client.admin.list_sessions():
-            layouts = {layout.fingerprint: layout.layout for layout in client.admin.list_layouts()}
-            client.session(Layout.from_proto(layouts[each.layout_fingerprint]), each.session_id).end()
+    clear(target)
     return target
+
+
+def clear(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        layouts = {each.fingerprint: Layout.from_proto(each.layout) for each in client.admin.list_layouts()}
+        for each in client.admin.list_sessions():
+            client.session(layouts[each.layout_fingerprint], each.session_id).end()
+        client.admin.discard_all()
 
 
 def talk(client: Client, session_id: str, tokens: int = 20, layout: Layout = LAYOUT) -> BlockChain:
@@ -279,6 +283,7 @@ def test_a_damaged_byte_anywhere_never_arrives(daemon: DaemonProcess, empty: Dae
 
 def test_an_export_may_flow_into_an_import(daemon: DaemonProcess, empty: DaemonProcess) -> None:
     """All sessions and blocks of two layouts, of which one is stored in four shards, through a pipe."""
+    clear(daemon)
     layout = small_layout("of four ranks")
     chain = new_chain(layout, 5 * layout.block_tokens + 1)
     with daemon.client() as client:
@@ -393,15 +398,24 @@ def test_wrong_usage_is_refused_before_a_file_is_made(kvctl_here: Any, tmp_path:
     for arguments in (
         ("export", file),
         ("export", file, "chat", "--everything"),
+        ("export", file, "--layout", "123456", "--everything"),
+        ("export", file, "--chain", "123456", "--layout", "123456"),
+        ("export", file, "--chain", "12"),
         ("export", "-", "chat", "--resume"),
         ("export", "-", "chat", "--json"),
         ("export", str(tmp_path / "no" / "file"), "--everything"),
         ("import", file),
     ):
         assert kvctl_here(*arguments).returncode == 2, arguments
-    done = kvctl_here("export", file, "no such session")
-    assert done.returncode == 1
-    assert "there is no session 'no such session'" in done.stderr
+    for what, says in (
+        (("no-such",), "there is no session 'no-such'. See which there are with `kvctl sessions`."),
+        (("--layout", "ab" * 32), f"there is no layout {'ab' * 32}. See which there are with `kvctl layouts`."),
+        (("--chain", "ab" * 32), "See what is stored with `kvctl ls`."),
+    ):
+        done = kvctl_here("export", file, *what)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("kvctl: ")
+        assert says in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -34,6 +34,7 @@ _ADVICE: dict[type[KVError], str] = {
     ScrubRunning: "Wait for the scrub that runs, then try again.",
     SessionsFull: "End some sessions, or raise the setting `session.sessions_max`.",
     SessionNotFound: "See which there are with `kvctl sessions`.",
+    UnknownLayout: "See which there are with `kvctl layouts`.",
     TlsFileUnusable: "Correct the file, or name another one; see `kvctl COMMAND --help`.",
     UnknownLayout: "See which there are with `kvctl layouts`.",
     StorageFailed: "The daemon's log says which file failed; check the disk.",

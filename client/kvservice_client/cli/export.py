@@ -8,12 +8,12 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, NamedTuple
 
 import typer
 
-from kvservice_api.errors import SessionNotFound
-from kvservice_api.v1 import sessions_pb2
+from kvservice_api.errors import SessionNotFound, UnknownLayout
+from kvservice_api.v1 import admin_pb2, sessions_pb2
 from kvservice_client.cli import output, transfer
 from kvservice_client.cli.options import (
     Address,
@@ -63,29 +63,23 @@ def export(
     """
     if bool(sessions or chain) + everything > 1 or not (sessions or chain or layout or everything):
         raise typer.BadParameter("give sessions, --chain, --layout or --everything")
-    if everything and layout:
-        raise typer.BadParameter("give --layout or --everything, and only one of them")
+    if layout and (everything or chain):
+        raise typer.BadParameter("--layout goes with sessions or alone")
     is_pipe = file == transfer.STANDARD_STREAM
     if is_pipe and (resume or as_json):
         raise typer.BadParameter("needs a FILE, not -", param_hint="--resume" if resume else "--json")
     if is_pipe and sys.stdout.isatty():
         raise typer.BadParameter("standard output is a terminal: send it to a file or another program")
-    wanted = [checked_digits(key, "key") for key in chain or ()]
+    keys = [checked_digits(key, "key") for key in chain or ()]
     digits = checked_digits(layout, "layout") if layout else ""
     again = "" if is_pipe else "Continue with --resume."
     with connect(address, timeout, transport="grpc") as client:
-        fingerprint = layout_of(client, digits)
-        keys = keys_of(client, wanted)
-        named = _sessions(client, sessions or (), fingerprint)
-        whole = [each for each in client.admin.list_layouts() if everything or each.fingerprint == fingerprint]
-        if sessions or chain:
-            whole = []
-        total = sum(each.slice_count for each in named) + sum(each.blocks for each in whole)
+        wanted = _wanted(client, sessions or (), keys, digits, everything=everything)
         with _opened(file, resume) as (stream, resumed), transfer.failures(file, again):
             if resumed.is_complete:
                 raise typer.BadParameter(f"{file} is complete: there is nothing to continue", param_hint="--resume")
             writer = ExportWriter(stream, resumed.contents)
-            with transfer.progress("exporting", total or None) as show:
+            with transfer.progress("exporting", wanted.total or None) as show:
                 done = 0
 
                 def count() -> None:
@@ -94,12 +88,12 @@ def export(
                     show(done, f"{done} blocks, {output.size(writer.bytes_written)}")
 
                 exporter = Exporter(client, writer, count)
-                for each in named:
-                    exporter.session(each.session_id, each.layout_fingerprint)
-                for key in keys:
+                for session in wanted.sessions:
+                    exporter.session(session.session_id, session.layout_fingerprint)
+                for key in wanted.keys:
                     exporter.chain(key)
-                for of_layout in whole:
-                    exporter.layout(of_layout.fingerprint)
+                for each in wanted.layouts:
+                    exporter.layout(each.fingerprint)
             exporter.end()
             if not is_pipe:
                 os.fsync(stream.fileno())
@@ -108,15 +102,31 @@ def export(
         raise typer.Exit(1)
 
 
-def _sessions(client: Client, ids: Sequence[str], fingerprint: bytes) -> list[sessions_pb2.Session]:
-    """The sessions of these ids in all layouts, or in one. Raises SessionNotFound."""
-    found = []
+class _Wanted(NamedTuple):
+    sessions: list[sessions_pb2.Session]
+    keys: list[bytes]
+    layouts: list[admin_pb2.StoredLayout]
+
+    @property
+    def total(self) -> int:
+        """Blocks, except those of chains. Of a session slices, which are as many or more."""
+        return sum(each.slice_count for each in self.sessions) + sum(each.blocks for each in self.layouts)
+
+
+def _wanted(client: Client, ids: Sequence[str], keys: Sequence[str], digits: str, *, everything: bool) -> _Wanted:
+    """What the arguments name. Raises SessionNotFound, BlockNotFound, UnknownLayout, before a file is made."""
+    fingerprint = layout_of(client, digits)
+    layouts = [each for each in client.admin.list_layouts() if not digits or each.fingerprint == fingerprint]
+    if digits and not layouts:
+        raise UnknownLayout(f"there is no layout {digits}")
+    sessions = []
     for session_id in dict.fromkeys(ids):
-        of_id = list(client.admin.list_sessions(session_id, fingerprint)) if session_id else []
-        if not of_id:
+        found = list(client.admin.list_sessions(session_id, fingerprint)) if session_id else []
+        if not found:
             raise SessionNotFound(f"there is no session {session_id!r}", session_id=session_id)
-        found += of_id
-    return found
+        sessions += found
+    stored = [client.admin.inspect(key).shards[0].key for key in keys_of(client, keys)]
+    return _Wanted(sessions, stored, layouts if everything or not (ids or keys) else [])
 
 
 @contextmanager

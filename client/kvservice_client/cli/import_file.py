@@ -17,6 +17,7 @@ from kvservice_client.client import DEFAULT_ADDRESS, Client
 from kvservice_client.exports.export_file import ExportReader
 from kvservice_client.exports.importer import BlockRefused, Imported, Importer, OtherGeneration
 
+_MIB = 2**20
 _CONTINUE = "What came before it is stored; the same command continues."
 
 
@@ -42,13 +43,12 @@ def import_file(
     with connect(address, timeout, transport="grpc") as client, _opened(file) as (stream, size_bytes):
         if size_bytes:
             _warn_if_too_small(client, size_bytes)
-        with transfer.failures(file, _CONTINUE), transfer.progress("importing", size_bytes) as show:
+        total_mib = None if size_bytes is None else -(-size_bytes // _MIB)
+        with transfer.failures(file, _CONTINUE), transfer.progress("importing", total_mib) as show:
 
             def at(offset: int) -> None:
-                show(
-                    offset,
-                    f"{importer.imported.blocks + importer.imported.already_stored} blocks, {output.size(offset)}",
-                )
+                blocks = importer.imported.blocks + importer.imported.already_stored
+                show(-(-offset // _MIB), f"{blocks} blocks, {output.size(offset)}")
 
             importer = Importer(client, any_generation=any_generation, replace=replace, on_record=at)
             try:
