@@ -61,7 +61,7 @@ from kvservice.store.tasks import Tasks
 from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.base import DurableTier, StoreMismatch
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.files import FileCalls, file_system_of
+from kvservice.tiers.files import FileCalls, executor_of, file_system_of
 from kvservice.tiers.kinds import TierOptions, tier_kind
 from kvservice.tiers.ssd import SsdTier
 from kvservice_api.malloc import keep_large_buffers, return_free_memory
@@ -223,6 +223,8 @@ class Daemon:
 async def run(settings: Settings) -> None:
     """A daemon's whole life: open, serve until SIGTERM or SIGINT, drain, close. The service manager learns of each."""
     tune_process()
+    threads = min(16, (os.cpu_count() or 1) + 4)
+    asyncio.get_running_loop().set_default_executor(executor_of(threads, "asyncio"))
     manager, tasks = ServiceManager(SystemClock()), Tasks()
     daemon = await Daemon.open(settings)
     stop = asyncio.Event()
@@ -318,7 +320,7 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         log.info("layouts without blocks are removed, because there were too many: %d", forgotten)
     history = MissReasons(clock, settings.history.events_max)
     blocks = recover(index, {TierName.DRAM: dram, **slower}, history)
-    executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
+    executor = executor_of(max(2, min(settings.server.transfer_slots, 8)), "transfer")
     counters = Counters()
     store = BlockStore(
         blocks,
