@@ -97,7 +97,7 @@ def _serve(argv: Sequence[str]) -> int:
     logs.set_up(settings.log.level, settings.log.format)
     try:
         raise_open_files_limit(len(settings.ssd_directories))  # Before the event loop and gRPC open files.
-        expect_threads()
+        expect_threads(settings.ssd.io_threads + sum(tier.io_threads for tier in settings.tiers.below_ssd))
         uvloop.run(daemon.run(settings))
     except ConfigError as error:  # A path or an address in the settings cannot be used.
         print(f"kvservice serve: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ shared memory, which the kernel cannot take back, so the tier must stay below th
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import threading
@@ -25,8 +26,8 @@ _RESERVE_SHARE = 16  # Of a large limit, one part in so many: a larger limit all
 _OPEN_FILES_MIN = 64
 _OPEN_FILES_PER_DRIVE = 2
 
-# An idle daemon has THREADS_IDLE threads, and one that 32 clients use over gRPC THREADS_BUSY. gRPC ends the process by
-# SIGABRT where it gets none.
+# An idle daemon on two cores has 27 threads, and on more cores up to 22 more, beside those that read and write drives.
+# Where there are none, gRPC ends the process and Python's calls fail, so the start is refused above that.
 _THREADS_MIN = 64
 
 _NO_LIMIT_BYTES = 2**60  # Version 1 writes the largest number of pages there is where no limit is set.
@@ -83,23 +84,22 @@ def raise_open_files_limit(drives: int) -> None:
         )
 
 
-def expect_threads(proc: Path = Path("/proc"), root: Path = Path("/")) -> None:
+def expect_threads(io_threads: int, proc: Path = Path("/proc"), root: Path = Path("/")) -> None:
     """Start as many threads as a daemon needs, and end them. Raises HostLimit if the kernel refuses one.
 
     Only a trial takes all limits into account: of the user, of the control groups, and of the memory for stacks.
     """
+    needed = _THREADS_MIN + io_threads
     end = threading.Event()
     threads: list[threading.Thread] = []
     try:
-        for _ in range(_THREADS_MIN):
-            threads.append(threading.Thread(target=end.wait, daemon=True))
-            threads[-1].start()
+        while len(threads) < needed:
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
     except (RuntimeError, MemoryError):
-        threads.pop()
-        why = "; ".join(_thread_limits(proc, root)) or "no limit of this process is known: the host may lack memory"
         raise HostLimit(
-            f"too few threads are allowed: {len(threads)} of the {_THREADS_MIN} that the daemon needs ({why}); raise "
-            "the limit with `ulimit -u`, or with LimitNPROC= and TasksMax= in the systemd unit"
+            f"too few threads are allowed: {len(threads)}, and the daemon needs {needed}: {_thread_limit(proc, root)}"
         ) from None
     finally:
         end.set()
@@ -107,15 +107,20 @@ def expect_threads(proc: Path = Path("/proc"), root: Path = Path("/")) -> None:
             thread.join()
 
 
-def _thread_limits(proc: Path, root: Path) -> Iterator[str]:
-    """The limits that may have refused a thread, with their values."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if soft != resource.RLIM_INFINITY:
-        yield f"RLIMIT_NPROC allows this user {soft} processes and threads"
+def _thread_limit(proc: Path, root: Path) -> str:
+    """The limit that has refused a thread, and how to raise it."""
     for folder, top, _ in _groups("pids", proc, root):
         for group in _up_to(top, folder):
-            if (most := _number(group / "pids.max")) is not None:
-                yield f"{group / 'pids.max'} allows {most}, and {_number(group / 'pids.current')} are there"
+            most, now = _number(group / "pids.max"), _number(group / "pids.current")
+            if most is not None and now is not None and now >= most:
+                return f"{group / 'pids.max'} is {most}; raise it, or TasksMax= in the systemd unit"
+    for name, option in (("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")):  # Each thread has a stack.
+        if (size := resource.getrlimit(getattr(resource, name))[0]) != resource.RLIM_INFINITY:
+            return f"{name} is {size} bytes; raise it with `ulimit {option} unlimited`"
+    most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    return (
+        f"RLIMIT_NPROC is {most} for user {os.getuid()}; raise it with `ulimit -u`, or LimitNPROC= in the systemd unit"
+    )
 
 
 def _groups(controller: str, proc: Path, root: Path) -> Iterator[tuple[Path, Path, int]]:

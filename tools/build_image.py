@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     start_s = time.monotonic()
     image, software = build(given.output.absolute(), given.base)
-    base_mib, size_mib = image.layer_bytes[0] / MIB, sum(image.layer_bytes) / MIB
-    print(f"{image.archive}: {size_mib:.0f} MiB, of which the base has {base_mib:.0f} MiB")
+    own_mib, size_mib = image.layer_bytes[-1] / MIB, sum(image.layer_bytes) / MIB
+    print(f"{image.archive}: {size_mib:.0f} MiB, of which KVService and its packages have {own_mib:.0f} MiB")
     print(f"{software}: {len(image.software()['components'])} components")
     print(f"built in {time.monotonic() - start_s:.0f} s")
     return 0

@@ -36,7 +36,6 @@ _ADVICE: dict[type[KVError], str] = {
     SessionNotFound: "See which there are with `kvctl sessions`.",
     UnknownLayout: "See which there are with `kvctl layouts`.",
     TlsFileUnusable: "Correct the file, or name another one; see `kvctl COMMAND --help`.",
-    UnknownLayout: "See which there are with `kvctl layouts`.",
     StorageFailed: "The daemon's log says which file failed; check the disk.",
 }
 
