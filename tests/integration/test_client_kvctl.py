@@ -188,6 +188,16 @@ def test_scrub_ends_with_1_where_it_found_damage(
     assert ask("scrub")["damaged"] == 0
 
 
+def test_a_misspelled_variable_is_named_and_help_needs_no_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = kvctl("help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Looks after a KVService daemon" in done.stdout
+    monkeypatch.setenv("KVCTL_ADRESS", "127.0.0.1:1")
+    done = kvctl("status")
+    assert done.returncode == 2
+    assert "KVCTL_ADRESS in the environment is no variable of kvctl; the nearest is KVCTL_ADDRESS" in done.stderr
+
+
 def test_people_get_tables(kvctl_here: Callable[..., subprocess.CompletedProcess[str]], chain: BlockChain) -> None:
     for arguments, expected in (
         (["status"], "3 blocks of"),

@@ -6,6 +6,7 @@ those of other packages are registered in the same way, in a package's ``pyproje
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -16,13 +17,21 @@ import typer
 
 from kvservice_api.errors import DaemonUnavailable, KVError
 from kvservice_client.cli.advice import advice
-from kvservice_client.cli.options import checked_address, why_no_answer, with_tls_options
+from kvservice_client.cli.options import VARIABLES, checked_address, why_no_answer, with_tls_options
 
 GROUP = "kvctl.commands"
 
 
 def run() -> None:
     """Run ``kvctl`` with the arguments of this process."""
+    if unknown := sorted(name for name in os.environ if name.startswith("KVCTL_") and name not in VARIABLES):
+        nearest = difflib.get_close_matches(unknown[0], VARIABLES, n=1, cutoff=0)[0]
+        print(
+            f"kvctl: {unknown[0]} in the environment is no variable of kvctl; the nearest is {nearest}", file=sys.stderr
+        )
+        sys.exit(2)
+    if sys.argv[1:] == ["help"]:
+        sys.argv[1:] = ["--help"]
     try:
         app(sys.argv[1:2])()
     except KVError as error:
