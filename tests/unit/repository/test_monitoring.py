@@ -71,7 +71,9 @@ def test_every_alert_has_a_page_and_says_what_a_user_notices() -> None:
 
 def test_promtool_fires_every_alert_for_the_fault_only() -> None:
     tests = ALERTS / "kvservice.test.yaml"
-    done = subprocess.run([program("promtool"), "test", "rules", str(tests)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program("promtool"), "test", "rules", str(tests)], capture_output=True, text=True, check=False
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r'alertname="(\w+)"', tests.read_text())) == {rule["alert"] for rule in rules()}
