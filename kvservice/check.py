@@ -37,7 +37,8 @@ from kvservice.store.repair.rebuild import Progress, Search, SearchResult
 from kvservice.tiers.arena import Arena, examine
 from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.ssd import SsdTier, is_missing, origin_of
+from kvservice.tiers.ssd import SsdTier
+from kvservice.tiers.ssd_files import is_missing, read_header
 from kvservice_api.errors import InvalidRequest, KVError, StorageFailed
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, block_geometry
 from kvservice_api.keys import KEY_BYTES
@@ -261,7 +262,7 @@ class _Check:
         self._trailers: dict[bytes, int] = {}  # Of the copies on SSD.
         self._away: dict[int, Path] = {}  # SSD files that are missing, by number.
         self._ssd: Tier | str = ""  # Set once it is opened for a search.
-        self._ssd_files: list[Path] = []
+        self._ssd_files: list[Path | None] = []  # By number.
         self._begin_verifying("", 0)
 
     async def run(self, repair: bool) -> None:
@@ -338,7 +339,7 @@ class _Check:
     async def search(self, ssd_files: Sequence[Path], secret: DescriptorSecret) -> SearchResult:
         """The blocks in the SSD files, in any folder. Raises StoreMismatch if a file is missing."""
         if not self._index.ssd_files:
-            self._index.remember_ssd_files(_in_order({*self._store.glob("ssd-*.kv"), *ssd_files}))
+            self._index.remember_ssd_files(_by_number({*self._store.glob("ssd-*.kv"), *ssd_files}))
         tier = self._ssd = self._open_ssd()
         if isinstance(tier, str):
             raise StoreMismatch(f"{tier}: blocks can only be looked for in all SSD files at once")
@@ -389,7 +390,7 @@ class _Check:
         self._report.repaired += repaired
 
     async def _give_up_missing_files(self) -> int:
-        """Delete the records of missing files and mark these files for creation. Returns the number of records."""
+        """Delete the records of missing files, and forget these files. Returns the number of records."""
         lost = self._blocks_by_file()
         for number, path in self._away.items():
             keys = lost.get(number, [])
@@ -415,22 +416,22 @@ class _Check:
     def _open_ssd(self) -> Tier | str:
         """The tier, or why it is not checked. Files that are missing or cannot be used are a problem."""
         known = self._index.ssd_files
-        if known and None in known:
-            return "an SSD file was removed by --repair, and the daemon has not run since"
-        files = [file for file in known if file] or sorted(self._store.glob("ssd-*.kv"))
+        files = known if any(known) else sorted(self._store.glob("ssd-*.kv"))
         if not files:
             if self._index.load(TierName.SSD).keys:
                 self._report.problems.append(Problem(TierName.SSD, "", "there are records, and no file is known"))
             return "no SSD file is known"
         try:
-            files = self._ssd_files = [self._found_at_home(number, file) for number, file in enumerate(files)]
-            self._away = {number: file for number, file in enumerate(files) if is_missing(file)}
+            files = self._ssd_files = [
+                None if file is None else self._found_at_home(number, file) for number, file in enumerate(files)
+            ]
+            self._away = {number: file for number, file in enumerate(files) if file is not None and is_missing(file)}
             if self._away:
                 return self._complain_of_missing_files()
             tier = SsdTier.open(
                 files,
                 store_id=self._index.store_id,
-                capacity_bytes=files[0].stat().st_size * len(files),
+                capacity_bytes=None,
                 io_threads=_BLOCKS_AT_ONCE,
                 creatable=(),
             )
@@ -445,8 +446,8 @@ class _Check:
         if not is_missing(file):
             return file
         for other in sorted(self._store.glob("ssd-*.kv")):
-            origin = origin_of(other)
-            if origin is not None and (origin.store_id, origin.number) == (self._index.store_id, number):
+            header = read_header(other)
+            if header is not None and (header.store_id, header.number) == (self._index.store_id, number):
                 return other
         return file
 
@@ -466,30 +467,33 @@ class _Check:
         if directory is None:
             return "no daemon has run on the store"
         path = directory.parent / "arena"
-        size = path.stat().st_size if path.exists() else 0
-        arena_id, why_not = examine(path, self._index.store_id, size - PAGE_BYTES)
-        why_not = why_not or self._index.adopt_volatile(directory, arena_id, map_bytes=_map_bytes(directory))
-        if why_not:
+        header, why_not = examine(path, self._index.store_id)
+        if header is not None:
+            why_not = self._index.adopt_volatile(directory, header.arena_id, map_bytes=_map_bytes(directory))
+        if header is None or why_not:
             return f"the arena is not this store's any more: {why_not}"
-        arena = Arena.open(path.parent.parent, self._index.store_id, size)
+        arena = Arena.open(path.parent.parent, self._index.store_id, PAGE_BYTES + header.capacity_bytes)
         self._opened.callback(arena.close)
         assert not arena.why_new, "what was examined is opened as it is"
         return DramTier(arena)
 
 
-def _in_order(files: Collection[Path]) -> list[Path]:
-    """A store's SSD files, in the order of the numbers in their headers. Raises StoreMismatch if one is missing."""
-    origins = {file: origin for file in files if (origin := origin_of(file)) is not None}
-    ordered = sorted(origins, key=lambda file: origins[file].number)
-    if not ordered:
+def _by_number(files: Collection[Path]) -> list[Path | None]:
+    """A store's SSD files, each at its number; None for the number of a file that left the store. Raises StoreMismatch
+    if one is missing.
+    """
+    headers = {file: header for file in files if (header := read_header(file)) is not None}
+    if not headers:
         raise StoreMismatch("no SSD file was found: name those that are elsewhere with --ssd-file")
-    count = origins[ordered[0]].of
-    if [origins[file].number for file in ordered] != list(range(count)):
+    # The counts differ if a start with other drives was interrupted.
+    count = max(header.file_count for header in headers.values())
+    by_number = {header.number: file.absolute() for file, header in headers.items()}
+    if len(by_number) < count or len(by_number) < len(headers):
         raise StoreMismatch(
-            f"of the store's {count} SSD files these were found: {', '.join(map(str, ordered))}. Name those that are "
-            "elsewhere with --ssd-file"
+            f"of the store's {count} SSD files these were found: {', '.join(map(str, sorted(headers)))}. Name those "
+            "that are elsewhere with --ssd-file"
         )
-    return [file.absolute() for file in ordered]
+    return [by_number.get(number) for number in range(max(by_number) + 1)]
 
 
 async def _damage(tier: Tier, copy: _Copy) -> str:

@@ -204,7 +204,7 @@ class DramSettings(_Section):
 
 
 class SsdSettings(_Section):
-    """The SSD tier: files of fixed size, allocated whole when the store is created."""
+    """The SSD tier: files that are allocated whole. A start with other settings resizes, adds or drains them."""
 
     capacity_bytes: Size = _setting(
         ByteSize(10 * GIB), "Space that the files and the durable index may take. 0 means no SSD tier.", unit="bytes"
@@ -213,6 +213,11 @@ class SsdSettings(_Section):
         (),
         "Folders of the SSD files, one file each: one folder per drive. Empty means one file in the store's folder. As "
         "a flag or in the environment they are joined by colons.",
+    )
+    drained_paths: Paths = _setting(
+        (),
+        "Folders of SSD files that are to leave the store. At the start their blocks move to the files of `ssd.paths`, "
+        "as far as these have space, and the files are deleted.",
     )
     io_threads: int = _setting(4, "Threads that read and write the files.", unit="threads", ge=1, le=256)
     direct: Literal["auto", "off"] = _setting(
@@ -481,6 +486,11 @@ class Settings(BaseSettings):
                     f"{name}.capacity_bytes ({capacity_bytes}) leaves nothing for blocks: "
                     f"the index takes {map_bytes} bytes of it"
                 )
+        folders = {path.absolute() for path in self.ssd_directories}
+        if both := folders & {path.absolute() for path in self.ssd.drained_paths}:
+            raise ValueError(f"{min(both)} is in ssd.paths and in ssd.drained_paths: remove it from one of them")
+        if len(folders) < len(self.ssd_directories):
+            raise ValueError("ssd.paths names a folder twice: give each drive one folder")
         for lower in self.tiers.below_ssd:
             if self.lower_map_bytes(lower) < MIB:
                 raise ValueError(f"tiers.below_ssd: index_map_bytes of {lower.name} is less than 1 MiB")

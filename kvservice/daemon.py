@@ -34,6 +34,7 @@ from kvservice.host_limits import (
 )
 from kvservice.index import replacement
 from kvservice.index.block_index import BlockIndex
+from kvservice.index.identity import SCHEMA_WITH_FREE_FILE_NUMBERS
 from kvservice.index.store_lock import StoreLock
 from kvservice.metrics.heartbeat import Heartbeat
 from kvservice.metrics.rows import Sources
@@ -47,6 +48,7 @@ from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
 from kvservice.rpc.tls import Certificates
 from kvservice.service_manager import ServiceManager
+from kvservice.ssd_drives import Drives, find_drives
 from kvservice.start_checks import check_start
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.hints.exchange import HintLimits
@@ -60,7 +62,7 @@ from kvservice.store.store import BlockStore, StoreLimits
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.arena_notes import note_arena, write_arena_note
-from kvservice.tiers.base import DurableTier, StoreMismatch
+from kvservice.tiers.base import DurableTier, Resizable, StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls, file_system_of
 from kvservice.tiers.kinds import TierOptions, tier_kind
@@ -139,7 +141,7 @@ class Daemon:
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
             files, clock = files or FileCalls(), clock or SystemClock()
-            parts = _open_store(settings, clock, files, opening)
+            parts = await _open_store(settings, clock, files, opening)
             daemon = cls(settings, parts, opening, certificates, clock)
             daemon._resources = opening.pop_all()
             return daemon
@@ -255,7 +257,7 @@ class _StoreParts(NamedTuple):
     executor: ThreadPoolExecutor
 
 
-def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: ExitStack) -> _StoreParts:
+async def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: ExitStack) -> _StoreParts:
     arena_limit = _arena_limit(settings)
     path = settings.store.path.absolute()
     path.mkdir(parents=True, exist_ok=True)
@@ -275,23 +277,30 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         map_bytes=settings.durable_map_bytes,
         layouts_max=settings.index.layouts_max,
         before_commit=partial(make_durable, TierName.SSD) if has_ssd else None,
-        ssd_files=_ssd_files(settings) if has_ssd else (),
+        ssd_files=[file for folder in settings.ssd_directories for file in sorted(folder.absolute().glob("ssd-*.kv"))]
+        if has_ssd
+        else (),
     )
     opening.callback(index.close)
     index.remember_place()
+    drives: Drives | None = None
     if has_ssd:
+        drives = find_drives(index, settings.ssd_directories, settings.ssd.drained_paths)
+        if drives.leaving or None in drives.files:
+            index.require_schema(SCHEMA_WITH_FREE_FILE_NUMBERS)
         ssd = SsdTier.open(
-            _ssd_files(settings),
+            drives.files,
             store_id=index.store_id,
             capacity_bytes=int(settings.ssd.capacity_bytes) - settings.durable_map_bytes,
             io_threads=settings.ssd.io_threads,
             calls=files,
             direct=settings.ssd.direct,
-            creatable=index.ssd_files_to_create(len(settings.ssd_directories)),
+            creatable=drives.creatable,
+            leaving=drives.leaving,
         )
         opening.callback(ssd.close)
         slower[TierName.SSD] = ssd
-        index.remember_ssd_files(_ssd_files(settings))
+        index.remember_ssd_files(drives.files)
     slower |= _lower_tiers(settings, index, make_durable, files, opening)
     arena = Arena.open(settings.dram.path, index.store_id, _arena_bytes(settings), calls=files)
     opening.callback(arena.close)
@@ -320,6 +329,10 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         log.info("layouts without blocks are removed, because there were too many: %d", forgotten)
     history = MissReasons(clock, settings.history.events_max)
     blocks = recover(index, {TierName.DRAM: dram, **slower}, history)
+    all_tiers: dict[TierName, Tier] = {TierName.DRAM: dram, **slower}
+    too_large = [(name, tier) for name, tier in all_tiers.items() if isinstance(tier, Resizable) and tier.is_too_large]
+    for _, tier in too_large:
+        tier.shrink()
     executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
     counters = Counters()
     store = BlockStore(
@@ -340,6 +353,15 @@ def _open_store(settings: Settings, clock: Clock, files: FileCalls, opening: Exi
         history=history,
         learned=LearnedCounts(path / LEARNED_NAME),
     )
+    for name, tier in too_large:
+        log.info("%s is made smaller: blocks move, and those without space leave", name, extra={"tier": name})
+        found = await store.relocate(name)
+        tier.truncate()
+        log.info("%s was made smaller", name, extra={"tier": name, **found._asdict()})
+    if drives is not None and drives.leaving:
+        index.remember_ssd_files(
+            [None if number in drives.leaving else file for number, file in enumerate(drives.files)]
+        )
     directory = ResidencyDirectory(
         blocks,
         index.layouts,
@@ -451,10 +473,6 @@ def _warn_of_little_memory(arena: Arena, file_system: str) -> None:
 
 def _mib(size_bytes: int) -> str:
     return f"{size_bytes / MIB:.0f} MiB"
-
-
-def _ssd_files(settings: Settings) -> list[Path]:
-    return [directory.absolute() / f"ssd-{number:03}.kv" for number, directory in enumerate(settings.ssd_directories)]
 
 
 def _limits(settings: Settings) -> StoreLimits:

@@ -31,7 +31,7 @@ from kvservice.index.store_lock import StoreLock
 from kvservice.store.mover.learned_counts import LEARNED_NAME
 from kvservice.tiers.arena import arena_directory
 from kvservice.tiers.arena_notes import ARENAS_NAME, arenas_of, read_arena_note
-from kvservice.tiers.ssd import origin_of
+from kvservice.tiers.ssd_files import read_header
 from kvservice_api.errors import KVError
 
 _LOCK_NAME = "lock"
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _is_store(store: Path) -> bool:
     """Whether a file says so that no other program makes. Raises OSError."""
-    return bool(read_identity(store)) or any(map(origin_of, sorted(store.glob("ssd-*.kv"))))
+    return bool(read_identity(store)) or any(map(read_header, sorted(store.glob("ssd-*.kv"))))
 
 
 @dataclass(slots=True)
@@ -124,11 +124,11 @@ def _plan(store: Path, held: ExitStack) -> Removal:
             _add(removal, arena)
     for file in dict.fromkeys([*known.ssd_files, *sorted(store.glob("ssd-*.kv"))]):
         try:
-            origin = origin_of(file)
+            header = read_header(file)
         except OSError as error:
             removal.not_deleted.append(f"{file}: {error.strerror}; if its drive is away, delete it once it is back")
             continue
-        if origin is None or (known.store_id and origin.store_id != known.store_id):
+        if header is None or (known.store_id and header.store_id != known.store_id):
             removal.not_deleted.append(f"{file}: it is not a file of this store")
         else:
             _add(removal, file)

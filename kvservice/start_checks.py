@@ -48,7 +48,8 @@ def check_start(settings: Settings) -> None:
     if settings.ssd.capacity_bytes and is_new:
         for path in settings.ssd.paths:  # Of a store that was made before, the index knows which drives are missing.
             _expect_folder("ssd.paths", path)
-        _expect_space(settings, store)
+    if settings.ssd.capacity_bytes:
+        _expect_space(settings, store, is_new=is_new)
 
 
 def _is_in_memory(folder: Path) -> bool:
@@ -70,23 +71,30 @@ def _expect_folder(setting: str, path: Path, why: str = "") -> None:
         raise NotThere(f"{setting}: {why}the user {os.geteuid()} may not write in {path}")
 
 
-def _expect_space(settings: Settings, store: Path) -> None:
-    """Of a new store: the file systems have space for the SSD files, which are allocated at once."""
+def _expect_space(settings: Settings, store: Path, *, is_new: bool) -> None:
+    """The file systems have space for the SSD files of a new store, which are allocated at once, or for their growth.
+
+    An old store's folder without a file may be that of a drive that is not mounted: the index knows.
+    """
     folders = settings.ssd.paths or (store,)
     needed: dict[int, int] = defaultdict(int)  # By file system.
     place: dict[int, Path] = {}
     for folder in folders:
+        files = sorted(folder.glob("ssd-*.kv"))
+        if not files and not is_new:
+            continue
         there = folder if folder.exists() else folder.parent
         device = there.stat().st_dev
-        needed[device] += (int(settings.ssd.capacity_bytes) - settings.durable_map_bytes) // len(folders)
+        share = (int(settings.ssd.capacity_bytes) - settings.durable_map_bytes) // len(folders)
+        needed[device] += max(0, share - sum(file.stat().st_size for file in files))
         place[device] = there
     for device, size in needed.items():
         found = os.statvfs(place[device])
         free = found.f_bavail * found.f_frsize
         if size > free:
             raise NotThere(
-                f"ssd.capacity_bytes: a new store needs {_text(size)} in {place[device]}, and {_text(free)} are free "
-                "there; make it smaller, or name other drives in ssd.paths"
+                f"ssd.capacity_bytes: the SSD tier needs {_text(size)} more in {place[device]}, and {_text(free)} "
+                "are free there; make it smaller, or name other drives in ssd.paths"
             )
 
 

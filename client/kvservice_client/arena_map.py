@@ -53,7 +53,7 @@ class ArenaMap:
         try:
             with _opened(directory / GENERATIONS_NAME, os.O_RDONLY) as fd:
                 size_bytes = generations_file_bytes(capacity_bytes)
-                if os.fstat(fd).st_size != size_bytes or not are_generations_of(os.pread(fd, PAGE_BYTES, 0), arena_id):
+                if os.fstat(fd).st_size < size_bytes or not are_generations_of(os.pread(fd, PAGE_BYTES, 0), arena_id):
                     raise ValueError("its generations are another arena's")
                 generations = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
             self.data = self._map(writable=False)
@@ -61,6 +61,10 @@ class ArenaMap:
             raise NotShared(f"the arena in {directory} cannot be mapped: {error}") from error
         self._words: NDArray[np.uint32] = np.frombuffer(generations, "<u4", capacity_bytes // PAGE_BYTES, PAGE_BYTES)
         weakref.finalize(self, self._faulting_in.end)
+
+    def is_of(self, arena_id: bytes, capacity_bytes: int) -> bool:
+        """Whether this is the whole of that arena: a restarted daemon may have resized it."""
+        return (self.arena_id, self._capacity_bytes) == (arena_id, capacity_bytes)
 
     def generations(self, offsets: NDArray[np.int64]) -> NDArray[np.uint32]:
         """The current generations of the extents that begin at `offsets`."""
@@ -178,8 +182,8 @@ def _check(fd: int, arena_id: bytes, capacity_bytes: int) -> None:
     header = ArenaHeader.decode(os.pread(fd, HEADER_BYTES, 0))
     if header.arena_id != arena_id or header.capacity_bytes != capacity_bytes:
         raise ValueError("it is another arena than the daemon's")
-    if os.fstat(fd).st_size != PAGE_BYTES + capacity_bytes:
-        raise ValueError("its size is not what its header says")
+    if os.fstat(fd).st_size < PAGE_BYTES + capacity_bytes:
+        raise ValueError("it is shorter than its header says")
 
 
 def _fault_in(mapping: Mapping, fd: int, closing: threading.Event) -> None:

@@ -252,7 +252,7 @@ class BlockIndex:
         has such a tier, older daemons refuse it: they would not remove its records. Raises StorageFailed.
         """
         if tiers:
-            self._remember(SCHEMA_KEY, str(max(SCHEMA_WITH_LOWER_TIERS, schema_of(self._meta))).encode())
+            self.require_schema(SCHEMA_WITH_LOWER_TIERS)
         before = self._meta.get(_LOWER_TIERS_KEY, b"").split(b"\0")
         emptied = {}
         for tier, (map_bytes, before_commit) in tiers.items():
@@ -332,19 +332,15 @@ class BlockIndex:
 
     @property
     def ssd_files(self) -> list[Path | None]:
-        """The SSD files in their order, as last recorded; None for a deleted one. Empty before the first start."""
+        """The SSD files by number, as last recorded; None for one that left. Empty before the first start."""
         names = self._meta.get(_SSD_FILES_KEY, b"").split(b"\0")
         return [self.directory.parent / os.fsdecode(name) if name else None for name in names] if any(names) else []
 
-    def ssd_files_to_create(self, count: int) -> list[int]:
-        """Which of `count` SSD files were never created. Any other existed, and its drive may be missing."""
-        known = self.ssd_files
-        return [number for number in range(count) if not known or (number < len(known) and known[number] is None)]
-
     def remember_ssd_files(self, files: Sequence[Path | None]) -> None:
-        """Record the paths of the SSD files, in their order. Call it while no change waits for a commit.
+        """Record the paths of the SSD files by number, None for one that left. Call it while no change waits for a
+        commit.
 
-        Those in the store's folder may move with it. None removes a file: it is created at the next start.
+        Those in the store's folder may move with it.
         """
         store = self.directory.parent
 
@@ -354,6 +350,12 @@ class BlockIndex:
             return os.fsencode(file.relative_to(store) if file.is_relative_to(store) else file.absolute())
 
         self._remember(_SSD_FILES_KEY, b"\0".join(map(name, files)))
+
+    def require_schema(self, schema: int) -> None:
+        """Record that older daemons than those that know `schema` may not open the store. Call it while no change waits
+        for a commit.
+        """
+        self._remember(SCHEMA_KEY, str(max(schema, schema_of(self._meta))).encode())
 
     def _remember(self, key: bytes, value: bytes) -> None:
         if self._meta.get(key, b"") != value:

@@ -19,8 +19,11 @@ log = logging.getLogger(__name__)
 # Records of blocks are the same in all. A store of 1 becomes one of 2 when it is opened. It becomes one of 3 before its
 # first layout that needs 3 is stored: until then a daemon that knows only 2 can open it. 4 is a store with tiers below
 # SSD: a daemon that knows only 3 would leave the records of a block that it discards.
-SCHEMA = 4
+# 5 is a store that an SSD file has left, so that a number is free: a daemon that knows only 4 would number the files in
+# another way than the records do.
+SCHEMA = 5
 SCHEMA_WITH_LOWER_TIERS = 4
+SCHEMA_WITH_FREE_FILE_NUMBERS = 5
 SCHEMA_AT_LEAST = 2
 SCHEMA_KEY = b"schema"
 

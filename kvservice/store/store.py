@@ -31,6 +31,7 @@ from kvservice.store.mover.item_ranking import ItemRanking
 from kvservice.store.mover.learned_counts import LearnedCounts
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.mover.read_ahead import ReadAhead
+from kvservice.store.mover.relocation import Relocation, relocate
 from kvservice.store.mover.requested_moves import RequestedMoves
 from kvservice.store.mover.shadow_run import ShadowRun
 from kvservice.store.mover.write_behind import WriteBehind
@@ -347,6 +348,10 @@ class BlockStore:
         )
 
     # Start and stop
+
+    async def relocate(self, tier: TierName) -> Relocation:
+        """Move the blocks of a tier that shrinks into its new capacity. Before `start`. Raises StorageFailed."""
+        return await relocate(self._lifecycle, tier)
 
     def start(self) -> None:
         """Begin the background work: eviction, write-behind, lease expiry, recency."""

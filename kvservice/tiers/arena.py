@@ -22,7 +22,7 @@ from kvservice.tiers.files import FileCalls
 from kvservice.tiers.generations import Generations
 from kvservice_api.arena import ARENA_NAME, HEADER_BYTES, WRITERS_NAME, ArenaHeader, generations_file_bytes
 from kvservice_api.image import PAGE_BYTES
-from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping
+from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping, free_pages
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Arena:
     ) -> None:
         """Use `open`."""
         self.directory = directory
-        self.capacity_bytes = capacity_bytes
+        self.capacity_bytes = self.wanted_bytes = capacity_bytes
         self.arena_id = arena_id
         self.why_new = why_new
         self.short_because = ""  # Why the arena is smaller than configured.
@@ -78,9 +78,10 @@ class Arena:
 
     @classmethod
     def open(cls, parent: Path, store_id: bytes, capacity_bytes: int, *, calls: FileCalls | None = None) -> Arena:
-        """Open the store's arena, or create one. An arena of another store, size or version is replaced.
+        """Open the store's arena, or create one. An arena of another store or version is replaced.
 
-        `capacity_bytes` is the maximum size of the file, with its header. Raises StoreMismatch if another daemon
+        `capacity_bytes` is the maximum size of the file, with its header. A smaller arena grows. A larger one keeps
+        its size until `truncate`, because blocks may be beyond `wanted_bytes`. Raises StoreMismatch if another daemon
         uses it, OSError if not even the first page can be allocated.
         """
         calls = calls or FileCalls()
@@ -94,12 +95,15 @@ class Arena:
             except BlockingIOError:
                 raise StoreMismatch(f"another daemon uses the arena in {directory}: stop it first") from None
             path = directory / ARENA_NAME
-            arena_id, why_new = examine(path, store_id, capacity_bytes)
-            if why_new:
-                arena_id = _create(path, store_id, capacity_bytes, calls)
+            header, why_new = examine(path, store_id)
+            if header is None:
+                header = _create(path, store_id, capacity_bytes, calls)
+            elif header.capacity_bytes < capacity_bytes:
+                header = _grow(path, header, capacity_bytes, calls)
             fd = calls.open(path, os.O_RDWR)
             try:
-                arena = cls(directory, lock_fd, fd, capacity_bytes, arena_id, why_new, calls)
+                arena = cls(directory, lock_fd, fd, header.capacity_bytes, header.arena_id, why_new, calls)
+                arena.wanted_bytes = min(capacity_bytes, arena.capacity_bytes)
             except BaseException:
                 os.close(fd)
                 raise
@@ -107,12 +111,13 @@ class Arena:
             os.close(lock_fd)
             raise
         if not why_new:
+            arena._free_beyond_end()  # A start that shrank it may have been interrupted.
             # It is allocated from its start on, so its number of pages shows how much was allocated.
             allocated = os.fstat(fd).st_blocks * 512 // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES
-            arena.ready_bytes = min(max(allocated, 0), capacity_bytes)
-            arena._may_have_holes = arena.ready_bytes < capacity_bytes
-            if _read_header(path).has_generations:
-                arena.generations = Generations(directory, capacity_bytes, calls)
+            arena.ready_bytes = min(max(allocated, 0), arena.capacity_bytes)
+            arena._may_have_holes = arena.ready_bytes < arena.capacity_bytes
+            if header.has_generations:
+                arena.generations = Generations(directory, arena.capacity_bytes, calls)
         return arena
 
     def share(self) -> None:
@@ -128,6 +133,28 @@ class Arena:
         except OSError as error:
             self.not_shared_because = f"{error.strerror}: no space for the generations in {self.directory}"
             log.warning("clients cannot read in place: %s", self.not_shared_because)
+
+    def truncate(self) -> None:
+        """Cut off what is beyond `wanted_bytes`, and free its memory. No block may be there. Before `prepare`.
+
+        The file keeps its length, because a client may still have all of it mapped: its reads there end with zeros,
+        and the generations tell it that the bytes were replaced.
+        """
+        if self.generations is not None:
+            self.generations.bump_from(self.wanted_bytes)
+        header = ArenaHeader.decode(os.pread(self._fd, HEADER_BYTES, 0))
+        os.pwrite(self._fd, header._replace(capacity_bytes=self.wanted_bytes).encode(), 0)
+        self.capacity_bytes = self.wanted_bytes
+        self.ready_bytes = min(self.ready_bytes, self.capacity_bytes)
+        self._limit_bytes = min(self._limit_bytes, self.capacity_bytes)
+        self.data = self.data[: self.capacity_bytes]
+        self._free_beyond_end()
+
+    def _free_beyond_end(self) -> None:
+        """Free the memory of the file beyond the arena's end."""
+        end, length = PAGE_BYTES + self.capacity_bytes, os.fstat(self._fd).st_size
+        if length > end and not free_pages(self._fd, end, length):
+            log.warning("the memory that the smaller arena does not use stays allocated: %s", self.directory)
 
     def limit(self, size_bytes: int, why: str) -> None:
         """Allocate at most `size_bytes`, for the reason `why`; pages that are allocated already stay.
@@ -242,23 +269,22 @@ def without_generations(size_bytes: int) -> int:
     return max(0, arena_bytes)
 
 
-def examine(path: Path, store_id: bytes, capacity_bytes: int) -> tuple[bytes, str]:
-    """The arena's id, and why it cannot be used; empty if it can."""
+def examine(path: Path, store_id: bytes) -> tuple[ArenaHeader | None, str]:
+    """The arena's header, or why the arena cannot be used."""
     try:
         header, size = _read_header(path), path.stat().st_size
     except FileNotFoundError:
-        return b"", "there is no arena"
+        return None, "there is no arena"
     except ValueError as error:
-        return b"", str(error)
+        return None, str(error)
     if header.store_id != store_id:
-        return b"", "it belongs to another store"
-    if header.capacity_bytes != capacity_bytes:
-        return b"", f"its capacity is {header.capacity_bytes} bytes, not {capacity_bytes}"
-    if size != PAGE_BYTES + capacity_bytes:
-        return b"", f"it has {size} bytes instead of {PAGE_BYTES + capacity_bytes}"
-    if header.has_generations and (why := Generations.examine(path.parent, header.arena_id, capacity_bytes)):
-        return b"", why
-    return header.arena_id, ""
+        return None, "it belongs to another store"
+    expected = PAGE_BYTES + header.capacity_bytes
+    if size < expected:  # It is longer if the arena was larger before.
+        return None, f"it has {size} bytes instead of {expected}"
+    if header.has_generations and (why := Generations.examine(path.parent, header.arena_id, header.capacity_bytes)):
+        return None, why
+    return header, ""
 
 
 def store_of_arena(directory: Path) -> bytes:
@@ -277,14 +303,32 @@ def _read_header(path: Path) -> ArenaHeader:
         return ArenaHeader.decode(file.read(HEADER_BYTES))
 
 
-def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) -> bytes:
+def _grow(path: Path, header: ArenaHeader, capacity_bytes: int, calls: FileCalls) -> ArenaHeader:
+    """The header after the growth. It is written last, so that a crash leaves the arena with its old size."""
+    grown = header._replace(capacity_bytes=capacity_bytes)
+    try:
+        if header.has_generations:
+            Generations.grow(path.parent, capacity_bytes, calls)
+        fd = calls.open(path, os.O_RDWR)
+        try:
+            os.ftruncate(fd, max(os.fstat(fd).st_size, PAGE_BYTES + capacity_bytes))
+            os.pwrite(fd, grown.encode(), 0)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        log.warning("the DRAM tier cannot grow, and keeps its size: %s", error.strerror)
+        return header
+    return grown
+
+
+def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) -> ArenaHeader:
     path.unlink(missing_ok=True)  # A new file, because processes may still map the old one.
-    arena_id = secrets.token_bytes(16)
+    header = ArenaHeader(secrets.token_bytes(16), store_id, capacity_bytes, has_generations=False)
     fd = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         calls.posix_fallocate(fd, 0, PAGE_BYTES)
         os.ftruncate(fd, PAGE_BYTES + capacity_bytes)
-        os.pwrite(fd, ArenaHeader(arena_id, store_id, capacity_bytes, has_generations=False).encode(), 0)
+        os.pwrite(fd, header.encode(), 0)
     finally:
         os.close(fd)
-    return arena_id
+    return header

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,24 @@ class Tier(Protocol):
 
         `then` is called with the bytes on the reading thread; returns its result. Lower priorities are read first.
         """
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """A tier whose size the settings may change. It grows when it is opened; this makes it smaller.
+
+    In this order: `shrink` after `adopt`, the blocks beyond the new size move or leave, `truncate`.
+    """
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the settings ask for less than the tier has."""
+
+    def shrink(self) -> None:
+        """Reserve nothing beyond the new size any more."""
+
+    def truncate(self) -> None:
+        """Cut off what is beyond the new size. No block may be there. Raises OSError."""
 
 
 class DurableTier(Tier, Protocol):

@@ -14,6 +14,7 @@ from kvservice.blocks import Extent
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
 from kvservice.tiers.files import on_thread
+from kvservice_api.image import PAGE_BYTES
 
 T = TypeVar("T")
 
@@ -43,6 +44,17 @@ class DramTier:
 
         self._is_started = True
         self.arena.prepare(on_more)
+
+    @property
+    def is_too_large(self) -> bool:
+        return self.arena.wanted_bytes < self.arena.capacity_bytes
+
+    def shrink(self) -> None:
+        """Reserve nothing beyond the new size any more. Before `start`."""
+        self._space.shrink(min(self._space.capacity_bytes, self.arena.wanted_bytes))
+
+    def truncate(self) -> None:
+        self.arena.truncate()
 
     @property
     def capacity_bytes(self) -> int:
@@ -105,9 +117,14 @@ class DramTier:
             self.arena.generations.bump_all_except(offsets.astype(np.int64))
 
     def set_aside(self, offset_bytes: int, size_bytes: int) -> Extent | None:
-        """Reserve a range that an earlier daemon's client may still be writing; None if a record has a part of it."""
-        places = np.array([offset_bytes], np.uint64), np.array([size_bytes], np.uint64)
-        if not self.holds(np.zeros(1, np.uint64), *places).all() or not self._space.take(offset_bytes, size_bytes):
+        """Reserve a range that an earlier daemon's client may still be writing; None if a record has a part of it, or
+        if it is beyond the tier. A part of it may be beyond the tier, which was larger for the earlier daemon.
+        """
+        within = min(size_bytes, self.capacity_bytes - offset_bytes) if offset_bytes < self.capacity_bytes else 0
+        places = np.array([offset_bytes], np.uint64), np.array([max(within, 0)], np.uint64)
+        if not self.holds(np.zeros(1, np.uint64), *places).all() or size_bytes % PAGE_BYTES:
+            return None
+        if not self._space.take(offset_bytes, size_bytes):
             return None
         return Extent(0, offset_bytes, size_bytes)
 

@@ -76,24 +76,29 @@ class SpaceMap:
         return start
 
     def take(self, offset: int, size: int) -> bool:
-        """Reserve exactly this range. Returns False, without a change, if a part of it is in use."""
+        """Reserve exactly this range, whose end `shrink` may have cut off. Returns False, without a change, if a part
+        of it is in use.
+        """
         assert size > 0 and offset % PAGE_BYTES == size % PAGE_BYTES == 0
+        kept_end = min(offset + size, self.capacity_bytes)
         place = bisect_right(self._starts, offset) - 1
-        if place < 0 or (end := self._starts[place] + self._size_at[self._starts[place]]) < offset + size:
+        if place < 0 or (end := self._starts[place] + self._size_at[self._starts[place]]) < kept_end:
             return False
         start = self._starts[place]
         self._take(place)
-        if end > offset + size:
-            self._put(place, offset + size, end - offset - size)
+        if end > kept_end:
+            self._put(place, kept_end, end - kept_end)
         if start < offset:
             self._put(place, start, offset - start)
         self.used_bytes += size
         return True
 
     def release(self, offset: int, size: int) -> None:
-        """Free a range that `reserve` or `adopt` took."""
-        assert 0 <= offset < offset + size <= self.capacity_bytes
-        self._free(offset, size)
+        """Free a range that `reserve` or `adopt` took. What `shrink` cut off of it does not become free."""
+        assert offset >= 0 and size > 0
+        kept = min(offset + size, self.capacity_bytes) - offset
+        if kept > 0:
+            self._free(offset, kept)
         self.used_bytes -= size
         assert self.used_bytes >= 0
 
@@ -103,6 +108,16 @@ class SpaceMap:
         old, self.capacity_bytes = self.capacity_bytes, capacity_bytes
         if capacity_bytes > old:
             self._free(old, capacity_bytes - old)
+
+    def shrink(self, capacity_bytes: int) -> None:
+        """Cut off the end. Ranges there that are in use stay so until their release."""
+        assert 0 <= capacity_bytes <= self.capacity_bytes and capacity_bytes % PAGE_BYTES == 0
+        self.capacity_bytes = capacity_bytes
+        while self._starts and self._starts[-1] + self._size_at[self._starts[-1]] > capacity_bytes:
+            start = self._starts[-1]
+            self._take(len(self._starts) - 1)
+            if start < capacity_bytes:
+                self._put(len(self._starts), start, capacity_bytes - start)
 
     def adopt(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
         """Mark the ranges of an earlier start as used. The map must be empty.

@@ -49,7 +49,7 @@ class Generations:
                 size = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             return "its generations are gone"
-        if size != generations_file_bytes(capacity_bytes) or not are_generations_of(head, arena_id):
+        if size < generations_file_bytes(capacity_bytes) or not are_generations_of(head, arena_id):
             return "its generations are another arena's, or damaged"
         return ""
 
@@ -68,6 +68,15 @@ class Generations:
         finally:
             os.close(fd)
 
+    @staticmethod
+    def grow(directory: Path, capacity_bytes: int, calls: FileCalls) -> None:
+        """Make the file long enough for an arena of this capacity. Raises OSError if there is no space for it."""
+        fd = calls.open(directory / GENERATIONS_NAME, os.O_RDWR)
+        try:
+            calls.posix_fallocate(fd, 0, generations_file_bytes(capacity_bytes))
+        finally:
+            os.close(fd)
+
     def get_many(self, offsets: NDArray[np.int64]) -> NDArray[np.uint32]:
         """The generations of the extents that begin at `offsets`."""
         found: NDArray[np.uint32] = self._words[offsets // PAGE_BYTES]
@@ -77,6 +86,10 @@ class Generations:
         """Increment the generation of a released extent, before its space is reserved again."""
         index = generation_index(offset_bytes)
         self._words[index] = (int(self._words[index]) + 1) & _WORD_MAX
+
+    def bump_from(self, offset_bytes: int) -> None:
+        """Increment the generations of all pages from this one on."""
+        self._words[offset_bytes // PAGE_BYTES :] += np.uint32(1)  # Wraps.
 
     def bump_all_except(self, offsets: NDArray[np.int64]) -> None:
         """Increment every page's generation except at `offsets`, the extents that were recovered at start.

@@ -10,7 +10,8 @@ from pathlib import Path
 from kvservice.blocks import TierName
 from kvservice.tiers.base import DurableTier, StoreMismatch
 from kvservice.tiers.files import FileCalls
-from kvservice.tiers.ssd import SsdTier, is_missing
+from kvservice.tiers.ssd import SsdTier
+from kvservice.tiers.ssd_files import is_missing
 
 
 @dataclass(frozen=True, slots=True)

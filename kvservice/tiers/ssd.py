@@ -1,7 +1,7 @@
 """The SSD tier: preallocated files, extents reused in place, direct I/O on threads.
 
-Each file begins with a page that names its store, its number and its size; offsets of extents count from the page after
-it. Bytes move directly between the caller's memory and the file, so memory, offsets and lengths are multiples of 4 KiB.
+Offsets of extents count from the page after a file's header (``ssd_files.py``). Bytes move directly between the
+caller's memory and the file, so memory, offsets and lengths are multiples of 4 KiB.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import errno
 import logging
 import mmap
 import os
-import struct
 import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent, TierName
+from kvservice.tiers import ssd_files
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
 from kvservice.tiers.files import WRITE, FileCalls, IoPool
+from kvservice.tiers.ssd_files import FileHeader, is_missing
 from kvservice_api.errors import StorageFailed, TierFull
 from kvservice_api.image import PAGE_BYTES
 
@@ -31,17 +32,25 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _Call = Callable[[int, Sequence[memoryview], int], int]
 
-#  | "KVSSD001" | store id 16 | file number u32 | file count u32 | size u64 |     little-endian
-_HEADER = struct.Struct("<8s16sIIQ")
-_MAGIC = b"KVSSD001"
-assert _HEADER.size == 40
-
 
 class SsdTier:
-    def __init__(self, files: list[_File], io_threads: int, name: TierName) -> None:
+    """The tier over its files, by number. A file that is too large, or is to leave, stays so until `truncate`."""
+
+    def __init__(
+        self,
+        files: dict[int, _File],
+        headers: dict[int, FileHeader],
+        store_id: bytes,
+        io_threads: int,
+        name: TierName,
+        calls: FileCalls,
+    ) -> None:
         """Use `open`."""
         self._name = name
         self._files = files
+        self._headers = headers  # As they are to be; none for a file that leaves.
+        self._store_id = store_id
+        self._calls = calls
         self._pool = IoPool(io_threads)
         self._touched: set[int] = set()  # Files that were written since their last flush.
         self._sync_lock = threading.Lock()
@@ -49,67 +58,114 @@ class SsdTier:
     @classmethod
     def open(
         cls,
-        paths: Sequence[Path],
+        paths: Sequence[Path | None],
         *,
         store_id: bytes,
-        capacity_bytes: int,
+        capacity_bytes: int | None,
         io_threads: int,
         calls: FileCalls | None = None,
         direct: Literal["auto", "off"] = "auto",
         name: TierName = TierName.SSD,
         creatable: Collection[int] | None = None,
+        leaving: Collection[int] = (),
     ) -> SsdTier:
-        """Open the files, creating those that are missing. `capacity_bytes` is shared evenly among them.
+        """Open the files, by number, creating those that are missing and growing those that are too small.
 
-        `creatable` are the numbers of the files that may be created; None means all. If any file cannot be used, none
-        is created. Raises StoreMismatch for a file of another store or another capacity, and for a missing file that
-        may not be created; OSError if the disk is full.
+        `capacity_bytes` is shared evenly among the files without those of `leaving`; None keeps all sizes. `creatable`
+        are the numbers of the files that may be created; None means all. If any file cannot be used, none is created
+        or changed. Raises StoreMismatch for a file of another store, and for a missing file that may not be created;
+        OSError if the disk is full.
         """
         calls = calls or FileCalls()
-        size = max(0, capacity_bytes // len(paths) // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES)
-        headers = [_HEADER.pack(_MAGIC, store_id, number, len(paths), size) for number in range(len(paths))]
-        missing = [number for number, path in enumerate(paths) if is_missing(path)]
-        for number, path in enumerate(paths):
-            if number not in missing:
-                _check(path, headers[number], size)
-            elif creatable is not None and number not in creatable:
+        files = {number: path for number, path in enumerate(paths) if path is not None}
+        staying = [number for number in files if number not in leaving]
+        missing = [number for number, path in files.items() if is_missing(path)]
+        found = {
+            number: ssd_files.expect_file(path, store_id, number)
+            for number, path in files.items()
+            if number not in missing
+        }
+        for number in missing:
+            if creatable is not None and number not in creatable:
                 raise StoreMismatch(
-                    f"{path} is missing, and the store has blocks in it: mount its drive or restore the file, or "
-                    "drop the blocks with `kvservice check --repair`"
+                    f"{files[number]} is missing, and the store has blocks in it: mount its drive or restore the file, "
+                    "or drop the blocks with `kvservice check --repair`"
                 )
-        files: list[_File] = []
+        wanted = dict.fromkeys(files, 0)
+        for number in staying:
+            if capacity_bytes is None:
+                wanted[number] = found[number].size_bytes
+            else:
+                share = capacity_bytes // len(staying) // PAGE_BYTES * PAGE_BYTES
+                wanted[number] = max(0, share - PAGE_BYTES)
+        headers = {number: FileHeader(store_id, number, len(staying), wanted[number]) for number in staying}
+        opened: dict[int, _File] = {}
         try:
-            for number, path in enumerate(paths):
+            for number, path in files.items():
                 if number in missing:
-                    _create(path, headers[number], size, calls)
-                files.append(_File(path, size, calls, direct=direct == "auto"))
+                    ssd_files.create(path, headers[number], calls)
+                    size = wanted[number]
+                else:
+                    size = max(wanted[number], found[number].size_bytes)
+                    if size > found[number].size_bytes:
+                        log.info("the SSD file %s grows from %d to %d bytes", path, found[number].size_bytes, size)
+                        ssd_files.resize(path, headers[number], calls)
+                opened[number] = _File(path, size, calls, direct=direct == "auto")
         except BaseException:
-            for file in files:
+            for file in opened.values():
                 file.close()
             raise
-        return cls(files, io_threads, name)
+        tier = cls(opened, headers, store_id, io_threads, name, calls)
+        if capacity_bytes is not None and not tier.is_too_large:
+            tier.truncate()
+        return tier
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the settings ask for less than the files have: see the class."""
+        return any(self._wanted(number) < file.space.capacity_bytes for number, file in self._files.items())
+
+    def _wanted(self, number: int) -> int:
+        return self._headers[number].size_bytes if number in self._headers else 0
+
+    def shrink(self) -> None:
+        """Reserve nothing beyond the new sizes any more."""
+        for number, file in self._files.items():
+            file.space.shrink(min(file.space.capacity_bytes, self._wanted(number)))
+
+    def truncate(self) -> None:
+        """Cut the files to their new sizes, and delete those that leave."""
+        for number in [number for number in self._files if number not in self._headers]:
+            file = self._files.pop(number)
+            assert not file.space.used_bytes
+            self._touched.discard(number)
+            file.close()
+            ssd_files.delete(file.path)
+            log.info("the SSD file %s has no blocks any more, and is deleted", file.path)
+        for number, header in self._headers.items():
+            ssd_files.resize(self._files[number].path, header, self._calls)
 
     @property
     def capacity_bytes(self) -> int:
-        return sum(file.space.capacity_bytes for file in self._files)
+        return sum(file.space.capacity_bytes for file in self._files.values())
 
     @property
     def used_bytes(self) -> int:
-        return sum(file.space.used_bytes for file in self._files)
+        return sum(file.space.used_bytes for file in self._files.values())
 
     @property
     def refusing_because(self) -> str:
         """Why no file can be written; empty while one can."""
-        reasons = [file.refusing_because for file in self._files]
+        reasons = [file.refusing_because for file in self._files.values()]
         return reasons[0] if all(reasons) else ""
 
     @property
     def is_direct(self) -> bool:
         """Whether I/O bypasses the page cache."""
-        return all(file.is_direct for file in self._files)
+        return all(file.is_direct for file in self._files.values())
 
     def could_hold(self, size_bytes: int) -> bool:
-        return extent_size(size_bytes) <= max(file.space.capacity_bytes for file in self._files)
+        return extent_size(size_bytes) <= max(file.space.capacity_bytes for file in self._files.values())
 
     async def grown(self) -> bool:
         return False  # Files have their full size from the start.
@@ -121,7 +177,7 @@ class SsdTier:
             file = self._files[number]
             return bool(file.refusing_because), file.space.used_bytes
 
-        for number in sorted(range(len(self._files)), key=rank):
+        for number in sorted(self._files, key=rank):
             space = self._files[number].space
             if space.largest_free_bytes >= extent_size(size_bytes):
                 return Extent(number, space.reserve(size_bytes), extent_size(size_bytes))
@@ -135,13 +191,15 @@ class SsdTier:
     def holds(
         self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]
     ) -> NDArray[np.bool_]:
-        capacities = np.array([file.space.capacity_bytes for file in self._files], np.uint64)
+        capacities = np.zeros(max(self._files) + 1, np.uint64)
+        for number, file in self._files.items():
+            capacities[number] = file.space.capacity_bytes
         known = segments.astype(np.int64) < len(capacities)
         here = np.where(known, segments, 0).astype(np.int64)
         return known & lie_within(offsets, sizes, capacities[here])
 
     def adopt(self, segments: NDArray[np.generic], offsets: NDArray[np.generic], sizes: NDArray[np.generic]) -> None:
-        for number, file in enumerate(self._files):
+        for number, file in self._files.items():
             here = segments == number
             file.space.adopt(offsets[here].astype(np.int64), sizes[here].astype(np.int64))
 
@@ -203,7 +261,7 @@ class SsdTier:
 
     def close(self) -> None:
         self._pool.close()
-        for file in self._files:
+        for file in self._files.values():
             file.close()
 
 
@@ -211,7 +269,7 @@ class _File:
     """One preallocated file and its free space."""
 
     def __init__(self, path: Path, size: int, calls: FileCalls, *, direct: bool) -> None:
-        self._path = path
+        self.path = path
         self._calls = calls
         self.space = SpaceMap(size)
         self._write_refused = ""
@@ -265,7 +323,7 @@ class _File:
 
     def _failure(self, what: str, error: OSError) -> StorageFailed:
         name = errno.errorcode.get(error.errno or 0, "unknown")
-        return StorageFailed(f"{what} {self._path}: {error.strerror or error} ({name})", errno=name)
+        return StorageFailed(f"{what} {self.path}: {error.strerror or error} ({name})", errno=name)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -273,7 +331,7 @@ class _File:
     def _try_direct(self) -> None:
         """Use direct I/O if the header's page can be read and written back with it."""
         try:
-            fd = self._calls.open(self._path, os.O_RDWR | os.O_DIRECT)
+            fd = self._calls.open(self.path, os.O_RDWR | os.O_DIRECT)
         except OSError:
             return
         try:
@@ -288,81 +346,4 @@ class _File:
             self._fd, self.is_direct = fd, True
         else:
             os.close(fd)
-            log.info("O_DIRECT does not work for %s; the page cache is used", self._path)
-
-
-def is_missing(path: Path) -> bool:
-    """Whether the file does not exist. Raises OSError if that cannot be determined."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    return False
-
-
-class Origin(NamedTuple):
-    """The identity of an SSD file: file `number` of `of` of a store."""
-
-    store_id: bytes
-    number: int
-    of: int
-
-
-def origin_of(path: Path) -> Origin | None:
-    """None if it is not an SSD file of this version. Raises OSError."""
-    with path.open("rb") as file:
-        data = file.read(_HEADER.size)
-    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
-        return None
-    _, store_id, number, count, _ = _HEADER.unpack(data)
-    return Origin(store_id, number, count)
-
-
-def _create(path: Path, header: bytes, size: int, calls: FileCalls) -> None:
-    """Allocate the file completely or not at all: it has another name until all its blocks are allocated."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    fd = calls.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    try:
-        calls.posix_fallocate(fd, 0, PAGE_BYTES + size)
-        os.pwrite(fd, header, 0)
-        calls.fdatasync(fd)
-        partial.rename(path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        text = f"{error.strerror}: an SSD file of {PAGE_BYTES + size} bytes cannot be made"
-        raise OSError(error.errno, text, str(path)) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a new name in the folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _check(path: Path, expected: bytes, size: int) -> None:
-    with path.open("rb") as file:
-        found = file.read(len(expected))
-        found_size = os.fstat(file.fileno()).st_size
-    if found == expected and found_size == PAGE_BYTES + size:
-        return
-    magic, store_id, number, count, header_size = (
-        _HEADER.unpack(found) if len(found) == _HEADER.size else (b"", b"", 0, 0, 0)
-    )
-    if magic != _MAGIC:
-        raise StoreMismatch(f"{path} is no SSD file of this version: move it away, or name another folder")
-    if store_id != _HEADER.unpack(expected)[1]:
-        raise StoreMismatch(f"{path} belongs to another store: name that store, or another folder for its files")
-    raise StoreMismatch(
-        f"{path} was made for file {number + 1} of {count} with {header_size} bytes and has {found_size}; the settings "
-        f"ask for {size} bytes. The size of an SSD tier is fixed: restore the settings, or start a new store"
-    )
+            log.info("O_DIRECT does not work for %s; the page cache is used", self.path)

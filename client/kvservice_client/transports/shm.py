@@ -250,22 +250,23 @@ class _Arenas:
         """Begin unmapped: a child that does not use the arena must not keep the memory of a replaced one."""
         self._lock = threading.Lock()
         self._mapped: ArenaMap | None = None
-        self._refusal: tuple[bytes, str] = (b"", "")
+        self._refusal: tuple[tuple[bytes, int], str] = ((b"", 0), "")
 
     def get(self, limits: pb.GetCapabilitiesResponse) -> ArenaMap:
-        """Raises NotShared if it cannot be mapped here. Tried once per arena."""
+        """Raises NotShared if it cannot be mapped here. Tried once per arena and size."""
         if "shm" not in limits.transports:
             raise NotShared(f"the daemon does not share its arena: {limits.arena_not_shared_because}")
         with self._lock:
-            if self._mapped is not None and self._mapped.arena_id == limits.arena_id:
+            arena = limits.arena_id, limits.arena_capacity_bytes
+            if self._mapped is not None and self._mapped.is_of(*arena):
                 return self._mapped
-            if self._refusal[0] == limits.arena_id:
+            if self._refusal[0] == arena:
                 raise NotShared(self._refusal[1])
             self._mapped = None
             try:
-                self._mapped = ArenaMap(Path(limits.arena_directory), limits.arena_id, limits.arena_capacity_bytes)
+                self._mapped = ArenaMap(Path(limits.arena_directory), *arena)
             except NotShared as error:
-                self._refusal = (limits.arena_id, error.message)
+                self._refusal = (arena, error.message)
                 raise
             return self._mapped
 

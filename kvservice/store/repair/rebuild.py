@@ -118,10 +118,13 @@ class Search:
         self._others: Counter[str] = Counter()
         self._with_other_tag = 0
 
-    async def run(self, files: Sequence[Path]) -> SearchResult:
-        """Every block with correct bytes. Reads the files once, and each block once more. Raises OSError."""
-        self._total_bytes = sum(path.stat().st_size for path in files)
-        for segment, path in enumerate(files):
+    async def run(self, files: Sequence[Path | None]) -> SearchResult:
+        """Every block with correct bytes, in the files by number. Reads them once, and each block once more. Raises
+        OSError.
+        """
+        there = [(number, path) for number, path in enumerate(files) if path is not None]
+        self._total_bytes = sum(path.stat().st_size for _, path in there)
+        for segment, path in there:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 candidates = self._candidates(fd, segment)

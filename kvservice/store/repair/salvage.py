@@ -37,7 +37,7 @@ from kvservice.index.records import RECORD, Records, is_sound
 from kvservice.index.recovery import overlaps
 from kvservice.index.session_records import decode_manifest
 from kvservice.store.repair.rebuild import SearchResult
-from kvservice.tiers.ssd import origin_of
+from kvservice.tiers.ssd_files import read_header
 
 _RECORDS_AT_ONCE = 4096
 _MAP_BYTES_MIN = 4 << 20
@@ -71,8 +71,8 @@ def read(store: Path, ssd_files: Sequence[Path] = ()) -> SalvagedIndex:
         for in_use, key, value in found:  # Entries in use come last, and replace the others.
             _sort_in(saved, in_use, key, value)
     refuse_newer(saved.meta)
-    origins = (origin_of(file) for file in (*sorted(store.glob("ssd-*.kv")), *ssd_files))
-    ids = [origin.store_id for origin in origins if origin is not None]
+    headers = (read_header(file) for file in (*sorted(store.glob("ssd-*.kv")), *ssd_files))
+    ids = [header.store_id for header in headers if header is not None]
     saved.meta[STORE_KEY] = _most_frequent([*ids, saved.meta.get(STORE_KEY, b""), read_identity(store)])
     if not saved.meta[STORE_KEY]:
         raise StoreDamaged(f"no file in {store} names the store")

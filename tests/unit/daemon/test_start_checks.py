@@ -39,7 +39,7 @@ def test_what_can_be_used_passes_and_nothing_is_made(tmp_path: Path) -> None:
         ("--ssd.paths=FOLDER:FOLDER/nvme0", "ssd.paths: there is no folder FOLDER/nvme0"),
         ("--store.path=FOLDER/file", "store.path: FOLDER/file is not a folder"),
         ("--store.path=FOLDER/a/b", "store.path: FOLDER/a/b cannot be created: there is no folder FOLDER/a"),
-        ("--ssd.capacity_bytes=512PiB", "ssd.capacity_bytes: a new store needs 536870911.0 GiB in FOLDER, and "),
+        ("--ssd.capacity_bytes=512PiB", "ssd.capacity_bytes: the SSD tier needs 536870911.0 GiB more in FOLDER, and "),
         ("--dram.capacity_bytes=1PiB", "dram.capacity_bytes: 1048576.0 GiB cannot be mapped"),
     ],
 )

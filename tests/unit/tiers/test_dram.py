@@ -148,10 +148,6 @@ def cut_inside_the_header(path: Path) -> None:
     os.truncate(path, 20)
 
 
-def lengthen(path: Path) -> None:
-    os.truncate(path, 2 * CAPACITY)
-
-
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
@@ -159,7 +155,6 @@ def lengthen(path: Path) -> None:
         (replace_by_noise, "not an arena of this version"),
         (cut, f"it has {CAPACITY // 2} bytes"),
         (cut_inside_the_header, "its header is cut off"),
-        (lengthen, f"it has {2 * CAPACITY} bytes"),
     ],
 )
 async def test_a_damaged_arena_is_replaced_by_an_empty_one(
@@ -191,27 +186,69 @@ def test_an_arena_of_another_store_is_replaced(open_arena: Callable[..., Arena],
     assert arena.arena_id != other.arena_id
 
 
-def test_an_arena_of_another_capacity_is_replaced(open_arena: Callable[..., Arena]) -> None:
+async def test_an_arena_grows_and_keeps_its_bytes(open_arena: Callable[..., Arena]) -> None:
     first = open_arena()
+    first.share()
+    data = noise(PAGE)
+    extent = await stored(DramTier(first), data)
     first.close()
 
     second = open_arena(capacity_bytes=2 * CAPACITY)
 
-    assert "its capacity" in second.why_new
-    assert second.arena_id != first.arena_id
+    assert (second.arena_id, second.why_new) == (first.arena_id, "")
+    assert second.capacity_bytes == 2 * CAPACITY - PAGE
+    assert second.generations is not None
+    assert DramTier(second).view(extent) == data
 
 
-async def test_who_still_maps_a_replaced_arena_keeps_its_bytes(open_arena: Callable[..., Arena]) -> None:
-    first = open_arena()
-    tier, data = DramTier(first), noise(PAGE)
-    extent = await stored(tier, data)
-    view = tier.view(extent)
+async def test_an_arena_that_is_to_be_smaller_keeps_its_size_until_it_is_truncated(
+    open_arena: Callable[..., Arena],
+) -> None:
+    first = open_arena(capacity_bytes=2 * CAPACITY)
+    first.share()
+    data = noise(PAGE)
+    extent = await stored(DramTier(first), data)
+    mapped = np.memmap(first.directory / "arena", np.uint8, "r+", PAGE)  # As a client that has all of it mapped.
+    mapped[-PAGE:] = 1
+    first.close()
+    allocated = os.stat(first.directory / "arena").st_blocks * 512
+
+    for _ in range(2):  # A start that ends before `truncate` changes nothing.
+        second = open_arena()
+        assert DramTier(second).is_too_large
+        assert second.capacity_bytes == 2 * CAPACITY - PAGE
+        second.close()
+    third = open_arena()
+    tier = DramTier(third)
+    tier.adopt(*columns([extent]))
+    tier.shrink()
+    tier.truncate()
+
+    assert tier.capacity_bytes == third.capacity_bytes == CAPACITY - PAGE
+    assert not tier.is_too_large
+    assert tier.view(extent) == data
+    assert not mapped[-PAGE:].any()
+    assert os.stat(third.directory / "arena").st_blocks * 512 < allocated
+    third.close()
+    fourth = open_arena()
+    assert (fourth.why_new, fourth.capacity_bytes) == ("", CAPACITY - PAGE)
+    assert DramTier(fourth).view(extent) == data
+
+
+async def test_who_reads_in_place_beyond_the_new_end_of_an_arena_detects_it(open_arena: Callable[..., Arena]) -> None:
+    first = open_arena(capacity_bytes=2 * CAPACITY)
+    first.share()
+    generations = np.memmap(first.directory / "generations", "<u4", "r", PAGE)
+    before = generations.copy()
     first.close()
 
-    second = open_arena(capacity_bytes=2 * CAPACITY)
-    await stored(DramTier(second), noise(MIB))
+    second = open_arena()
+    tier = DramTier(second)
+    tier.shrink()
+    tier.truncate()
 
-    assert view == data
+    beyond = second.capacity_bytes // PAGE
+    assert (generations[beyond : 2 * beyond] != before[beyond : 2 * beyond]).all()
 
 
 def test_two_daemons_do_not_share_an_arena(open_arena: Callable[..., Arena]) -> None:

@@ -7,7 +7,7 @@ import errno
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,7 @@ def open_tier(tmp_path: Path, calls: FaultyCalls) -> Iterator[OpenTier]:
         direct: Direct = "auto",
         io_threads: int = 4,
         folder: Path = tmp_path,
+        leaving: Collection[int] = (),
     ) -> SsdTier:
         paths = [folder / f"drive-{number}" / f"ssd-{number:03}.kv" for number in range(files)]
         opened.append(
@@ -54,6 +55,7 @@ def open_tier(tmp_path: Path, calls: FaultyCalls) -> Iterator[OpenTier]:
                 io_threads=io_threads,
                 calls=calls,
                 direct=direct,
+                leaving=leaving,
             )
         )
         return opened[-1]
@@ -156,15 +158,70 @@ def test_a_file_of_another_store_is_refused(open_tier: OpenTier, made: Path) -> 
         open_tier(store_id=OTHER_STORE)
 
 
-def test_another_capacity_is_refused_with_both_sizes(open_tier: OpenTier, made: Path) -> None:
-    with pytest.raises(StoreMismatch, match=f"with {CAPACITY - PAGE} bytes .* ask for {2 * CAPACITY - PAGE} bytes"):
-        open_tier(capacity_bytes=2 * CAPACITY)
-
-
 def test_a_truncated_file_is_refused(open_tier: OpenTier, made: Path) -> None:
     os.truncate(made, CAPACITY // 2)
-    with pytest.raises(StoreMismatch, match=f"has {CAPACITY // 2}"):
+    with pytest.raises(StoreMismatch, match=f"has {CAPACITY // 2} bytes, and its header says {CAPACITY}: it was cut"):
         open_tier()
+
+
+async def test_a_tier_grows_and_keeps_its_bytes(open_tier: OpenTier) -> None:
+    first, data = open_tier(), noise(MIB)
+    extent = await stored(first, data)
+    first.close()
+    first._files.clear()
+
+    second = open_tier(capacity_bytes=2 * CAPACITY)
+
+    second.adopt(*columns([extent]))
+    assert second.capacity_bytes == 2 * CAPACITY - PAGE
+    assert await content(second, extent, MIB) == data
+
+
+def test_a_file_that_cannot_grow_keeps_its_size(open_tier: OpenTier, calls: FaultyCalls, made: Path) -> None:
+    calls.failing["posix_fallocate"] = errno.ENOSPC
+    with pytest.raises(OSError, match=f"cannot grow from {CAPACITY - PAGE} to {2 * CAPACITY - PAGE} bytes"):
+        open_tier(capacity_bytes=2 * CAPACITY)
+    assert made.stat().st_size == CAPACITY
+    calls.failing.clear()
+    assert open_tier().capacity_bytes == CAPACITY - PAGE
+
+
+async def test_a_tier_that_is_to_be_smaller_keeps_its_size_until_it_is_truncated(
+    open_tier: OpenTier, tmp_path: Path
+) -> None:
+    first, data = open_tier(capacity_bytes=2 * CAPACITY), noise(MIB)
+    extents = [await stored(first, noise(CAPACITY - MIB)), await stored(first, data)]
+    first.close()
+    first._files.clear()
+
+    second = open_tier()
+    assert second.is_too_large
+    second.adopt(*columns(extents[1:]))
+    second.shrink()
+    with pytest.raises(TierFull):
+        second.reserve(CAPACITY)
+    moved = await stored(second, data)
+    second.release(extents[1])
+    second.truncate()
+
+    assert path_of(tmp_path).stat().st_size == CAPACITY
+    assert second.capacity_bytes == CAPACITY - PAGE
+    assert second.used_bytes == MIB
+    assert await content(second, moved, MIB) == data
+
+
+def test_a_file_that_leaves_is_deleted_when_it_is_empty(open_tier: OpenTier, tmp_path: Path) -> None:
+    first = open_tier(files=2)
+    first.close()
+    first._files.clear()
+
+    second = open_tier(files=2, leaving=[0])
+    second.shrink()
+    assert {second.reserve(PAGE).segment for _ in range(20)} == {1}
+    second.truncate()
+
+    assert not path_of(tmp_path, 0).exists()
+    assert path_of(tmp_path, 1).stat().st_size == CAPACITY
 
 
 def test_files_that_changed_places_are_refused(open_tier: OpenTier, tmp_path: Path) -> None:
@@ -175,7 +232,7 @@ def test_files_that_changed_places_are_refused(open_tier: OpenTier, tmp_path: Pa
     one.rename(tmp_path / "aside")
     other.rename(one)
     (tmp_path / "aside").rename(other)
-    with pytest.raises(StoreMismatch, match="was made for file 2 of 2"):
+    with pytest.raises(StoreMismatch, match="is the store's SSD file 1, and file 0 is expected there"):
         open_tier(files=2)
 
 

@@ -1,0 +1,342 @@
+"""A start with other sizes or drives: tiers grow, shrink and move, and keep what fits, also if it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvservice.tiers.extents import extent_size
+from kvservice_api.image import block_geometry
+from kvservice_api.layout import Shard
+from kvservice_client import BlockChain, Client, Durability
+from tests.daemon import MIB, DaemonProcess, until
+from tests.integration.by_hand import InPlaceWriter
+from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, verify
+from tests.integration.test_third_tier import counts
+from tests.integration.wire import Wire
+
+BLOCK = extent_size(block_geometry(LARGE, Shard.whole(LARGE), LARGE.block_tokens).image_bytes)
+BLOCKS = 12
+
+NewDaemon = Callable[..., DaemonProcess]
+
+
+@pytest.fixture
+def new_daemon(tmp_path: Path) -> Iterator[NewDaemon]:
+    made: list[DaemonProcess] = []
+
+    def make(**settings: Any) -> DaemonProcess:
+        daemon = DaemonProcess(tmp_path, program=("-m", "tests.dying_daemon"), **settings)
+        made.append(daemon)
+        return daemon
+
+    yield make
+    for daemon in made:
+        daemon.remove()
+
+
+def start(daemon: DaemonProcess, **settings: Any) -> None:
+    daemon.settings |= {name.replace("__", "."): value for name, value in settings.items()}
+    daemon.start(environment={"TEST_DIES_AT": "-1"})
+
+
+def restart(daemon: DaemonProcess, **settings: Any) -> None:
+    assert daemon.stop() == 0
+    start(daemon, **settings)
+
+
+def refuses(daemon: DaemonProcess, *, code: int = 1) -> str:
+    """The daemon ends by itself, with this exit code. Returns its log."""
+    daemon.launch(environment={"TEST_DIES_AT": "-1"})
+    assert daemon.wait_for_end() == code
+    assert "Traceback" not in "".join(daemon.lines)
+    return "".join(daemon.lines)
+
+
+def start_killed_often(daemon: DaemonProcess, *, step: int, **settings: Any) -> int:
+    """Start with these settings, each time with a kill a little later, until the daemon serves. Returns the kills."""
+    daemon.settings |= {name.replace("__", "."): value for name, value in settings.items()}
+    for count, event in enumerate(range(1, 2000, step)):
+        daemon.launch(environment={"TEST_DIES_AT": str(event)})
+        if daemon.serves():
+            daemon.kill()
+            start(daemon)
+            return count
+        assert daemon.wait_for_end() == -signal.SIGKILL, "".join(daemon.lines)
+    raise AssertionError("the daemon never served")
+
+
+def filled(daemon: DaemonProcess, durability: Durability = Durability.SSD, blocks: int = BLOCKS) -> list[BlockChain]:
+    """Chains of one block each, in the order of their saves: the first is the oldest."""
+    chains = [new_chain(LARGE) for _ in range(blocks)]
+    with daemon.client() as client:
+        for chain in chains:
+            assert save(client, LARGE, chain, durability).is_complete
+    return chains
+
+
+def stored(client: Client, chains: Sequence[BlockChain]) -> list[int]:
+    """The numbers of the chains that are stored. Every byte of them is compared."""
+    found = []
+    for number, chain in enumerate(chains):
+        with client.open_layout(LARGE).lookup(chain) as lease:
+            if lease.hit_blocks:
+                compare(lease, LARGE, chain)
+                found.append(number)
+    return found
+
+
+def on_ssd_alone(daemon: DaemonProcess, chains: Sequence[BlockChain]) -> list[int]:
+    """The numbers of the chains whose copy on SSD is right. Drops the copies in DRAM."""
+    with daemon.client() as client:
+        client.evict([key for chain in chains for key in chain], tier="dram")
+        return stored(client, chains)
+
+
+def drives_in(tmp_path: Path, *names: str) -> str:
+    for name in names:
+        (tmp_path / name).mkdir(exist_ok=True)
+    return os.pathsep.join(str(tmp_path / name) for name in names)
+
+
+def ssd_bytes(blocks: int) -> int:
+    """`ssd.capacity_bytes` with space for so many blocks, beside the index of 4 MiB and the headers of two files."""
+    return 4 * MIB + 8192 + blocks * BLOCK
+
+
+class TestTheSsdTier:
+    def test_grows_and_keeps_every_block(self, new_daemon: NewDaemon) -> None:
+        daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(16), mover__ssd_free_low=0, mover__ssd_free_high=0)
+        start(daemon)
+        chains = filled(daemon)
+        restart(daemon, ssd__capacity_bytes=ssd_bytes(32))
+        assert (daemon.store / "ssd-000.kv").stat().st_size > 32 * BLOCK
+        more = filled(daemon, blocks=16)
+        assert on_ssd_alone(daemon, chains + more) == list(range(BLOCKS + 16))
+        assert daemon.stop() == 0
+        assert daemon.check().returncode == 0
+
+    @pytest.mark.parametrize("kill_every", [0, 9, pytest.param(1, marks=pytest.mark.slow)])
+    def test_shrinks_and_keeps_the_blocks_that_were_used_last(self, new_daemon: NewDaemon, kill_every: int) -> None:
+        daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(BLOCKS), mover__ssd_free_low=0, mover__ssd_free_high=0)
+        start(daemon)
+        chains = filled(daemon)
+        with daemon.client() as client:
+            used = stored(client, chains[:3])  # The oldest ones are the last that were used.
+            client.evict([key for chain in chains for key in chain], tier="dram")
+        assert daemon.stop() == 0
+        size = ssd_bytes(8)
+        if kill_every:
+            assert start_killed_often(daemon, step=kill_every, ssd__capacity_bytes=size) >= 10 // kill_every
+        else:
+            start(daemon, ssd__capacity_bytes=size)
+        assert (daemon.store / "ssd-000.kv").stat().st_size <= size - 4 * MIB
+        found = on_ssd_alone(daemon, chains)
+        assert found == sorted([*used, *range(BLOCKS - 5, BLOCKS)])
+        assert daemon.stop() == 0
+        assert daemon.check().returncode == 0
+
+    def test_that_cannot_grow_for_lack_of_space_is_left_as_it_is(self, new_daemon: NewDaemon) -> None:
+        daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(16))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        daemon.settings["ssd.capacity_bytes"] = "100TiB"
+        assert "ssd.capacity_bytes: the SSD tier needs 102399." in refuses(daemon)
+        start(daemon, ssd__capacity_bytes=ssd_bytes(16))
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
+    def test_whose_shrinking_was_interrupted_may_have_its_old_size_again(self, new_daemon: NewDaemon) -> None:
+        before = ssd_bytes(BLOCKS)
+        daemon = new_daemon(ssd__capacity_bytes=before, mover__ssd_free_low=0, mover__ssd_free_high=0)
+        start(daemon)
+        chains = filled(daemon)
+        for event in (40, 60, 80):
+            assert daemon.stop() == 0
+            daemon.settings["ssd.capacity_bytes"] = ssd_bytes(8)
+            daemon.launch(environment={"TEST_DIES_AT": str(event)})
+            if daemon.serves():
+                break
+            daemon.wait_for_end()
+            start(daemon, ssd__capacity_bytes=before)
+            assert set(on_ssd_alone(daemon, chains)) >= set(range(BLOCKS - 8, BLOCKS))
+
+
+class TestADrive:
+    def test_is_added_and_takes_blocks(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one"), ssd__capacity_bytes=ssd_bytes(16))
+        start(daemon)
+        chains = filled(daemon)
+        restart(daemon, ssd__paths=drives_in(tmp_path, "one", "two"), ssd__capacity_bytes=ssd_bytes(40))
+        more = filled(daemon, blocks=8)
+        assert (tmp_path / "two" / "ssd-001.kv").exists()
+        assert on_ssd_alone(daemon, chains + more) == list(range(BLOCKS + 8))
+
+    @pytest.mark.parametrize("kill_every", [0, 9, pytest.param(1, marks=pytest.mark.slow)])
+    def test_is_replaced_by_another(self, new_daemon: NewDaemon, tmp_path: Path, kill_every: int) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one", "two"), ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        settings = {"ssd__paths": drives_in(tmp_path, "two", "three"), "ssd__drained_paths": tmp_path / "one"}
+        if kill_every:
+            assert start_killed_often(daemon, step=kill_every, **settings) >= 10 // kill_every
+        else:
+            start(daemon, **settings)
+        assert not list((tmp_path / "one").iterdir())
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+        restart(daemon)  # The setting may stay.
+        restart(daemon, ssd__drained_paths="")
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+        assert daemon.stop() == 0
+        assert daemon.check().returncode == 0
+        assert {path.name for path in tmp_path.glob("*/ssd-*.kv")} >= {"ssd-001.kv"}
+
+    def test_that_is_drained_without_space_elsewhere_costs_the_blocks_that_were_not_used_for_longest(
+        self, new_daemon: NewDaemon, tmp_path: Path
+    ) -> None:
+        daemon = new_daemon(
+            ssd__paths=drives_in(tmp_path, "one", "two"), ssd__capacity_bytes=ssd_bytes(BLOCKS),
+            mover__ssd_free_low=0, mover__ssd_free_high=0,
+        )  # fmt: skip
+        start(daemon)
+        chains = filled(daemon)
+        with daemon.client() as client:
+            client.evict([key for chain in chains for key in chain], tier="dram")
+        restart(
+            daemon,
+            ssd__paths=drives_in(tmp_path, "two"),
+            ssd__drained_paths=tmp_path / "one",
+            ssd__capacity_bytes=ssd_bytes(6),
+        )
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS - 6, BLOCKS))
+
+    def test_that_the_settings_do_not_name_any_more_is_asked_for_while_it_has_blocks(
+        self, new_daemon: NewDaemon, tmp_path: Path
+    ) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one", "two"), ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        daemon.settings["ssd.paths"] = drives_in(tmp_path, "two")
+        message = refuses(daemon)
+        assert f"{tmp_path / 'one' / 'ssd-000.kv'} has " in message
+        assert "ssd.drained_paths" in message
+        start(daemon, ssd__paths=drives_in(tmp_path, "two", "one"))  # In another order.
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
+    def test_may_be_mounted_elsewhere(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one", "two"), ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        (tmp_path / "one").rename(tmp_path / "moved")
+        start(daemon, ssd__paths=drives_in(tmp_path, "two", "moved"))
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
+    def test_without_blocks_leaves_once_no_setting_names_it(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        restart(daemon, ssd__paths=drives_in(tmp_path, "one"))
+        assert not list(daemon.store.glob("ssd-*.kv"))
+        chains = filled(daemon)
+        restart(daemon)
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
+    def test_in_both_lists_is_wrong_usage(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        drives = drives_in(tmp_path, "one")
+        daemon = new_daemon(ssd__paths=drives, ssd__drained_paths=drives)
+        assert "is in ssd.paths and in ssd.drained_paths" in refuses(daemon, code=2)
+
+
+def test_a_tier_below_ssd_shrinks_and_keeps_what_fits(new_daemon: NewDaemon, tmp_path: Path) -> None:
+    def tiers(blocks: int) -> str:
+        size = 8192 + blocks * BLOCK
+        tier = {"name": "archive", "path": drives_in(tmp_path, "archive"), "capacity_bytes": size, "free_low": 0}
+        return json.dumps([{**tier, "free_high": 0}])
+
+    daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(20), tiers__below_ssd=tiers(BLOCKS))
+    start(daemon)
+    chains = filled(daemon)
+    keys = [key for chain in chains for key in chain]
+    with daemon.client() as client:
+        until(lambda: counts(client)["archive"] == BLOCKS)
+        for tier in ("dram", "ssd"):
+            client.evict(keys, tier=tier)
+    restart(daemon, tiers__below_ssd=tiers(8))
+    with daemon.client() as client:
+        assert stored(client, chains) == list(range(BLOCKS - 8, BLOCKS))
+
+
+class TestTheDramTier:
+    def test_grows_and_keeps_every_block(self, new_daemon: NewDaemon) -> None:
+        daemon = new_daemon(dram__capacity_bytes=16 * MIB, ssd__capacity_bytes=0)
+        start(daemon)
+        chains = filled(daemon, Durability.DRAM)
+        with daemon.client() as client:  # It has the old arena mapped.
+            assert stored(client, chains) == list(range(BLOCKS))
+            restart(daemon, dram__capacity_bytes=32 * MIB)
+            more = filled(daemon, Durability.DRAM, blocks=30)
+            assert stored(client, chains + more) == list(range(BLOCKS + 30))
+
+    def test_leaves_the_space_alone_where_a_client_of_the_larger_tier_may_write(self, new_daemon: NewDaemon) -> None:
+        daemon = new_daemon(dram__capacity_bytes=48 * MIB, ssd__capacity_bytes=0)
+        start(daemon)
+        with Wire(daemon.address) as wire:
+            wire.attach()
+            wire.open_layout(LARGE)
+            writer = InPlaceWriter(wire, LARGE)
+            before, kept = writer.reserve(new_chain(LARGE, 80)), writer.reserve(new_chain(LARGE, 8))
+            before.abandon()
+            kept.scribble()  # It has the larger arena mapped.
+            daemon.kill()
+            start(daemon, dram__capacity_bytes=20 * MIB)
+            with daemon.client() as client:
+                status = client.admin.status()
+                assert any(0 < status.dram.capacity_bytes - start < BLOCK for start in kept.offsets.values())
+                assert 0 < status.set_aside_extents < 8
+                small = new_chain(SMALL, 6)  # It fits into the rest of the divided extent.
+                assert save(client, SMALL, small).is_complete
+                chains = filled(daemon, Durability.DRAM, blocks=40)
+                kept.scribble()
+                verify(client, SMALL, small)
+                assert stored(client, chains) == list(range(40))
+                assert writer.lock is not None
+                writer.lock.release()
+                until(lambda: client.admin.status().set_aside_extents == 0)
+
+    @pytest.mark.parametrize("kill_every", [0, 9, pytest.param(1, marks=pytest.mark.slow)])
+    def test_shrinks_and_keeps_what_fits(self, new_daemon: NewDaemon, kill_every: int) -> None:
+        daemon = new_daemon(
+            dram__capacity_bytes=48 * MIB, ssd__capacity_bytes=0, mover__dram_free_low=0, mover__dram_free_high=0,
+            mover__policy="lru",
+        )  # fmt: skip
+        start(daemon)
+        chains = filled(daemon, Durability.DRAM, blocks=150)
+        with daemon.client() as client:
+            assert stored(client, chains) == list(range(150))
+            allocated = (daemon.arena_folder / "arena").stat().st_blocks * 512
+            assert daemon.stop() == 0
+            if kill_every:
+                size = 20 * MIB
+                assert start_killed_often(daemon, step=kill_every, dram__capacity_bytes=size) >= 10 // kill_every
+            else:
+                start(daemon, dram__capacity_bytes=20 * MIB)
+            found = stored(client, chains)
+            assert found == list(range(150 - len(found), 150))
+            assert len(found) >= 80  # 16 MiB less 1 %, of 196 KiB each.
+        assert (daemon.arena_folder / "arena").stat().st_blocks * 512 < allocated - 12 * MIB
+        more = filled(daemon, Durability.DRAM, blocks=30)
+        with daemon.client() as client:
+            assert len(stored(client, more)) == 30
+        restart(daemon, dram__capacity_bytes=48 * MIB)
+        with daemon.client() as client:
+            assert len(stored(client, more)) == 30
+        assert daemon.stop() == 0
+        assert daemon.check().returncode == 0
