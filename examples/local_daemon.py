@@ -39,7 +39,9 @@ def daemon(address: str) -> Iterator[str]:
             with Client(address, name="example", timeout_s=5.0) as client:
                 client.capabilities()
         except KVError as error:
-            raise SystemExit(f"{error.message}\nStart a daemon with `kvservice serve`, or give no address.") from error
+            raise SystemExit(
+                f"{error.message}\nStart a daemon with `kvservice serve --store.path FOLDER`, or give no address."
+            ) from error
         yield address
         return
     with tempfile.TemporaryDirectory(prefix="kvservice-example-") as name:

@@ -1,4 +1,4 @@
-"""The command line: ``kvservice serve``, ``config``, ``check``, ``remove`` and ``arenas``."""
+"""The command line: ``kvservice serve``, ``config``, ``check``, ``remove``, ``arenas`` and ``completion``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-import uvloop
-
-from kvservice import __version__, daemon, logs
-from kvservice.config import ConfigError
-from kvservice.config_sources import load_settings
-from kvservice.host_limits import raise_open_files_limit
-from kvservice.index.errors import StoreDamaged, StoreError
-from kvservice.tiers.base import StoreMismatch
-from kvservice_api.errors import KVError
+from kvservice import __version__
 
 _USAGE = """\
 usage: kvservice COMMAND [OPTIONS]
@@ -25,6 +17,7 @@ commands:
   check      verify a stopped store, and repair it with --repair
   remove     delete a stopped store with all its blocks, on disk and in memory
   arenas     list the arenas in shared memory, and delete those whose store is gone
+  completion print a script for the shell: eval "$(kvservice completion)"
 
 options:
   --version  print the version
@@ -38,6 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 failed (or `check` found problems), 2 used wrongly."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    try:
+        return _run(command, rest)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("kvservice"):
+            raise
+        print(f"kvservice: {error.name} is not installed. Install KVService with the extra 'daemon'.", file=sys.stderr)
+        return 1
+
+
+def _run(command: str, rest: list[str]) -> int:
     if command == "serve":
         return _serve(rest)
     if command == "check":
@@ -56,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from kvservice import arenas
 
         return arenas.main(rest)
+    if command == "completion" and not rest:
+        from kvservice import completion
+
+        print(completion.script(), end="")
+        return 0
     if command == "--version":
         print(f"kvservice {__version__}")
         return 0
@@ -67,6 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(argv: Sequence[str]) -> int:
+    # Read once, when gRPC is imported. By default it writes a line, which is not JSON, for each failed TLS handshake:
+    # a stranger could fill the log.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+    import uvloop
+
+    from kvservice import daemon, logs
+    from kvservice.config import ConfigError
+    from kvservice.config_sources import load_settings
+    from kvservice.host_limits import expect_threads, raise_open_files_limit
+    from kvservice.index.errors import StoreDamaged, StoreError
+    from kvservice.tiers.base import StoreMismatch
+    from kvservice_api.errors import KVError
+
     try:
         settings = load_settings(argv, os.environ)
     except ConfigError as error:
@@ -75,6 +97,7 @@ def _serve(argv: Sequence[str]) -> int:
     logs.set_up(settings.log.level, settings.log.format)
     try:
         raise_open_files_limit(len(settings.ssd_directories))  # Before the event loop and gRPC open files.
+        expect_threads(settings.ssd.io_threads + sum(tier.io_threads for tier in settings.tiers.below_ssd))
         uvloop.run(daemon.run(settings))
     except ConfigError as error:  # A path or an address in the settings cannot be used.
         print(f"kvservice serve: {error}", file=sys.stderr)

@@ -84,7 +84,7 @@ class StoreSettings(_Section):
     path: Path = _setting(
         Path("kvservice-data"),
         "Folder of the store: its lock, the durable index and, unless `ssd.paths` is set, the SSD files. "
-        "The daemon creates the folder if it is missing.",
+        "The daemon creates the folder if it is missing. A new store needs this setting.",
     )
 
 
@@ -417,6 +417,16 @@ class ScrubSettings(_Section):
     )
 
 
+class TracingSettings(_Section):
+    """Distributed traces: [tracing](tracing.md)."""
+
+    enabled: bool = _setting(
+        False,
+        "Export spans of calls that belong to a trace which their client records. Needs `pip install kvservice[otel]`. "
+        "OpenTelemetry's own variables, such as `OTEL_EXPORTER_OTLP_ENDPOINT`, say where they are sent.",
+    )
+
+
 class LogSettings(_Section):
     """Logs go to standard error, one line per event."""
 
@@ -443,6 +453,7 @@ class Settings(BaseSettings):
     session: SessionSettings = SessionSettings()
     hints: HintSettings = HintSettings()
     scrub: ScrubSettings = ScrubSettings()
+    tracing: TracingSettings = TracingSettings()
     log: LogSettings = LogSettings()
 
     @classmethod

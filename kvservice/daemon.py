@@ -64,9 +64,10 @@ from kvservice.tiers.arena import Arena, without_generations
 from kvservice.tiers.arena_notes import note_arena, write_arena_note
 from kvservice.tiers.base import DurableTier, Resizable, StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.files import FileCalls, file_system_of
+from kvservice.tiers.files import FileCalls, executor_of, file_system_of
 from kvservice.tiers.kinds import TierOptions, tier_kind
 from kvservice.tiers.ssd import SsdTier
+from kvservice.tracing import Tracing
 from kvservice_api.malloc import keep_large_buffers, return_free_memory
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class Daemon:
             frame_bytes=int(server.frame_bytes),
             unix_socket=UnixSocket(path, _SOCKET_MODES[server.unix_socket_access]) if path is not None else None,
             credentials=certificates.server_credentials() if certificates else None,
+            is_traced=settings.tracing.enabled,
         )
         self.port = self._server.ports[0]
         self._metrics: MetricsServer | None = None
@@ -140,6 +142,8 @@ class Daemon:
         check_start(settings)
         certificates = Certificates(settings.tls) if settings.tls.certificate else None
         with ExitStack() as opening:
+            if settings.tracing.enabled:
+                opening.callback(Tracing(__version__).close)
             files, clock = files or FileCalls(), clock or SystemClock()
             parts = await _open_store(settings, clock, files, opening)
             daemon = cls(settings, parts, opening, certificates, clock)
@@ -226,6 +230,8 @@ class Daemon:
 async def run(settings: Settings) -> None:
     """A daemon's whole life: open, serve until SIGTERM or SIGINT, drain, close. The service manager learns of each."""
     tune_process()
+    threads = min(16, (os.cpu_count() or 1) + 4)
+    asyncio.get_running_loop().set_default_executor(executor_of(threads, "asyncio"))
     manager, tasks = ServiceManager(SystemClock()), Tasks()
     daemon = await Daemon.open(settings)
     stop = asyncio.Event()
@@ -333,7 +339,7 @@ async def _open_store(settings: Settings, clock: Clock, files: FileCalls, openin
     too_large = [(name, tier) for name, tier in all_tiers.items() if isinstance(tier, Resizable) and tier.is_too_large]
     for _, tier in too_large:
         tier.shrink()
-    executor = ThreadPoolExecutor(max(2, min(settings.server.transfer_slots, 8)), thread_name_prefix="transfer")
+    executor = executor_of(max(2, min(settings.server.transfer_slots, 8)), "transfer")
     counters = Counters()
     store = BlockStore(
         blocks,

@@ -1,4 +1,4 @@
-"""The kernel's limits for this process: memory, by its control groups, and open files.
+"""The kernel's limits for this process: memory, by its control groups, open files, and threads.
 
 A process that takes more memory than its control group may have is killed without a message. The DRAM tier is
 shared memory, which the kernel cannot take back, so the tier must stay below the limit from the start.
@@ -6,8 +6,10 @@ shared memory, which the kernel cannot take back, so the tier must stay below th
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,10 @@ _RESERVE_SHARE = 16  # Of a large limit, one part in so many: a larger limit all
 # where its poller gets none, so the start is refused well above that.
 _OPEN_FILES_MIN = 64
 _OPEN_FILES_PER_DRIVE = 2
+
+# An idle daemon on two cores has 27 threads, and on more cores up to 22 more, beside those that read and write drives.
+# Where there are none, gRPC ends the process and Python's calls fail, so the start is refused above that.
+_THREADS_MIN = 64
 
 _NO_LIMIT_BYTES = 2**60  # Version 1 writes the largest number of pages there is where no limit is set.
 
@@ -42,7 +48,8 @@ def memory_limit(proc: Path = Path("/proc"), root: Path = Path("/")) -> MemoryLi
     `proc` is where ``self/cgroup`` and ``self/mountinfo`` are read, `root` what mount points are below. Both
     versions of control groups are read. In a container the groups above the container's own may be out of sight.
     """
-    limits = [limit for folder, top, version in _memory_groups(proc, root) for limit in _limits(folder, top, version)]
+    groups = _groups("memory", proc, root)
+    limits = [limit for folder, top, version in groups for limit in _limits(folder, top, version)]
     return min(limits, key=lambda limit: limit.size_bytes, default=None)
 
 
@@ -77,8 +84,47 @@ def raise_open_files_limit(drives: int) -> None:
         )
 
 
-def _memory_groups(proc: Path, root: Path) -> Iterator[tuple[Path, Path, int]]:
-    """(the process's group, the highest group in sight, version) per hierarchy that limits memory."""
+def expect_threads(io_threads: int, proc: Path = Path("/proc"), root: Path = Path("/")) -> None:
+    """Start as many threads as a daemon needs, and end them. Raises HostLimit if the kernel refuses one.
+
+    Only a trial takes all limits into account: of the user, of the control groups, and of the memory for stacks.
+    """
+    needed = _THREADS_MIN + io_threads
+    end = threading.Event()
+    threads: list[threading.Thread] = []
+    try:
+        while len(threads) < needed:
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except (RuntimeError, MemoryError):
+        raise HostLimit(
+            f"too few threads are allowed: {len(threads)}, and the daemon needs {needed}: {_thread_limit(proc, root)}"
+        ) from None
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+
+
+def _thread_limit(proc: Path, root: Path) -> str:
+    """The limit that has refused a thread, and how to raise it."""
+    for folder, top, _ in _groups("pids", proc, root):
+        for group in _up_to(top, folder):
+            most, now = _number(group / "pids.max"), _number(group / "pids.current")
+            if most is not None and now is not None and now >= most:
+                return f"{group / 'pids.max'} is {most}; raise it, or TasksMax= in the systemd unit"
+    for name, option in (("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")):  # Each thread has a stack.
+        if (size := resource.getrlimit(getattr(resource, name))[0]) != resource.RLIM_INFINITY:
+            return f"{name} is {size} bytes; raise it with `ulimit {option} unlimited`"
+    most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    return (
+        f"RLIMIT_NPROC is {most} for user {os.getuid()}; raise it with `ulimit -u`, or LimitNPROC= in the systemd unit"
+    )
+
+
+def _groups(controller: str, proc: Path, root: Path) -> Iterator[tuple[Path, Path, int]]:
+    """(the process's group, the highest group in sight, version) per hierarchy that may have the controller."""
     try:
         memberships = (proc / "self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         mounts = (proc / "self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -90,7 +136,7 @@ def _memory_groups(proc: Path, root: Path) -> Iterator[tuple[Path, Path, int]]:
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
             paths[2] = path
-        elif "memory" in controllers.split(","):
+        elif controller in controllers.split(","):
             paths[1] = path
     for line in mounts:
         # 36 35 98:0 /root /mount/point options [tags ...] - kind source options
@@ -98,7 +144,7 @@ def _memory_groups(proc: Path, root: Path) -> Iterator[tuple[Path, Path, int]]:
         if "-" not in fields[:-1]:
             continue  # Not such a line.
         kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
-        version = 2 if kind == "cgroup2" else 1 if kind == "cgroup" and "memory" in options else 0
+        version = 2 if kind == "cgroup2" else 1 if kind == "cgroup" and controller in options else 0
         if version not in paths:
             continue
         top = root / _unescaped(fields[4]).lstrip("/")
@@ -119,18 +165,24 @@ def _folder_of(path: str, mounted: str, top: Path) -> Path:
 def _limits(folder: Path, top: Path, version: int) -> Iterator[MemoryLimit]:
     """The limits of a group and of those above it, up to `top`."""
     names = ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",)
-    for group in (folder, *folder.parents):
+    for group in _up_to(top, folder):
         for name in names:
             if (size := _number(group / name)) is not None:
                 yield MemoryLimit(size, group / name)
-        if group == top:
-            break
     if version == 1 and (size := _number(folder / "memory.stat", "hierarchical_memory_limit")) is not None:
         yield MemoryLimit(size, folder / "memory.stat")  # Groups that are not in sight count here too.
 
 
+def _up_to(top: Path, folder: Path) -> Iterator[Path]:
+    """The folder and those above it, up to `top`."""
+    for group in (folder, *folder.parents):
+        yield group
+        if group == top:
+            break
+
+
 def _number(file: Path, field: str = "") -> int | None:
-    """The size that a file, or a line of it, holds; None if there is none, or no limit."""
+    """The number that a file, or a line of it, holds; None if there is none, or no limit."""
     try:
         text = file.read_text()
     except OSError:

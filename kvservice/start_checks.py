@@ -13,7 +13,7 @@ from pathlib import Path
 from kvservice.config import GIB, MIB, ConfigError, Settings
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.identity import traces_of_store
-from kvservice.rpc.addresses import AddressUnusable, expect_usable
+from kvservice.rpc.addresses import AddressUnusable, expect_no_listener, expect_usable
 from kvservice.tiers.files import file_system_of
 from kvservice_api.address import parse_listen_address
 
@@ -34,6 +34,12 @@ def check_start(settings: Settings) -> None:
     if listens == shows and listens is not None and listens.port:
         raise AddressUnusable("server.metrics_address", addresses["metrics_address"], "server.address is the same")
     store = settings.store.path.absolute()
+    is_new = not (store / "index" / DATA_NAME).exists() and not traces_of_store(store / "index")
+    if is_new and "path" not in settings.store.model_fields_set:
+        raise ConfigError(
+            "store.path is not set: name the store's folder, such as --store.path /var/lib/kvservice. A new store "
+            f"takes {_text(int(settings.ssd.capacity_bytes))} of its disk at once (ssd.capacity_bytes)"
+        )
     if store.exists():
         _expect_folder("store.path", store)
     else:
@@ -44,12 +50,22 @@ def check_start(settings: Settings) -> None:
         raise ConfigError(
             f"dram.capacity_bytes: {_text(int(settings.dram.capacity_bytes))} cannot be mapped into memory"
         )
-    is_new = not (store / "index" / DATA_NAME).exists() and not traces_of_store(store / "index")
+    if is_new:
+        _expect_usable_socket(settings, store)
     if settings.ssd.capacity_bytes and is_new:
         for path in settings.ssd.paths:  # Of a store that was made before, the index knows which drives are missing.
             _expect_folder("ssd.paths", path)
     if settings.ssd.capacity_bytes:
         _expect_space(settings, store, is_new=is_new)
+
+
+def _expect_usable_socket(settings: Settings, store: Path) -> None:
+    path = settings.unix_socket_path
+    if path is None:
+        return
+    if path.absolute().parent != store:  # The store's folder is made later.
+        _expect_folder("server.unix_socket", path.absolute().parent)
+    expect_no_listener(path)
 
 
 def _is_in_memory(folder: Path) -> bool:

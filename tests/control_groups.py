@@ -1,4 +1,4 @@
-"""Control groups of the kernel with a memory limit. Skips the test if none can be made."""
+"""Control groups of the kernel with a limit of memory or threads. Skips the test if none can be made."""
 
 from __future__ import annotations
 
@@ -10,32 +10,54 @@ from pathlib import Path
 
 import pytest
 
-_V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+_ROOT = Path("/sys/fs/cgroup")
 
 
-class MemoryGroup:
-    def __init__(self, folder: Path, limit: str, peak: str) -> None:
+class ControlGroup:
+    def __init__(self, folder: Path, limit_file: Path) -> None:
         self._folder = folder
-        self.limit_file = folder / limit
-        self._peak_file = folder / peak
+        self.limit_file = limit_file
 
-    @property
-    def peak_bytes(self) -> int:
-        """The peak memory of its processes."""
-        return int(self._peak_file.read_text())
+    def add(self, pid: int) -> None:
+        (self._folder / "cgroup.procs").write_text(str(pid))
 
     def program(self) -> tuple[str, ...]:
         """A program to run instead of ``-m kvservice``: the daemon, in this group from its first line on."""
         join = f"import os; open({str(self._folder / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
         return ("-c", f"{join}; import sys; from kvservice.__main__ import main; sys.exit(main())")
 
+    @property
+    def peak_bytes(self) -> int:
+        """The peak memory of its processes."""
+        names = ("memory.max_usage_in_bytes", "memory.peak")
+        return int(next(file for name in names if (file := self._folder / name).exists()).read_text())
+
+    @property
+    def threads(self) -> int:
+        """Of its processes, at this moment."""
+        return int((self._folder / "pids.current").read_text())
+
 
 @contextlib.contextmanager
-def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
-    if (_V1 / "cgroup.procs").exists():
-        root, limit, peak = _V1, "memory.limit_in_bytes", "memory.max_usage_in_bytes"
-    elif (_V2 / "cgroup.controllers").exists():
-        root, limit, peak = _V2, "memory.max", "memory.peak"
+def memory_group(limit_bytes: int) -> Iterator[ControlGroup]:
+    with _group("memory", ("memory.limit_in_bytes", "memory.max"), limit_bytes) as group:
+        yield group
+
+
+@contextlib.contextmanager
+def threads_group(limit: int | str) -> Iterator[ControlGroup]:
+    """`limit` is a number of threads, or ``max``."""
+    with _group("pids", ("pids.max", "pids.max"), limit) as group:
+        yield group
+
+
+@contextlib.contextmanager
+def _group(controller: str, names: tuple[str, str], limit: int | str) -> Iterator[ControlGroup]:
+    """`names` are those of the file with the limit, in versions 1 and 2 of control groups."""
+    if (_ROOT / controller / "cgroup.procs").exists():
+        root, name = _ROOT / controller, names[0]
+    elif (_ROOT / "cgroup.controllers").exists():
+        root, name = _ROOT, names[1]
     else:
         pytest.skip("no control groups are mounted here")
     folder = root / f"kvservice-test-{os.getpid()}"
@@ -45,10 +67,10 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
         pytest.skip(f"no control group can be made here: {error}")
     try:
         try:
-            (folder / limit).write_text(str(limit_bytes))
+            (folder / name).write_text(str(limit))
         except OSError as error:
-            pytest.skip(f"the control group takes no memory limit: {error}")
-        yield MemoryGroup(folder, limit, peak)
+            pytest.skip(f"the control group takes no such limit: {error}")
+        yield ControlGroup(folder, folder / name)
     finally:
         _remove(folder)
 

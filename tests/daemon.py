@@ -59,7 +59,7 @@ class DaemonProcess:
         self.shared_memory = Path(tempfile.mkdtemp(prefix="kvservice-test-", dir="/dev/shm"))
         self.port = port
         self.lines: list[str] = []  # Standard error of the running daemon, or of the last one.
-        self._program = program
+        self.program = tuple(program)  # May be changed between two starts, as the settings.
         self.settings: dict[str, object] = {  # May be changed between two starts.
             "store.path": self.store,
             "server.metrics_address": "",
@@ -119,11 +119,11 @@ class DaemonProcess:
         self.lines, self._log_ended = [], False
         variables = {**os.environ, "PYTHONPATH": python_path(), **(environment or {})}
         arguments = ["serve", *flags, *more_flags]
-        if self._program[0] == "-m" and process_starter.can_start(variables):
-            self._process = process_starter.start(self._program[1], arguments, environment=variables, pass_fds=pass_fds)
+        if self.program[0] == "-m" and process_starter.can_start(variables):
+            self._process = process_starter.start(self.program[1], arguments, environment=variables, pass_fds=pass_fds)
         else:
             self._process = subprocess.Popen(
-                [sys.executable, *self._program, *arguments],
+                [sys.executable, *self.program, *arguments],
                 stderr=subprocess.PIPE,
                 text=True,
                 env=variables,

@@ -1,4 +1,4 @@
-"""Parses the Dockerfile for the tests of the image."""
+"""Parses a Dockerfile for the tests of the images."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Stage(NamedTuple):
         return {name: value for name, _, value in pairs}
 
 
-def stages() -> list[Stage]:
-    """The first stage has the lines before the first FROM."""
-    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+def stages(file: str = "Dockerfile") -> list[Stage]:
+    """The first stage has the lines before the first FROM. `file` is relative to the repository's root."""
+    text = re.sub(r"^#.*\n", "", (ROOT / file).read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     found = [Stage([])]
     for line in filter(None, map(str.strip, text.splitlines())):
         name, _, value = line.partition(" ")

@@ -84,12 +84,20 @@ class Pod:
                 stream.close()
 
     def start(
-        self, container: Document, command: Sequence[str], environment: Mapping[str, str], joined: Path | None = None
+        self,
+        container: Document,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        joined: Path | None = None,
+        image: Path | None = None,
     ) -> Container:
-        """`joined` is the file of a control group that takes the container's processes."""
+        """`joined` is the file of a control group that takes the container's processes. `image` is an unpacked image;
+        without it the container has the host's files, and the daemon of this checkout where the image has it.
+        """
         root = self._base / f"root-{len(self._started)}"  # A container that starts again has a new one.
         lines = [f"echo $$ > {joined}"] if joined else []
-        lines += self._make_root(root, container)
+        lines += self._make_root(root, container, image)
         inner = [
             "unshare",
             "--mount",
@@ -141,13 +149,14 @@ class Pod:
             lines += [f"chown {owner} {disk}", f"chmod {mode} {disk}", f"mount --bind {disk} {path}"]
         return lines
 
-    def _make_root(self, root: Path, container: Document) -> list[str]:
-        layers = f"lowerdir=/,upperdir={root}/upper,workdir={root}/work"
+    def _make_root(self, root: Path, container: Document, image: Path | None) -> list[str]:
+        layers = f"lowerdir={image or '/'},upperdir={root}/upper,workdir={root}/work"
         lines = [f"mkdir -p {root}/upper {root}/work", f"mount -t overlay -o {layers} overlay {root}"]
-        needed = {Path(sys.executable), Path(sys.executable).resolve(), ROOT}
-        lines += [f"chmod a+rx {root}{folder}" for path in needed for folder in path.parents]
+        if image is None:
+            needed = {Path(sys.executable), Path(sys.executable).resolve(), ROOT}
+            lines += [f"chmod a+rx {root}{folder}" for path in needed for folder in path.parents]
+            lines += program_scripts(root, python_path())
         lines += [f"mount --bind /dev {root}/dev", f"mount --rbind /sys {root}/sys"]
-        lines += program_scripts(root, python_path())
         for path, name in mounts(container).items():
             lines += [f"mkdir -p {root}{path}", f"mount --bind {self._base / name} {root}{path}"]
         if container["securityContext"].get("readOnlyRootFilesystem"):

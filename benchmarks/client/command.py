@@ -99,14 +99,14 @@ class _Bench:
         self._task = progress.add_task("", total=6)
 
     def _step(self, done: int, what: str) -> None:
-        self._progress.update(self._task, completed=done, description=what)
+        output.show_step(self._progress, self._task, done, what)
 
     def run(self, address: str, directory: Path | None, dram_path: Path) -> None:
         if address:
             with connect(address, 30, name="kvctl bench") as client:
                 client.capabilities()  # Fail before the first measurement if the daemon does not answer.
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kvctl-bench-", dir=directory)))
-        self._step(0, "memory")
+        self._step(0, "measuring memory copies")
         self._memory()
         block_bytes = self._layout.block_tokens * self._layout.bytes_per_token
         blocks = max(1, _BYTES_MOVED // (2 if self._quick else 1) // block_bytes)
@@ -118,14 +118,14 @@ class _Bench:
         runs = 3 if self._quick else 5
         client = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="grpc"))
         self._wire(Wire(client, self._layout, blocks=blocks, runs=runs, pid=pid))
-        self._step(3, "shared memory")
+        self._step(3, "measuring shared memory")
         sharing = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="shm"))
         self._shared_memory(Memory(sharing, self._layout, blocks=2 * blocks, runs=runs))
         if pid is not None:
             with parts.parts(folder, quick=self._quick) as programs:
-                self._step(4, "the SSD tier")
+                self._step(4, "measuring the SSD tier")
                 self._ssd(programs)
-                self._step(5, "the index")
+                self._step(5, "measuring the index")
                 self._index(programs)
 
     def _memory(self) -> None:
@@ -137,9 +137,9 @@ class _Bench:
         report = self._report
         size_bytes = (128 if self._quick else 512) << 20
         with limits.tcp() as tcp:
-            self._step(2, "loads")
+            self._step(2, "measuring loads over gRPC")
             load = rounds.compare(lambda: tcp(size_bytes), wire.load, attempts_max=self._attempts_max)
-            self._step(2, "saves")
+            self._step(2, "measuring saves over gRPC")
             save = rounds.compare(lambda: tcp(size_bytes), wire.save, attempts_max=self._attempts_max)
         self._note("tcp_gbps", load)
         self._note("grpc_save_ratio", save)

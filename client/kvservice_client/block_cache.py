@@ -11,6 +11,7 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
+from kvservice_api import spans
 from kvservice_api.errors import DaemonTooOld, IndexFull, InvalidRequest, KVError, NotShared, Overloaded, TierFull
 from kvservice_api.keys import KEY_BYTES, BlockChain, ChainBuilder
 from kvservice_api.layout import Layout, Shard
@@ -169,7 +170,13 @@ class BlockCache:
             self._connection.background.submit(unused.release)
             return more if unused is lease else lease
 
-        return self._connection.retried(attempt, deadline)
+        trace = spans.current()
+        with spans.span("kvservice.lookup", "client", blocks=len(whole)) as span:
+            lease = self._connection.retried(attempt, deadline)
+            lease.trace = trace
+            if span is not None:
+                span.set(hit_blocks=lease.hit_blocks, hit_tokens=lease.hit_tokens)
+        return lease
 
     def begin_lookup(
         self,
@@ -197,7 +204,7 @@ class BlockCache:
         adoptions = arguments.whole(adoptions, "adoptions")
         if not arguments.seconds(ticket_ttl_s, "ticket_ttl_s"):
             raise InvalidRequest("ticket_ttl_s is 0; a ticket must last for some time", field="ticket_ttl_s")
-        order = LookupOrder(chain, lease_ttl_s, request_id, session_id, adoptions, ticket_ttl_s)
+        order = LookupOrder(chain, lease_ttl_s, request_id, session_id, adoptions, ticket_ttl_s, spans.current())
         connection = self._connection
         pending = PendingLookup(self, connection.background, order, connection.deadline(timeout_s))
         pending.begin()
@@ -236,7 +243,9 @@ class BlockCache:
             counts = adopted.token_counts
             return Lease(self._connection, self._transports, self.layout, shard, counts, attachment, answer, asked_at_s)
 
-        return self._connection.retried(attempt, deadline)
+        lease = self._connection.retried(attempt, deadline)
+        lease.trace = spans.current()
+        return lease
 
     def save(
         self,
@@ -354,7 +363,15 @@ class BlockCache:
             order.client_id = client_id
             return self._transports.save(order, deadline)
 
-        return self._connection.retried(attempt, deadline)
+        with spans.span("kvservice.save", "client", blocks=sum(map(len, chains))) as span:
+            results = self._connection.retried(attempt, deadline)
+            if span is not None and order is not None:
+                span.set(
+                    bytes=order.size_bytes,
+                    stored_blocks=sum(each.stored for each in results),
+                    refused_blocks=sum(len(each.refused) for each in results),
+                )
+        return results
 
     def slice_bytes(self, token_count: int, layer: int | None = None) -> int:
         """The size of one layer of one block in this shard.

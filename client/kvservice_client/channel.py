@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from kvservice_api import spans
 from kvservice_api.address import TcpAddress, UnixAddress, parse_address
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.status import from_rpc_error
@@ -136,11 +137,14 @@ class Channel:
     def call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M:
         """One request, one answer."""
         deadline.check()
+        metadata = spans.headers()
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.unary_unary(method, _to_bytes, answer.FromString))
             deadline.begin_answer()
             try:
-                response: M = self._guarded(link, lambda: call(request, timeout=deadline.remaining_s))
+                response: M = self._guarded(
+                    link, lambda: call(request, timeout=deadline.remaining_s, metadata=metadata)
+                )
             finally:
                 deadline.end_answer()
         return response
@@ -156,9 +160,10 @@ class Channel:
     def send_frames(self, method: str, requests: Iterator[bytes], answer: type[M], deadline: Deadline) -> M:
         """Many encoded requests, one answer."""
         deadline.check()
+        metadata = spans.headers()
         with self._calling() as link:
             call = link.callable(method, lambda grpc: grpc.stream_unary(method, None, answer.FromString))
-            response: M = self._guarded(link, lambda: call(requests, timeout=deadline.remaining_s))
+            response: M = self._guarded(link, lambda: call(requests, timeout=deadline.remaining_s, metadata=metadata))
         return response
 
     def converse(self, method: str, requests: Iterator[Message], answer: type[M]) -> Answers[M]:
@@ -171,7 +176,7 @@ class Channel:
                 deadline.check()
             call = link.callable(method, lambda grpc: getattr(grpc, kind)(method, _to_bytes, decode))
             timeout_s = None if deadline is None else deadline.of_stream_s
-            return self._guarded(link, lambda: call(request, timeout=timeout_s))
+            return self._guarded(link, lambda: call(request, timeout=timeout_s, metadata=spans.headers()))
 
         return Answers(self, start, deadline)
 

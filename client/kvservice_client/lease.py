@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 from weakref import WeakSet
 
+from kvservice_api import spans
 from kvservice_api.errors import BlockNotFound, Cancelled, InvalidRequest, KVError, LeaseExpired
 from kvservice_api.layout import LayerGroup, Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
@@ -79,8 +80,12 @@ class Lease:
         self._transfers: WeakSet[TransferDeadline] = WeakSet()  # Of loads and views that are in use.
         self._lock = threading.Lock()
         self._is_cancelled = False
+        self.trace: spans.TraceContext | None = None  # Of loads and views on threads that have none.
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
         self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
+
+    def __repr__(self) -> str:
+        return f"Lease({self.hit_blocks} blocks of {self.hit_tokens} tokens, ends in {self.remaining_s:.1f} s)"
 
     @property
     def hit_blocks(self) -> int:
@@ -138,7 +143,11 @@ class Lease:
         order = self._order(first_block, block_count)
         if into is not None:
             order = replace(order, into=self._targets(order, into))
-        return self._layers(order, self._deadline(order, timeout_s, layer_timeout_s, idle_timeout_s))
+        layers = self._layers(order, self._deadline(order, timeout_s, layer_timeout_s, idle_timeout_s))
+        trace = spans.current() or self.trace
+        if trace is None:
+            return layers
+        return spans.steps(layers, trace, "kvservice.load", "kvservice.layer", _described, **_sizes(order))
 
     def view(
         self,
@@ -174,9 +183,18 @@ class Lease:
         locate_s = arguments.seconds(timeout_s, "timeout_s") if timeout_s is not None else None
         whole_s = None if layer_timeout_s is not None else timeout_s
         deadline = self._deadline(order, whole_s, layer_timeout_s, idle_timeout_s)
-        with deadline.layer(locate_s):
-            self._keep(deadline)
-            return self._transports.view(order, deadline, verify)
+        trace = spans.current() or self.trace
+        span = None if trace is None else spans.OpenSpan("kvservice.view", trace, "client", _sizes(order))
+        try:
+            with deadline.layer(locate_s), spans.within(None if span is None else span.context):
+                self._keep(deadline)
+                view = self._transports.view(order, deadline, verify)
+        except BaseException as error:
+            if span is not None:
+                span.end(error)
+            raise
+        view.span = span
+        return view
 
     def cancel(self) -> None:
         """End all running loads and views of this lease, and refuse later ones: they raise Cancelled.
@@ -357,6 +375,15 @@ class Lease:
             answer = next(renewing)
         self._ttl_s = answer.ttl_ms / 1e3
         self._end_s = asked_at_s + self._ttl_s
+
+
+def _sizes(order: LoadOrder) -> dict[str, object]:
+    """The attributes of a span."""
+    return {"blocks": order.block_count, "layers": order.layer_count, "bytes": order.size_bytes}
+
+
+def _described(layer: LoadedLayer) -> dict[str, object]:
+    return {"layer": layer.index, "bytes": layer.data.nbytes}
 
 
 def _cancelled() -> Cancelled:

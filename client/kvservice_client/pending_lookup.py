@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvservice_api import spans
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, LeaseExpired
 from kvservice_api.keys import BlockChain, ChainBuilder
 from kvservice_client import arguments, forks
@@ -28,6 +29,7 @@ class LookupOrder(NamedTuple):
     session_id: str
     adoptions: int
     ticket_ttl_s: float
+    trace: spans.TraceContext | None  # The caller's.
 
 
 class FoundPrefix(NamedTuple):
@@ -111,7 +113,8 @@ class PendingLookup:
                 return
             if not self._deadline.remaining_s:
                 raise self._late()
-            found = self._look_up()
+            with spans.within(self._order.trace):
+                found = self._look_up()
         except Exception as error:
             self._give_up(error)
             return

@@ -74,7 +74,7 @@ class SessionState:
 
     @property
     def read_positions(self) -> list[int]:
-        """The position at which each slice is read: the sum of the token counts before it."""
+        """The position at which each slice is read: the sum of the token counts before it. Empty without `slices`."""
         return list(accumulate((each.token_count for each in self.slices), initial=0))[:-1]
 
 
@@ -155,6 +155,9 @@ class Session:
         self._connection = connection
         self._blocks = blocks
         self.session_id = session_id
+
+    def __repr__(self) -> str:
+        return f"Session({self.session_id!r}, {self.layout.model_id!r}, {self.layout.fingerprint.hex()[:8]})"
 
     @property
     def layout(self) -> Layout:

@@ -37,9 +37,11 @@ class Breaker:
         failures: int = 2,
         probe_s: float = 0.5,
         clock: Clock = SYSTEM_CLOCK,
+        on_change: Callable[[bool], None] = lambda is_open: None,
     ) -> None:
         """`probe` asks the daemon, within a time of its own, and returns whether it answered. An exception counts as
-        no answer. The pauses between probes go by `clock`.
+        no answer. The pauses between probes go by `clock`. `on_change` is called when it has opened (True) or closed
+        (False), with its lock held.
         """
         if failures < 1 or probe_s <= 0:
             raise ValueError("a breaker needs at least one failure, and time between its probes")
@@ -47,6 +49,7 @@ class Breaker:
         self._failures_max = failures
         self._probe_s = probe_s
         self._clock = clock
+        self._on_change = on_change
         self._lock = threading.Lock()
         self._failures = 0
         self._state = State.CLOSED
@@ -84,6 +87,7 @@ class Breaker:
     def _open(self) -> None:
         self._state = State.OPEN
         self._opened += 1
+        self._on_change(True)
         arguments = (weakref.ref(self), self._ends, self._probe_s, self._clock)
         self._thread = threading.Thread(target=_run, args=arguments, name="kvservice-breaker", daemon=True)
         self._thread.start()
@@ -99,6 +103,7 @@ class Breaker:
             self._state = State.CLOSED if answered else State.OPEN
             if answered:
                 self._failures, self._thread = 0, None
+                self._on_change(False)
         return answered
 
     def close(self, timeout_s: float = 5.0) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from kvservice_adapter.device.base import Device, Event, Pages, StreamClosed
+from kvservice_api import spans
 from kvservice_api.errors import KVError
 from kvservice_api.image import layer_starts
 from kvservice_client import BlockCache, BlockChain, Durability, LayerGroup, SaveResult
@@ -29,6 +30,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 
 OnDone = Callable[["SaveResult | Exception"], None]
+OnDropped = Callable[[str, int], None]  # Why blocks are not saved, and how many.
 
 
 @dataclass(slots=True)
@@ -50,8 +52,17 @@ class SaverStats:
 class LayerSaver:
     """Saves of one rank, one after another. Thread-safe. One thread gathers, another sends."""
 
-    def __init__(self, device: Device, blocks: BlockCache, *, staging_bytes: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        blocks: BlockCache,
+        *,
+        staging_bytes: int,
+        on_dropped: OnDropped = lambda reason, blocks: None,
+    ) -> None:
+        """`on_dropped` is called on any thread, for saves without room, that failed, or that the daemon refused."""
         self._blocks = blocks
+        self._on_dropped = on_dropped
         self._staging = device.staging(staging_bytes)
         self._gathering = device.stream("kvservice-gather")
         self._sending = device.stream("kvservice-save")
@@ -88,6 +99,7 @@ class LayerSaver:
             memory = None if self._closed else self._staging.reserve(ends[-1])
             if memory is None:
                 self._count(dropped=1, dropped_blocks=len(chain))
+                self._on_dropped("STAGING_FULL", len(chain))
                 return None
             self._jobs += 1
         layers = [memory[start:end] for start, end in pairwise([0, *ends])]
@@ -137,7 +149,8 @@ class LayerSaver:
 
     def _send(self, work: _Work) -> None:
         try:
-            result = self._blocks.save(work.chain, work.layers, work.durability)
+            with spans.within(work.trace):
+                result = self._blocks.save(work.chain, work.layers, work.durability)
         except Exception as error:  # Counted and logged by `_ended`; the engine never sees it.
             self._ended(work, error)
         else:
@@ -153,12 +166,15 @@ class LayerSaver:
                 refused_blocks=len(outcome.refused),
                 sent_bytes=work.memory.size,
             )
+            for _, error in outcome.refused:
+                self._on_dropped(error.reason, 1)
         elif outcome is not None:
             reason = outcome.reason if isinstance(outcome, KVError) else type(outcome).__name__
             self._lines.warning(
                 "a save of %d blocks failed: %s: %s", len(work.chain), reason, outcome, kind=str(reason)
             )
             self._count(failed=1, failed_blocks=len(work.chain))
+            self._on_dropped(outcome.reason if isinstance(outcome, KVError) else "INTERNAL", len(work.chain))
         else:
             self._count(abandoned=1)
         if work.on_done is not None and outcome is not None:
@@ -186,6 +202,7 @@ class _Work:
     memory: Bytes  # Of the staging, which releases it at the end.
     layers: list[Bytes]  # The same memory, cut into layers.
     events: dict[int, Event]
+    trace: spans.TraceContext | None  # Of the thread that began it.
     is_committed: bool = False
     durability: Durability = Durability.DRAM
     on_done: OnDone | None = None
@@ -196,7 +213,7 @@ class SaveJob:
 
     def __init__(self, saver: LayerSaver, chain: BlockChain, memory: Bytes, layers: list[Bytes]) -> None:
         self._saver = saver
-        self._work = _Work(chain, memory, layers, {})
+        self._work = _Work(chain, memory, layers, {}, spans.current())
         self._abandon = weakref.finalize(self, saver._end, self._work)
         self._abandon.atexit = False
 

@@ -404,9 +404,7 @@ class BlockIndex:
         """The layout's id, and the layout. Raises UnknownLayout."""
         layout_id = self.layout_id(fingerprint)
         if layout_id is None:
-            raise UnknownLayout(
-                f"no layout with fingerprint {fingerprint.hex() or '(empty)'} was opened here: call OpenLayout"
-            )
+            raise UnknownLayout(f"no layout with fingerprint {fingerprint.hex() or '(empty)'} was opened here")
         return layout_id, self.layouts[layout_id]
 
     def block_tokens(self, layout_id: int) -> int:

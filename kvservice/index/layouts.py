@@ -38,7 +38,7 @@ class LayoutEntries:
         """Read the entries of the durable index. `counter` is its value under NEXT_LAYOUT_KEY."""
         self._folder = store / LAYOUTS_NAME
         self._durable = durable
-        self._max = layouts_max
+        self.count_max = layouts_max
         self._layouts: dict[int, Layout] = {}
         self._ids: dict[bytes, int] = {}
         self.by_id: Mapping[int, Layout] = MappingProxyType(self._layouts)
@@ -63,12 +63,12 @@ class LayoutEntries:
     @property
     def is_full(self) -> bool:
         """Whether the store knows as many layouts as it may."""
-        return len(self._layouts) >= self._max
+        return len(self._layouts) >= self.count_max
 
     def expect_room(self, fingerprint: bytes) -> None:
         """Raises IndexFull if the layout is new and the store has its maximum of layouts."""
         known = self._ids.keys() | self._in_flight
-        if fingerprint not in known and len(known) >= self._max:
+        if fingerprint not in known and len(known) >= self.count_max:
             raise IndexFull(
                 f"the store knows {len(known)} layouts, as many as index.layouts_max allows; those without blocks "
                 "are forgotten at the daemon's next start"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from kvservice.store.types import StoreFacts, StoreGauges
 from kvservice_api.layout import Layout
 
 PREFIX = "kvservice_"
+PATHS = ("stream", "in_place")
 _LAYOUT_DIGITS = 16  # As `kvctl explain` shows fingerprints.
 
 Labels = tuple[str, ...]
@@ -32,9 +33,14 @@ class Sources:
     heartbeat: Heartbeat
     certificates: Certificates | None
 
-    def by_layout(self, counts: Mapping[int, int]) -> Samples:
-        layouts = self.gauges.layouts
-        return {(label(layouts[each][0]),): count for each, count in dict(counts).items() if each in layouts}
+    @property
+    def layouts(self) -> Mapping[int, str]:
+        """By id: the value of the label `layout`."""
+        return {each: label(layout) for each, (layout, _) in self.gauges.layouts.items()}
+
+    @property
+    def tiers(self) -> Sequence[str]:
+        return list(self.gauges.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,11 @@ class Metric:
 def label(layout: Layout) -> str:
     """The value of the label `layout`: the first digits of the fingerprint, in hexadecimal."""
     return layout.fingerprint.hex()[:_LAYOUT_DIGITS]
+
+
+def from_zero(known: Iterable[Labels], samples: Samples, zero: float | Durations = 0) -> Samples:
+    """The samples, and `zero` for known labels without one: `rate` does not see the event that begins a series."""
+    return {**dict.fromkeys(known, zero), **samples}
 
 
 def total(name: str, meaning: str, use: str, of: str = "") -> Metric:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvservice.metrics.rows import Metric, Samples, Sources, gauge, histogram, label, total, totals
+from kvservice.counters import Durations
+from kvservice.metrics.rows import Metric, Samples, Sources, from_zero, gauge, histogram, label, total, totals
 from kvservice.store.types import STATES, TierFacts
+
+_PROMOTED_FOR = (("load",), ("prefetch",), ("read_ahead",))
 
 
 def _of_tiers(name: str, meaning: str, use: str, read: Callable[[TierFacts], float]) -> Metric:
@@ -64,7 +67,7 @@ TIERS = (
         "Bytes read from a tier below DRAM: loads, promotions, scrubs, and copies further down.",
         "The drive's read load.",
         ("tier",),
-        lambda from_: {(tier,): from_.counters.tier_read_bytes[tier] for tier in list(from_.gauges.blocks)[1:]},
+        lambda from_: {(tier,): from_.counters.tier_read_bytes[tier] for tier in from_.tiers[1:]},
     ),
     Metric(
         "tier_written_bytes_total",
@@ -72,7 +75,7 @@ TIERS = (
         "Bytes of blocks written to a tier below DRAM. Writes of the index are not counted.",
         "Wear: `rate(...[1d]) * 86400` over the capacity of the drive, not of the tier: drive writes per day.",
         ("tier",),
-        lambda from_: {(tier,): from_.counters.tier_written_bytes[tier] for tier in list(from_.gauges.blocks)[1:]},
+        lambda from_: {(tier,): from_.counters.tier_written_bytes[tier] for tier in from_.tiers[1:]},
     ),
     gauge("blocks", "Stored objects.", "The size of the store.", lambda s: s.facts.blocks),
     Metric(
@@ -91,6 +94,18 @@ TIERS = (
         "kvservice_layout_info`.",
         ("layout", "model", "block_tokens"),
         _layouts,
+    ),
+    gauge(
+        "layouts",
+        "Layouts that the store knows.",
+        "One for each model, dtype and block size.",
+        lambda s: s.facts.layouts,
+    ),
+    gauge(
+        "layouts_max",
+        "Layouts that the store may know: `index.layouts_max`.",
+        "The limit of `layouts`: then new models are refused as `INDEX_FULL`.",
+        lambda s: s.facts.layouts_max,
     ),
     gauge("pinned_blocks", "Pinned objects.", "They cannot be evicted.", lambda s: s.gauges.pinned_blocks),
     gauge(
@@ -188,7 +203,7 @@ PROMOTIONS = (
         "`prefetch` or hint, a `read_ahead`.",
         'The slow part of `load_first_layer_seconds{tier="ssd"}`.',
         ("reason",),
-        lambda from_: dict(from_.counters.promotion_times),
+        lambda from_: from_zero(_PROMOTED_FOR, from_.counters.promotion_times, Durations()),
     ),
     gauge(
         "promoting_blocks",
@@ -229,10 +244,18 @@ DAEMON = (
     Metric(
         "build_info",
         "gauge",
-        "1: the daemon's version, and the placement policy that decides now.",
+        "1: the daemon's version.",
         "Which version runs where.",
-        ("version", "policy"),
-        lambda from_: {(from_.version, from_.gauges.policy): 1},
+        ("version",),
+        lambda from_: {(from_.version,): 1},
+    ),
+    Metric(
+        "policy_info",
+        "gauge",
+        "1: the placement policy that decides now. `kvctl policy` changes it, so it is no label of `build_info`.",
+        "Which policy runs where, and since when.",
+        ("policy",),
+        lambda from_: {(from_.gauges.policy,): 1},
     ),
     Metric(
         "state",
@@ -245,7 +268,7 @@ DAEMON = (
     histogram(
         "event_loop_delay_seconds",
         "How late a heartbeat of the event loop was. While it works there are up to 200 per second.",
-        "All calls wait so long. Alert on the number above 20 ms ([operating](../operating.md#metrics)): a quantile "
+        "All calls wait so long. Alert on the number above 20 ms ([monitoring](../monitoring.md)): a quantile "
         "does not show a stall, which is one of many heartbeats.",
         (),
         lambda from_: {(): from_.heartbeat.delays},

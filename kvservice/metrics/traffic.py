@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from kvservice.metrics.rows import Metric, gauge, histogram, label, total, totals
+from itertools import product
+
+from kvservice.counters import Durations
+from kvservice.metrics.rows import PATHS, Metric, from_zero, gauge, histogram, total, totals
+from kvservice.rpc.reports import OUTCOMES, PLANS
 from kvservice.store.types import MISS_REASONS
 
 LOOKUPS = (
@@ -20,7 +24,7 @@ LOOKUPS = (
         "directory: the daemon does not count those.",
         "The divisor of the hit ratio: `rate(lookup_hit_blocks_total)` over it.",
         ("layout",),
-        lambda from_: from_.by_layout(from_.counters.asked_blocks),
+        lambda from_: {(name,): from_.counters.asked_blocks[each] for each, name in from_.layouts.items()},
         ("lookup_blocks_asked",),
     ),
     Metric(
@@ -30,9 +34,9 @@ LOOKUPS = (
         "If most hits are in a slower tier, a larger DRAM tier makes loads faster.",
         ("layout", "tier"),
         lambda from_: {
-            (label(from_.gauges.layouts[each][0]), tier): count
-            for (each, tier), count in dict(from_.counters.hit_blocks).items()
-            if each in from_.gauges.layouts
+            (name, tier): from_.counters.hit_blocks[each, tier]
+            for each, name in from_.layouts.items()
+            for tier in from_.tiers
         },
         ("lookup_blocks_hit",),
     ),
@@ -43,7 +47,7 @@ LOOKUPS = (
         "each rank does.",
         "The rate at which engines can reuse tokens.",
         ("layout",),
-        lambda from_: from_.by_layout(from_.counters.hit_tokens),
+        lambda from_: {(name,): from_.counters.hit_tokens[each] for each, name in from_.layouts.items()},
     ),
     Metric(
         "lookup_misses_total",
@@ -54,11 +58,7 @@ LOOKUPS = (
         ("layout", "reason"),
         lambda from_: {
             (name, reason): from_.counters.misses[each, reason]
-            for each, name in (
-                (each, label(from_.gauges.layouts[each][0]))
-                for each in list(from_.counters.asked_blocks)
-                if each in from_.gauges.layouts
-            )
+            for each, name in from_.layouts.items()
             for reason in MISS_REASONS
         },
     ),
@@ -70,7 +70,7 @@ LOADS = (
         "The part of the time to first token that a load adds. `tier` is the slowest one that the load needs: if `ssd` "
         "is slow, see `promoting_blocks` and the drive.",
         ("path", "tier"),
-        lambda from_: dict(from_.counters.first_layer_times),
+        lambda from_: from_zero(product(PATHS, from_.tiers), from_.counters.first_layer_times, Durations()),
     ),
     histogram(
         "load_seconds",
@@ -78,7 +78,7 @@ LOADS = (
         "`in_place` the client ends the call. Loads that fail are not counted.",
         "If `stream` is slow and its first layer is not, the network or the client is slow.",
         ("path", "tier"),
-        lambda from_: dict(from_.counters.load_times),
+        lambda from_: from_zero(product(PATHS, from_.tiers), from_.counters.load_times, Durations()),
     ),
     totals(
         "load_blocks_total",
@@ -122,7 +122,7 @@ SAVES = (
         "From the start of a save until its answer, with the time in which the client sends or writes the bytes.",
         '`durability="ssd"` waits for the SSD. If `dram` is slow, saves wait for space.',
         ("path", "durability"),
-        lambda from_: dict(from_.counters.save_times),
+        lambda from_: from_zero(product(PATHS, ("dram", "ssd")), from_.counters.save_times, Durations()),
     ),
     totals(
         "save_blocks_total",
@@ -158,9 +158,17 @@ SAVES = (
         "transfers_running",
         "gauge",
         "Loads and saves that run, by kind and path.",
-        "Near `server.loads_max` or `server.saves_max`, calls are refused as `OVERLOADED`.",
+        "Near `transfers_max`, calls are refused as `OVERLOADED`.",
         ("kind", "path"),
         lambda from_: from_.gauges.transfers,
+    ),
+    Metric(
+        "transfers_max",
+        "gauge",
+        "The limit of `transfers_running`, where there is one: `server.loads_max`, `server.saves_max`.",
+        "Over it, the share of the limit that is in use.",
+        ("kind", "path"),
+        lambda from_: from_.gauges.transfers_max,
     ),
 )
 CALLS = (
@@ -194,6 +202,12 @@ CLIENTS = (
     gauge(
         "clients", "Attached clients.", "Fewer than engines run: one lost its connection.", lambda s: s.facts.clients
     ),
+    gauge(
+        "clients_max",
+        "Clients that may be attached: `server.clients_max`.",
+        "The limit of `clients`.",
+        lambda s: s.facts.clients_max,
+    ),
     gauge("leases", "Leases that run.", "Leased blocks cannot be evicted.", lambda s: s.facts.leases),
     total("leases_granted_total", "Leases granted.", "The rate of lookups whose blocks are to be loaded."),
     total(
@@ -201,7 +215,13 @@ CLIENTS = (
         "Leases that expired.",
         "Engines that do not release leases, or that wait longer than their leases last.",
     ),
-    gauge("sessions", "Sessions.", "Near `session.sessions_max`, new ones are refused.", lambda s: s.facts.sessions),
+    gauge("sessions", "Sessions.", "Near `sessions_max`, new ones are refused.", lambda s: s.facts.sessions),
+    gauge(
+        "sessions_max",
+        "Sessions that the daemon keeps: `session.sessions_max`.",
+        "The limit of `sessions`.",
+        lambda s: s.facts.sessions_max,
+    ),
     total("sessions_begun_total", "Sessions created or forked.", "The rate of new conversations."),
     total(
         "sessions_expired_total",
@@ -219,7 +239,7 @@ CLIENTS = (
         "Requests that engines reported, by plan and outcome.",
         "`failed_over` and `breaker_open` are requests that could not use the store.",
         ("plan", "outcome"),
-        lambda from_: from_.facts.reported,
+        lambda from_: from_zero(product(PLANS.values(), OUTCOMES.values()), from_.facts.reported),
     ),
 )
 HINTS = (

@@ -33,6 +33,7 @@ class BlockEvents:
         self._changed: dict[int, bool] = {}  # Blocks with changes that are not among them yet, and whether they live.
         self._known = np.full(blocks.row_capacity, -1, np.int64)  # By row: the generation that was noted last.
         self._is_open = True
+        self.on_event: Callable[[], None] = _nothing
         blocks.listeners.append(self._note_change)
 
     def close(self) -> None:
@@ -103,6 +104,7 @@ class BlockEvents:
         if self._is_open:
             self._note_changes()
             self._notes.append(event)
+            self.on_event()
 
     def _note_change(self, row: int) -> None:
         is_live = bool(self._blocks.live[row])
@@ -111,6 +113,7 @@ class BlockEvents:
         if self._changed.get(row, is_live) != is_live or len(self._changed) == _CHANGED_MAX:
             self._note_changes()  # The row may have another block now, which comes after its parent.
         self._changed[row] = is_live
+        self.on_event()
 
     def _note_changes(self) -> None:
         if not self._changed:
@@ -153,6 +156,10 @@ class BlockEvents:
             shards,
             np.ascontiguousarray(blocks.key[rows]).view(np.int64).reshape(len(rows), -1)[:, 0],
         )
+
+
+def _nothing() -> None:
+    pass
 
 
 def _by_depth(rows: Rows, parents: Rows) -> Rows:

@@ -8,6 +8,7 @@ from heapq import nsmallest
 from itertools import islice
 
 import numpy as np
+import numpy.ma  # np.unique imports it, which must not fail later where no more files may be opened.
 from numpy.typing import NDArray
 
 from kvservice.blocks import Rows, TierName

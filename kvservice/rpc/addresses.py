@@ -68,7 +68,7 @@ class SocketLock:
             raise _unusable(path, f"{lock} cannot be made: {error.strerror}") from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _expect_no_listener(path)  # Not every program that listens there takes the lock.
+            expect_no_listener(path)  # Not every program that listens there takes the lock.
         except BlockingIOError:
             os.close(self._fd)
             raise _unusable(path, "another daemon listens there; name another socket, or `off`") from None
@@ -80,7 +80,8 @@ class SocketLock:
         os.close(self._fd)
 
 
-def _expect_no_listener(path: Path) -> None:
+def expect_no_listener(path: Path) -> None:
+    """Raises AddressUnusable if a program listens on this UNIX socket, or if another kind of file has its path."""
     try:
         is_socket = stat.S_ISSOCK(path.stat().st_mode)
     except OSError:

@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError
 
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.store import BlockStore
-from kvservice_api.errors import InvalidRequest, KVError, UnknownClient
+from kvservice_api import spans
+from kvservice_api.errors import InvalidRequest, KVError, Overloaded, UnknownClient
 from kvservice_api.status import grpc_code, to_status
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Unary = Callable[[Any, Context], Awaitable[Any]]
 
+_INTERNAL = "INTERNAL"
 _DETAILS_KEY = "grpc-status-details-bin"
 _LOCAL = "local"
 _ANONYMOUS = "anonymous"
@@ -68,6 +70,7 @@ class CallCounts:
     def add_method(self, method: str) -> None:
         """Count it from now on, from zero."""
         self.running[method] = self.ended[method, "OK"] = 0
+        self.errors[method, _INTERNAL] = self.errors[method, Overloaded.reason] = 0  # Alerts are about these.
 
     def end(self, method: str, code: str, reason: str) -> None:
         """Without a `reason` it was no error."""
@@ -77,10 +80,17 @@ class CallCounts:
             self.errors[method, reason] += 1
 
 
-def guarded(handler: Unary, counts: CallCounts, parse: Callable[[bytes], Any] | None = None) -> Unary:
+def guarded(
+    handler: Unary,
+    counts: CallCounts,
+    parse: Callable[[bytes], Any] | None = None,
+    *,
+    span_name: str = "",
+) -> Unary:
     """A handler that answers once or writes to its context, its errors turned into statuses, and counted.
 
-    `parse` reads the request of a unary call here, because a parse error inside grpc gives the caller no reason.
+    `parse` reads the request of a unary call here, because a parse error inside grpc gives the caller no reason. With
+    a `span_name`, calls of clients that record a trace have a span of this name in it.
     """
     method = handler.__name__
     counts.add_method(method)
@@ -89,6 +99,7 @@ def guarded(handler: Unary, counts: CallCounts, parse: Callable[[bytes], Any] | 
     async def call(request: Any, context: Context) -> Any:
         code, reason = "CANCELLED", ""
         counts.running[method] += 1
+        span = spans.of_call(span_name, context.invocation_metadata() or ()) if span_name else None
         try:
             answer = await handler(request if parse is None else parse(request), context)
             code = "OK"
@@ -106,11 +117,13 @@ def guarded(handler: Unary, counts: CallCounts, parse: Callable[[bytes], Any] | 
             # A write failed because the client has disconnected: no error for the log, and no client to answer.
             raise asyncio.CancelledError from error
         except Exception:  # A bug of the daemon: it ends this call only, with its traceback in the log.
-            code = reason = "INTERNAL"
+            code = reason = _INTERNAL
             log.exception("a handler failed: %s", method)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; the daemon's log has the details")
         finally:
             counts.end(method, code, reason)
+            if span is not None:
+                span.end_call(code, reason)
 
     return call
 

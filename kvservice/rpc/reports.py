@@ -12,13 +12,13 @@ from kvservice_api.v1 import blocks_pb2 as pb
 _TEXT_BYTES_MAX = 200
 _TEXTS = ("client_name", "plan_reason", "outcome_reason", "tier", "transport")
 _AGO_MS_MAX = 30 * 86_400_000
-_PLANS: Mapping[pb.RequestPlan, str] = {
+PLANS: Mapping[pb.RequestPlan, str] = {
     pb.REQUEST_PLAN_UNSPECIFIED: "none",
     pb.REQUEST_PLAN_LOAD: "load",
     pb.REQUEST_PLAN_RECOMPUTE: "recompute",
     pb.REQUEST_PLAN_MIXED: "mixed",
 }
-_OUTCOMES: Mapping[pb.RequestOutcome, str] = {
+OUTCOMES: Mapping[pb.RequestOutcome, str] = {
     pb.REQUEST_OUTCOME_DONE: "done",
     pb.REQUEST_OUTCOME_MISS: "miss",
     pb.REQUEST_OUTCOME_FAILED_OVER: "failed_over",
@@ -31,9 +31,9 @@ def report_record(report: pb.RequestReport, now_ms: int) -> ReportRecord:
 
     Raises InvalidRequest.
     """
-    if report.plan not in _PLANS:
+    if report.plan not in PLANS:
         raise InvalidRequest(f"no plan has the number {report.plan}", field="plan")
-    if report.outcome not in _OUTCOMES:
+    if report.outcome not in OUTCOMES:
         raise InvalidRequest(f"no outcome has the number {report.outcome}", field="outcome")
     for name in _TEXTS:
         text = getattr(report, name)
@@ -46,7 +46,7 @@ def report_record(report: pb.RequestReport, now_ms: int) -> ReportRecord:
     began_ms = max(0, now_ms - min(report.ago_ms, _AGO_MS_MAX))
     report.ClearField("ago_ms")  # It was relative to the time of sending.
     report.DiscardUnknownFields()  # They may have any size.
-    plan, outcome = _PLANS[report.plan], _OUTCOMES[report.outcome]
+    plan, outcome = PLANS[report.plan], OUTCOMES[report.outcome]
     return ReportRecord(report.report_id, began_ms, plan, outcome, report, _computed_bytes_per_s(report))
 
 

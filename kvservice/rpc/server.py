@@ -64,6 +64,7 @@ class Server:
         frame_bytes: int,
         unix_socket: UnixSocket | None = None,
         credentials: grpc.ServerCredentials | None = None,
+        is_traced: bool = False,
     ) -> None:
         self.calls = CallCounts()
         self._server = grpc.aio.server(options=_options(frame_bytes))
@@ -74,7 +75,8 @@ class Server:
             admin_pb2.DESCRIPTOR.services_by_name["AdminService"]: admin,
         }
         for descriptor, servicer in services.items():
-            self._server.add_generic_rpc_handlers([_handlers(descriptor, servicer, self.calls)])
+            handlers = _handlers(descriptor, servicer, self.calls, is_traced=is_traced)
+            self._server.add_generic_rpc_handlers([handlers])
         names = [descriptor.full_name for descriptor in services]
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # Its types leave `aio` out.
         self._health_names = ["", *names]
@@ -109,7 +111,9 @@ class Server:
             await self._health.set(name, status)
 
 
-def _handlers(descriptor: ServiceDescriptor, servicer: object, calls: CallCounts) -> grpc.GenericRpcHandler[Any, Any]:
+def _handlers(
+    descriptor: ServiceDescriptor, servicer: object, calls: CallCounts, *, is_traced: bool
+) -> grpc.GenericRpcHandler[Any, Any]:
     methods = {}
     for method in descriptor.methods:
         request = message_factory.GetMessageClass(method.input_type)
@@ -122,7 +126,12 @@ def _handlers(descriptor: ServiceDescriptor, servicer: object, calls: CallCounts
         }[method.client_streaming, method.server_streaming]
         is_stream = method.client_streaming
         methods[method.name] = make(
-            guarded(getattr(servicer, method.name), calls, parse=None if is_stream else request.FromString),
+            guarded(
+                getattr(servicer, method.name),
+                calls,
+                parse=None if is_stream else request.FromString,
+                span_name=f"{descriptor.full_name}/{method.name}" if is_traced else "",
+            ),
             request_deserializer=request.FromString if is_stream and method.name not in _RAW_REQUESTS else None,
             response_serializer=None if method.name in _RAW_RESPONSES else response.SerializeToString,
         )

@@ -15,7 +15,7 @@ from kvservice.simulate.engine import CONTENDERS
 from kvservice.simulate.engine import simulate as run
 from kvservice.simulate.notes import notes_of
 from kvservice.simulate.result import Result
-from kvservice.simulate.settings import Machine
+from kvservice.simulate.settings import GIB, Machine
 from kvservice.simulate.workload import Workload
 
 #: Factors on the capacity of the swept tier.
@@ -98,7 +98,7 @@ def _check_plot(file: Path, sweep: Sweep, sizes: SizeOptions) -> None:
     if not existed:
         file.unlink()
     if not plot.is_available():
-        fail("--plot needs matplotlib, which is not installed. Install it: pip install 'kvservice[plot]'.")
+        fail("--plot needs matplotlib, which is not installed. Install it: pip install matplotlib.")
 
 
 def _play(
@@ -110,17 +110,16 @@ def _play(
     factors: tuple[float, ...],
 ) -> dict[tuple[str, float], Result]:
     found = {}
-    with output.progress() as progress:
-        task = progress.add_task("", total=len(names) * len(factors))
+    with output.Simulations(len(names) * len(factors)) as simulations:
         for name in names:
             for factor in factors:
-                progress.update(task, description=name)
                 sized = scaled(machine, sweep, factor)
+                simulations.begins(name, sized.dram_bytes / GIB, sized.ssd_bytes / GIB)
                 try:
                     found[name, factor] = run(workload, sized, name, warmup_turns=warmup_turns)
                 except ValueError as error:
                     fail(f"{error}.")
-                progress.advance(task)
+                simulations.ended()
     return found
 
 

@@ -7,7 +7,8 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from threading import Timer
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -15,7 +16,8 @@ from rich.table import Table
 
 from kvservice.simulate.result import Result
 
-_TABLE_WIDTH_MIN = 160
+_WIDTH = 100_000  # Wider than any row: a terminal breaks the lines that are longer than it is wide.
+_SILENT_S = 2.0
 
 
 def print_json(document: object) -> None:
@@ -93,20 +95,56 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def console() -> Console:
-    found = Console(highlight=False)
-    found.width = max(found.width, _TABLE_WIDTH_MIN)
-    return found
+    """For stdout. It neither cuts nor breaks a line."""
+    return Console(highlight=False, width=_WIDTH)
 
 
-def progress() -> Progress:
-    """A progress bar on stderr, shown only on a terminal."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+class Simulations:
+    """Shows what is simulated, on stderr: beside a bar on a terminal. Elsewhere as lines, of a run that takes seconds.
+
+    A context manager.
+    """
+
+    def __init__(self, total: int | None) -> None:
+        """`total` is the number of simulations; None if it is not known."""
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("", total=total)
+        self._what = ""
+        self._writes_lines = False
+        self._timer = Timer(_SILENT_S, self._begin_lines)
+        self._timer.daemon = True
+
+    def begins(self, policy: str, dram_gb: float, ssd_gb: float) -> None:
+        self._what = f"simulating {policy} with {size(dram_gb)} of DRAM and {size(ssd_gb)} of SSD"
+        self._progress.update(self._task, description=self._what)
+        if self._writes_lines:
+            self._write()
+
+    def ended(self) -> None:
+        self._progress.advance(self._task)
+
+    def _begin_lines(self) -> None:
+        self._writes_lines = True
+        self._write()
+
+    def _write(self) -> None:
+        print(f"kvctl: {self._what}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        if self._progress.disable:
+            self._timer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.cancel()
+        self._progress.stop()

@@ -61,16 +61,16 @@ def plan(
     def share(result: Result) -> float:
         return float(getattr(result, _FIELDS[of]))
 
-    with output.progress() as progress:
-        task = progress.add_task("simulating", total=None)
+    with output.Simulations(None) as simulations:
 
         @functools.cache
         def simulated(name: str, dram_gb: float, ssd_gb: float) -> Result:
+            simulations.begins(name, dram_gb, ssd_gb)
             try:
                 result = simulate(workload, machine_of(dram_gb, ssd_gb), name, warmup_turns=load.warmup_turns)
             except ValueError as error:
                 fail(f"{error}.")
-            progress.advance(task)
+            simulations.ended()
             return result
 
         ceiling = share(simulated("infinite", footprint_gb, footprint_gb))

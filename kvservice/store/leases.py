@@ -88,7 +88,7 @@ class Leases:
         self._loop_budget = loop_budget
         self._clock = clock
         self._counters = counters
-        self._clients_max = clients_max
+        self.clients_max = clients_max
         self._per_client_max = per_client_max
         self._blocks_per_client_max = blocks_per_client_max
         self._clients: dict[bytes, Client] = {}
@@ -131,8 +131,8 @@ class Leases:
         """A new client; detach it at its end. Raises InvalidRequest, Overloaded."""
         if len(name) > 200:
             raise InvalidRequest("client_name is longer than 200 characters", field="client_name")
-        if len(self._clients) >= self._clients_max:
-            raise Overloaded(f"{self._clients_max} clients are attached, the most that this daemon takes")
+        if len(self._clients) >= self.clients_max:
+            raise Overloaded(f"{self.clients_max} clients are attached, the most that this daemon takes")
         self._next_client_number += 1
         client = Client(secrets.token_bytes(16), name, self._next_client_number, self._clock.wall_ms())
         self._clients[client.client_id] = client

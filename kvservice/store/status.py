@@ -46,10 +46,13 @@ class StoreFacts:
     index_used_bytes: dict[TierName, int]
     blocks: int
     layouts: int
+    layouts_max: int
     clients: int
+    clients_max: int
     leases: int
     uploads: int
     sessions: int
+    sessions_max: int
     hint_streams: int
     queued_requests: int  # In the queues that hints describe.
     set_aside_bytes: int
@@ -116,10 +119,13 @@ class Status:
             index_used_bytes=index.used_sizes,
             blocks=self._blocks.live_count,
             layouts=len(index.layouts),
+            layouts_max=index.layout_entries.count_max,
             clients=self._leases.client_count,
+            clients_max=self._leases.clients_max,
             leases=self._leases.count,
             uploads=self._claims.object_count,
             sessions=self._sessions.count,
+            sessions_max=self._sessions.limits.sessions_max,
             hint_streams=self._hints.stream_count,
             queued_requests=self._hints.queued_count,
             set_aside_bytes=sum(extent.size_bytes for extent in set_aside),

@@ -10,7 +10,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -73,6 +73,16 @@ async def on_thread(work: Callable[[], T], executor: Executor | None = None) -> 
         return await asyncio.shield(job)
     finally:
         await ended(job)
+
+
+def executor_of(threads: int, name: str) -> ThreadPoolExecutor:
+    """An executor whose threads run from now on: later the process may get none, and calls would fail."""
+    executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    all_run = threading.Event()
+    for _ in range(threads):
+        executor.submit(all_run.wait)  # As no thread is idle, each call starts one.
+    all_run.set()
+    return executor
 
 
 class _Job(Generic[T]):

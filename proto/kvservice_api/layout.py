@@ -185,11 +185,17 @@ class Layout:
     def _check(self) -> None:
         _check_number("layers", self.layers, 1, _LAYERS_MAX)
         _check_number("block_tokens", self.block_tokens, 1, _BLOCK_TOKENS_MAX)
-        if not self.model_id:
-            raise InvalidLayout("model_id is empty", field="model_id")
-        for name, text in (("model_id", self.model_id), ("model_revision", self.model_revision)):
+        texts: tuple[tuple[str, object], ...] = (
+            ("model_id", self.model_id),
+            ("model_revision", self.model_revision),
+        )
+        for name, text in texts:
+            if not isinstance(text, str):
+                raise InvalidLayout(f"{name} is of type {type(text).__name__}; it must be text", field=name)
             if len(text.encode()) > _TEXT_BYTES_MAX:
                 raise InvalidLayout(f"{name} is longer than {_TEXT_BYTES_MAX} bytes", field=name)
+        if not self.model_id:
+            raise InvalidLayout("model_id is empty", field="model_id")
         whole = max(group.slice_bytes(group.kv_heads, self.block_tokens) for group in self.groups)
         if whole > _SLICE_BYTES_MAX:
             raise InvalidLayout(

@@ -321,4 +321,4 @@ def test_kvctl_status_shows_the_queues(
         client.hints().put(QueuedRequest("one", new_chain(LARGE)))
         until(lambda: client.hints().readiness("one").state is ReadyState.ABSENT)
         until(lambda: "1 queued requests of 1 clients that send hints" in kvctl_here("status").stdout)
-        assert "hints_received" in kvctl_here("status").stdout
+        assert "hints received" in kvctl_here("status").stdout

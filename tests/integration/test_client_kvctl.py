@@ -16,16 +16,18 @@ import pytest
 
 from kvservice import __version__
 from kvservice_client import BlockChain, Client, Durability, QueuedRequest
+from tests import process_starter
 from tests.daemon import DaemonProcess, until
 from tests.integration.conversations import layers_of, new_chain, small_layout
+from tests.process_starter import python_path
 
 KVCTL = Path(sys.executable).with_name("kvctl")
 
 
-def kvctl(*arguments: str, address: str = "", **how: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "KVCTL_ADDRESS": address, "COLUMNS": "80"}
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-    return subprocess.run([KVCTL, *arguments], env=environment, text=True, timeout=60, check=False, **streams)
+def kvctl(*arguments: str, address: str = "") -> subprocess.CompletedProcess[str]:
+    """Its standard input is no terminal."""
+    environment = {**os.environ, "KVCTL_ADDRESS": address, "COLUMNS": "80", "PYTHONPATH": python_path()}
+    return process_starter.run("tests.kvctl", arguments, environment=environment, timeout=60)
 
 
 @pytest.fixture
@@ -188,6 +190,16 @@ def test_scrub_ends_with_1_where_it_found_damage(
     assert ask("scrub")["damaged"] == 0
 
 
+def test_a_misspelled_variable_is_named_and_help_needs_no_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = kvctl("help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Looks after a KVService daemon" in done.stdout
+    monkeypatch.setenv("KVCTL_ADRESS", "127.0.0.1:1")
+    done = kvctl("status")
+    assert done.returncode == 2
+    assert "KVCTL_ADRESS in the environment is no variable of kvctl; the nearest is KVCTL_ADDRESS" in done.stderr
+
+
 def test_people_get_tables(kvctl_here: Callable[..., subprocess.CompletedProcess[str]], chain: BlockChain) -> None:
     for arguments, expected in (
         (["status"], "3 blocks of"),
@@ -204,7 +216,8 @@ def test_people_get_tables(kvctl_here: Callable[..., subprocess.CompletedProcess
 
 def test_progress_shows_on_a_terminal_only_and_never_in_the_output(daemon: DaemonProcess, chain: BlockChain) -> None:
     ours, theirs = pty.openpty()
-    done = kvctl("scrub", "--json", address=daemon.address, stderr=theirs)
+    command = [KVCTL, "scrub", "--json", "--address", daemon.address]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60, check=False)
     os.close(theirs)
     assert json.loads(done.stdout)["done"]
     assert b"scrubbing" in os.read(ours, 65536)

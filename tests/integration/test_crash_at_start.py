@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,21 +9,7 @@ import pytest
 from kvservice_client import Durability
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.known_blocks import SMALL, new_chain, save, verify
-
-_EVENTS_MAX = 400
-
-
-def deaths(daemon: DaemonProcess, *, first: int, step: int) -> int:
-    """Start the daemon repeatedly, with a kill a little later each time, until it serves. Returns the number of
-    kills.
-    """
-    for died, dies_at in enumerate(range(first, _EVENTS_MAX, step)):
-        daemon.launch(environment={"TEST_DIES_AT": str(dies_at)})
-        if daemon.serves():
-            daemon.kill()
-            return died
-        assert daemon.wait_for_end() == -signal.SIGKILL, "".join(daemon.lines)
-    raise AssertionError("the daemon never served")
+from tests.killed_starts import deaths
 
 
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])

@@ -38,7 +38,7 @@ class History:
     """The interface that a request reads."""
 
     error: BaseException | None = None
-    recompute_s = 0.0
+    recompute_s = lost_s = 0.0
 
     def __init__(self, *loaders: LayerLoader) -> None:
         self._loaders = loaders

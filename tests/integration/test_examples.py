@@ -36,16 +36,6 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_readme_s_first_code_runs_as_pasted(new_daemon: Callable[..., DaemonProcess]) -> None:
-    daemon = new_daemon(dram__capacity_bytes=160 << 20)
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert code is not None
-    exec(code[1].replace("127.0.0.1:7070", daemon.address), {})
-    with daemon.client() as client:
-        counters = client.admin.status().counters
-        assert (counters["save_blocks_stored"], counters["lookup_blocks_hit"]) == (3, 3)
-
-
 def test_saved_blocks_are_found_by_their_tokens_and_loaded_bit_for_bit() -> None:
     shown = run("save_and_load")
 
@@ -88,7 +78,11 @@ def test_an_example_uses_the_daemon_whose_address_it_is_given(new_daemon: Callab
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("save_and_load", ["127.0.0.1:1"], r"no answer from the daemon at 127\.0\.0\.1:1.*\n.*`kvservice serve`"),
+        (
+            "save_and_load",
+            ["127.0.0.1:1"],
+            r"no answer from the daemon at 127\.0\.0\.1:1.*\n.*`kvservice serve --store",
+        ),
         ("two_processes", ["127.0.0.1:99999"], r"99999.*a port is a number from 1 to 65535"),
         ("chat_transformers", ["--model", "./no-such-folder"], r"the model '\./no-such-folder' cannot be loaded"),
         ("batch", ["127.0.0.1:1"], r"no answer from the daemon"),
@@ -99,6 +93,15 @@ def test_an_example_that_cannot_run_ends_with_a_message(name: str, arguments: li
 
     assert isinstance(said, str), "such a program ends with exit code 1 and these words, and without a traceback"
     assert re.search(message, said)
+
+
+@pytest.mark.parametrize(("page", "shown"), [("fork.md", "[2, 2, 2]\n"), ("several-hosts.md", "[262144, 262144]\n")])
+def test_the_program_of_a_page_runs(
+    page: str, shown: str, new_daemon: Callable[..., DaemonProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    exec(program.replace("127.0.0.1:7070", new_daemon().address), {})
+    assert capsys.readouterr().out == shown
 
 
 def test_every_program_in_the_folder_is_tested_here_and_named_in_the_readme() -> None:

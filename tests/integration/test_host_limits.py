@@ -1,9 +1,11 @@
-"""A daemon that may take little memory or few open files: a smaller tier or a refusal, never a signal."""
+"""A daemon that may have little memory, few threads or few open files: a smaller tier or a refusal, never a signal."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +16,14 @@ import pytest
 
 from kvservice.config_sources import load_settings
 from kvservice.daemon import Daemon
+from kvservice_api.errors import DaemonUnavailable
 from kvservice_client import Durability
-from tests.control_groups import memory_group
+from tests.control_groups import memory_group, threads_group
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, new_chain, save, verify
 
 ASKED = 1024 * MIB
+TRANSPORTS: tuple[Literal["grpc", "shm"], ...] = ("grpc", "shm")
 
 
 @pytest.mark.parametrize("transport", ["grpc", pytest.param("shm", marks=pytest.mark.slow)])
@@ -158,3 +162,78 @@ def test_with_as_few_open_files_as_are_accepted_the_daemon_serves(tmp_path: Path
         save(client, LARGE, chain, Durability.SSD)
         verify(client, LARGE, chain)
         assert len(os.listdir(f"/proc/{daemon.process.pid}/fd")) < 50
+
+
+def refused(daemon: DaemonProcess) -> str:
+    """The last line of a daemon that ended by itself, before it made a store."""
+    try:
+        daemon.launch()
+        assert daemon.wait_for_end() == 1
+        assert not daemon.store.exists()
+        return daemon.lines[-1]
+    finally:
+        daemon.remove()
+
+
+def test_too_few_threads_of_the_control_group_are_refused_and_named(tmp_path: Path) -> None:
+    with threads_group(40) as group:
+        line = refused(DaemonProcess(tmp_path, program=group.program()))
+    for part in ("too few threads are allowed", f"{group.limit_file} is 40", "TasksMax="):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "part"),
+    [("RLIMIT_NPROC", 30, "LimitNPROC="), ("RLIMIT_AS", 600 * MIB, "`ulimit -v unlimited`")],
+)
+def test_too_few_threads_of_the_user_and_too_little_space_for_stacks_are_refused_and_named(
+    tmp_path: Path, limit: str, value: int, part: str
+) -> None:
+    """As another user: root has as many processes and threads as it wants."""
+    become = "os.geteuid() == 0 and (os.setgroups([]), os.setgid(12345), os.setuid(12345))"
+    program = (
+        f"import os, resource, sys; from kvservice.__main__ import main; "
+        f"resource.setrlimit(resource.{limit}, ({value}, {value})); {become}; sys.exit(main())"
+    )
+    line = refused(DaemonProcess(tmp_path, program=("-c", program)))
+    for each in ("too few threads are allowed", f"{limit} is {value}", part):
+        assert each in line
+
+
+def test_a_daemon_that_gets_no_more_threads_serves_with_those_it_has(tmp_path: Path) -> None:
+    with threads_group("max") as group, DaemonProcess(tmp_path) as daemon:
+        group.add(daemon.process.pid)
+        group.limit_file.write_text(str(group.threads))
+        for transport in TRANSPORTS:
+            with daemon.client(transport=transport) as client:
+                for durability in Durability:
+                    chain = new_chain(LARGE, 8)
+                    save(client, LARGE, chain, durability)
+                    verify(client, LARGE, chain)
+        assert not [line for line in daemon.log if line["level"] in ("warning", "error")]
+
+
+def test_connections_that_take_the_last_file_keep_out_new_clients_and_no_others(tmp_path: Path) -> None:
+    program = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
+    run = "import sys; from kvservice.__main__ import main; sys.exit(main())"
+    with DaemonProcess(tmp_path, program=("-c", f"{program}; {run}")) as daemon, daemon.client() as client:
+        chain = new_chain(LARGE, 4)
+        save(client, LARGE, chain, Durability.SSD)
+        with contextlib.ExitStack() as opened:
+            for _ in range(1000):
+                connection = opened.enter_context(socket.socket())
+                connection.setblocking(False)
+                connection.connect_ex(("127.0.0.1", daemon.port))
+            until(lambda: len(os.listdir(f"/proc/{daemon.process.pid}/fd")) == 100)
+            verify(client, LARGE, chain)
+            more = new_chain(LARGE, 4)
+            save(client, LARGE, more, Durability.SSD)
+
+        def admits_another() -> bool:
+            with contextlib.suppress(DaemonUnavailable), daemon.client(timeout_s=5) as another:
+                verify(another, LARGE, more)
+                return True
+            return False
+
+        until(admits_another)
+        assert daemon.stop() == 0

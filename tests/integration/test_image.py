@@ -1,119 +1,108 @@
-"""The image without Docker: runs the Dockerfile's own lines on folders of the test."""
+"""The image, built with buildah, and run in a pod of the manifests. Needs root, buildah, debootstrap and packages."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
+import tarfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
-from tests.daemon import until
-from tests.dockerfile import ROOT, stages
+from tests.dockerfile import stages
+from tests.manifests import DaemonPod
+from tests.running_pod import end, running_pod
+from tools.build_image import build
+from tools.image_contents import Image
 
 pytestmark = pytest.mark.slow
 
-_, BUILD, IMAGE = stages()
+IMAGE = stages()[-1]
 
 
-class Built:
-    """The result of the first stage, with the image's folders moved below `root`."""
-
-    def __init__(self, root: Path, arena: Path) -> None:
-        self._moved = {
-            "/wheels": str(root / "wheels"),
-            "/opt/kvservice": str(root / "opt"),
-            "/var/lib/kvservice": str(root / "store"),
-            "/run/kvservice": str(arena),
-        }
-        self._source = root / "src"
-        self._source.mkdir()
-        for copy in BUILD.all("COPY"):
-            *sources, target = copy.words
-            for source in sources:
-                if (ROOT / source).is_dir():
-                    shutil.copytree(ROOT / source, self._source / target, ignore=shutil.ignore_patterns("__pycache__"))
-                else:
-                    shutil.copy(ROOT / source, self._source / target)
-        self._python = root / "python"  # The base image's interpreter.
-        subprocess.run([sys.executable, "-m", "venv", self._python], check=True)
-        subprocess.run([self._python / "bin" / "pip", "install", "-q", "pip>=23.3"], check=True)
-        (root / "store").mkdir()
-
-    def build(self) -> None:
-        path = f"{self._python / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        for run in BUILD.all("RUN"):
-            environment = {**_outer_environment(), **BUILD.environment, "PATH": path}
-            subprocess.run(self.moved(run.value), shell=True, check=True, cwd=self._source, env=environment)
-
-    def moved(self, text: str) -> str:
-        for there, here in self._moved.items():
-            text = text.replace(there, here)
-        return text
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            "PATH": self.moved(IMAGE.environment["PATH"]).replace("$PATH", os.environ["PATH"]),
-            **{name: self.moved(value) for name, value in IMAGE.environment.items() if name != "PATH"},
-        }
-
-
-def _outer_environment() -> dict[str, str]:
-    """Our environment without the variables by which the build would find this working tree."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+class Built(NamedTuple):
+    image: Image
+    software: Path
+    root: Path  # The image's root file system, unpacked.
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
-    arena = Path(tempfile.mkdtemp(prefix="kvservice-test-", dir="/dev/shm"))
-    try:
-        built = Built(tmp_path_factory.mktemp("image"), arena)
-        built.build()
-        yield built
-    finally:
-        shutil.rmtree(arena)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    if os.geteuid() != 0:
+        pytest.skip("an image's files belong to several users, which takes root")
+    for program in ("buildah", "debootstrap"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    folder = tmp_path_factory.mktemp("image")
+    image, software = build(folder)
+    root = folder / "root"
+    root.mkdir(mode=0o755)
+    with tarfile.open(image.archive) as archive:
+        for layer in image.layers:
+            archive.extract(layer, folder, filter="data")
+            subprocess.run(["tar", "-C", root, "--numeric-owner", "-xf", folder / layer], check=True)
+    return Built(image, software, root)
 
 
-def test_the_image_has_no_torch_and_no_pip(built: Built) -> None:
-    for absent in ("torch", "pip", "kvservice_adapter.connectors.transformers"):
-        program = f"import {absent}"
-        done = subprocess.run(
-            [built.moved("/opt/kvservice/bin/python"), "-c", program], env=_outer_environment(), capture_output=True
-        )
-        assert done.returncode == 1, absent
+def test_it_runs_in_a_pod_of_the_manifest_keeps_tokens_and_drains(built: Built, tmp_path: Path) -> None:
+    with running_pod("vllm-sidecar", tmp_path, built.root) as pod:
+        daemon = pod.start()
+        assert Path(f"/proc/{daemon.pid}/exe").readlink().match("pod/root-0/usr/bin/python3*"), "the image's own"
+        for task in ("save", "load"):
+            assert {tiers.partition("+")[0] for tiers in pod.engine(task).split()} == {"dram"}
+        assert daemon.run(built.image.config["config"]["Healthcheck"]["Test"][1:]).returncode == 0
+        assert pod.probe(daemon, "livenessProbe") == 0
+        start_s = time.monotonic()
+        end(daemon)
+        assert time.monotonic() - start_s < DaemonPod("vllm-sidecar").spec["terminationGracePeriodSeconds"]
+
+    with running_pod("vllm-sidecar", tmp_path, built.root) as pod:  # A new pod with the same claim.
+        daemon = pod.start()
+        assert set(pod.engine("load").split()) == {"dram+ssd"}
+        end(daemon)
 
 
-def test_the_daemon_starts_becomes_healthy_and_drains_when_stopped(built: Built) -> None:
-    environment = {**_outer_environment(), **built.environment}
-    environment |= {"KVSERVICE_SSD__CAPACITY_BYTES": "64MiB", "KVSERVICE_DRAM__CAPACITY_BYTES": "64MiB"}
-    environment |= {"KVSERVICE_SERVER__ADDRESS": "127.0.0.1:0", "KVSERVICE_SERVER__METRICS_ADDRESS": ""}
+def test_its_configuration_is_that_of_the_dockerfile(built: Built) -> None:
+    config = built.image.config["config"]
 
-    def health() -> int:
-        words = IMAGE.only("HEALTHCHECK").words
-        return subprocess.run(_found(words, environment), env=environment, capture_output=True, timeout=60).returncode
-
-    assert health() == 1
-    command = _found(IMAGE.only("ENTRYPOINT").words + IMAGE.only("CMD").words, environment)
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as daemon:
-        try:
-            until(lambda: health() == 0, timeout_s=60)
-            daemon.send_signal(signal.Signals[IMAGE.only("STOPSIGNAL").value])
-            _, log = daemon.communicate(timeout=60)
-        finally:
-            daemon.kill()
-    assert daemon.returncode == 0, log
-    assert '"event": "draining"' in log
-    assert "is on a disk" not in log
-    assert health() == 1
+    given = dict(pair.split("=", 1) for pair in config["Env"])
+    expected = {name: value.replace("$PATH", "") for name, value in IMAGE.environment.items()}
+    assert given.pop("PATH").startswith(expected.pop("PATH"))
+    assert given == expected
+    assert config["User"] == IMAGE.only("USER").value
+    assert config["Entrypoint"] + config["Cmd"] == IMAGE.only("ENTRYPOINT").words + IMAGE.only("CMD").words
+    assert set(config["Volumes"]) == set(IMAGE.only("VOLUME").words)
+    assert config["StopSignal"] == IMAGE.only("STOPSIGNAL").value
 
 
-def _found(words: list[str], environment: dict[str, str]) -> list[str]:
-    program = shutil.which(words[0], path=environment["PATH"])
-    assert program, words[0]
-    return [program, *words[1:]]
+def test_it_has_no_torch_no_pip_of_its_own_and_nothing_of_the_host_that_built_it(built: Built) -> None:
+    (packages,) = built.root.glob("opt/kvservice/lib/python*/site-packages")
+    names = {each.name for each in packages.iterdir()}
+
+    assert "kvservice" in names
+    assert not names & {"torch", "pip", "transformers"}
+    for path in ("etc/pip.conf", "etc/xdg/pip", "root/.cache", "src", "wheels"):
+        assert not (built.root / path).exists(), path
+    for path in ("etc/hostname", "etc/hosts", "etc/resolv.conf"):  # buildah leaves empty ones.
+        assert not (built.root / path).exists() or not (built.root / path).read_bytes()
+    own = list(Path("/usr/local/share/ca-certificates").rglob("*.crt"))
+    bundle = (built.root / "etc/ssl/certs/ca-certificates.crt").read_text()
+    assert not [each for each in own if each.read_text().strip() in bundle]
+    assert all((each.lstat().st_uid, each.lstat().st_gid) == (0, 0) for each in (built.root / "opt").rglob("*"))
+
+
+def test_the_list_of_its_software_is_valid_and_has_its_packages_with_their_versions(built: Built) -> None:
+    text = built.software.read_text()
+    components = {each["purl"].partition("@")[0]: each["version"] for each in json.loads(text)["components"]}
+
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    for package in ("grpcio", "kvservice", "lmdb", "numpy", "typer"):
+        assert f"pkg:pypi/{package}" in components
+    assert {"pkg:deb/debian/libc6", "pkg:generic/python"} <= components.keys()
+    assert "pkg:pypi/hatchling" not in components, "it is needed to build only"

@@ -145,7 +145,9 @@ class TestWhereNoDaemonAnswers:
     def test_it_says_to_start_one_where_nothing_listens(self, hint: Any) -> None:
         with socket.socket() as bound:  # Bound and not listening: refused, and no other process takes the port.
             bound.bind(("127.0.0.1", 0))
-            assert "Start a daemon with `kvservice serve`" in hint(f"127.0.0.1:{bound.getsockname()[1]}")
+            assert "Start a daemon with `kvservice serve --store.path FOLDER`" in hint(
+                f"127.0.0.1:{bound.getsockname()[1]}"
+            )
 
     def test_it_says_that_another_program_listens(self, hint: Any, new_daemon: NewDaemon) -> None:
         with socket.socket() as bound:

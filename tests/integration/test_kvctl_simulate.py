@@ -18,18 +18,24 @@ def test_the_simulators_verbs_stand_among_the_others() -> None:
     assert all(f" {verb} " in done.stdout for verb in ("simulate", "plan", "status"))
 
 
+def refusals(stderr: str) -> list[str]:
+    """Without the lines that a long run writes."""
+    return [line for line in stderr.splitlines() if not line.startswith("kvctl: simulating ")]
+
+
 def test_simulate_prints_one_document_and_nothing_else() -> None:
     done = kvctl("simulate", *SMALL, "--policy", "lru,lookahead", "--json", address=NOBODY)
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, refusals(done.stderr)) == (0, [])
     assert [each["policy"] for each in json.loads(done.stdout)] == ["lru", "lookahead"]
 
 
 def test_plan_ends_with_1_and_a_line_where_nothing_reaches_the_target() -> None:
     done = kvctl("plan", *SMALL[:6], "--target-hit", "1", "--of", "all", "--policy", "lru", address=NOBODY)
 
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("kvctl: no size reaches 1 of all turns")
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = refusals(done.stderr)
+    assert line.startswith("kvctl: no size reaches 1 of all turns")
 
 
 def test_a_bad_trace_ends_with_1_and_a_line(tmp_path: Path) -> None:

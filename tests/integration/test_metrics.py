@@ -153,6 +153,31 @@ def test_a_layout_that_differs_from_that_of_the_stored_blocks_is_a_reason(daemon
         assert growth("lookup_misses_total", reason="other_layout", layout=other.fingerprint.hex()[:16]) == 1
 
 
+def test_series_begin_at_0_before_their_first_event(daemon: DaemonProcess, wire: Wire) -> None:
+    layout = changed(SMALL, model_id="not used yet")
+    wire.open_layout(layout)
+    scrape, name = Scrape.of(daemon), layout.fingerprint.hex()[:16]
+
+    for metric, labels in [
+        ("lookup_hit_blocks_total", {"layout": name, "tier": "ssd"}),
+        ("lookup_misses_total", {"layout": name, "reason": "quarantined"}),
+        ("rpc_errors_total", {"method": "LookupPrefix", "reason": "INTERNAL"}),
+        ("save_refused_blocks_total", {"reason": "INDEX_FULL"}),
+        ("requests_reported_total", {"plan": "mixed", "outcome": "breaker_open"}),
+        ("promotion_seconds_count", {"reason": "read_ahead"}),
+    ]:
+        assert scrape[f"kvservice_{metric}", frozenset(labels.items())] == 0
+
+
+def test_limits_are_the_settings(daemon: DaemonProcess) -> None:
+    scrape = Scrape.of(daemon)
+
+    limits = {"clients_max": 1024, "sessions_max": 16384, "layouts_max": 256}
+    assert {name: scrape.value(name) for name in limits} == limits
+    assert scrape.value("transfers_max", kind="save", path="stream") == 256
+    assert 0 < scrape.value("index_used_bytes") < scrape.value("index_map_bytes")
+
+
 def test_loads_count_blocks_bytes_tokens_and_times_on_either_path(client: Client, growth: Growth, path: str) -> None:
     chain = new_chain(SMALL, 4)
     save(client, SMALL, chain)
@@ -252,7 +277,8 @@ def test_pins_sessions_and_leases_are_gauges(daemon: DaemonProcess, wire: Wire) 
 
 
 def test_the_state_and_the_build_are_labels_of_gauges(daemon: DaemonProcess, wire: Wire) -> None:
-    assert Scrape.of(daemon).value("build_info", version=wire.status().version, policy="lru") == 1
+    assert Scrape.of(daemon).value("build_info", version=wire.status().version) == 1
+    assert Scrape.of(daemon).value("policy_info") == Scrape.of(daemon).value("policy_info", policy="lru") == 1
     list(wire.admin.Drain(admin_pb2.DrainRequest(action=admin_pb2.DRAIN_ACTION_BEGIN)))
     states = {name: Scrape.of(daemon).value("state", state=name) for name in ("serving", "draining", "stopping")}
     health = fetch(daemon, "/healthz")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tests.integration.by_hand import InPlaceWriter
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, verify
 from tests.integration.test_third_tier import counts
 from tests.integration.wire import Wire
+from tests.killed_starts import deaths
 
 BLOCK = extent_size(block_geometry(LARGE, Shard.whole(LARGE), LARGE.block_tokens).image_bytes)
 BLOCKS = 12
@@ -62,14 +62,9 @@ def refuses(daemon: DaemonProcess, *, code: int = 1) -> str:
 def start_killed_often(daemon: DaemonProcess, *, step: int, **settings: Any) -> int:
     """Start with these settings, each time with a kill a little later, until the daemon serves. Returns the kills."""
     daemon.settings |= {name.replace("__", "."): value for name, value in settings.items()}
-    for count, event in enumerate(range(1, 2000, step)):
-        daemon.launch(environment={"TEST_DIES_AT": str(event)})
-        if daemon.serves():
-            daemon.kill()
-            start(daemon)
-            return count
-        assert daemon.wait_for_end() == -signal.SIGKILL, "".join(daemon.lines)
-    raise AssertionError("the daemon never served")
+    died = deaths(daemon, first=1, step=step)
+    start(daemon)
+    return died
 
 
 def filled(daemon: DaemonProcess, durability: Durability = Durability.SSD, blocks: int = BLOCKS) -> list[BlockChain]:

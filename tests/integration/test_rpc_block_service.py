@@ -548,12 +548,12 @@ def test_GetGeneration_returns_the_layouts_number(wire: Wire) -> None:
     begun = wire.blocks.BeginGeneration(pb.BeginGenerationRequest(layout_fingerprint=SMALL.fingerprint)).generation
     assert wire.blocks.GetGeneration(request).generation == begun
     assert wire.capabilities().keeps_generations
-    with refused(UnknownLayout, "call OpenLayout"):
+    with refused(UnknownLayout, "was opened here"):
         wire.blocks.GetGeneration(pb.GetGenerationRequest(layout_fingerprint=bytes(32)))
 
 
 def test_BeginGeneration_returns_a_number_that_was_never_used(wire: Wire) -> None:
     request = pb.BeginGenerationRequest(layout_fingerprint=SMALL.fingerprint)
     assert len({0, *(wire.blocks.BeginGeneration(request).generation for _ in range(5))}) == 6
-    with refused(UnknownLayout, "call OpenLayout"):
+    with refused(UnknownLayout, "was opened here"):
         wire.blocks.BeginGeneration(pb.BeginGenerationRequest(layout_fingerprint=bytes(32)))

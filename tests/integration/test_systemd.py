@@ -103,7 +103,8 @@ def test_the_units_settings_exist_and_fit_its_folders_and_times() -> None:
         assert settings.store.path == Path("/var/lib") / service["StateDirectory"][0]
         assert settings.unix_socket_path is not None
         assert settings.unix_socket_path.parent == Path("/run") / service["RuntimeDirectory"][0]
-        assert settings.server.drain_timeout_s < seconds(service["TimeoutStopSec"][0])
+        server = settings.server
+        assert server.drain_timeout_s + server.write_timeout_s < seconds(service["TimeoutStopSec"][0])
 
 
 def test_the_example_of_settings_is_read_as_it_is() -> None:

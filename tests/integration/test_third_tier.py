@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -286,6 +285,5 @@ def test_operators_see_the_third_tier(
     ],
 )
 def test_a_wrong_configuration_is_refused_with_its_reason(tmp_path: Path, below: str, what: str) -> None:
-    command = [sys.executable, "-m", "kvservice", "serve", "--tiers.below_ssd", below, "--store.path", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = DaemonProcess.command("serve", "--tiers.below_ssd", below, "--store.path", str(tmp_path))
     assert done.returncode != 0 and what in done.stderr and "Traceback" not in done.stderr, done.stderr

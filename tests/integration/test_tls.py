@@ -12,7 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -400,6 +400,22 @@ class TestOffLoopback:
                 pass
 
         assert A_TLS_ALERT_OR_NOTHING.fullmatch(received)
+
+    def test_failed_handshakes_write_nothing_into_the_daemon_s_log(self, folder: Path, authority: Authority) -> None:
+        certificate, key = authority.issue().write(folder)
+        daemon = DaemonProcess(folder.parent, tls__certificate=certificate, tls__key=key)
+        try:
+            daemon.start(environment={"GRPC_ENABLE_FORK_SUPPORT": "0"})  # gRPC reads such variables at its import.
+            for sent in (PREFACE, b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello"):
+                with socket.create_connection(("127.0.0.1", daemon.port), timeout=20) as connection:
+                    connection.sendall(sent)
+                    with suppress(ConnectionError):
+                        while connection.recv(65536):
+                            pass
+            assert daemon.stop() == 0
+            assert not [line for line in daemon.lines if not line.startswith("{")]
+        finally:
+            daemon.remove()
 
     def test_a_plain_grpc_client_gets_no_answer_and_one_with_tls_does(
         self, open_daemon: DaemonProcess, folder: Path, authority: Authority

@@ -50,7 +50,8 @@ def files_of() -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("operation", "files_max", "client_files_max"),
     # Two files of a load are its measurement; two of a save run only if the policy has not answered before its write.
-    [("save", 42, 10), ("load from DRAM", 28, 9), ("load from SSD", 39, 9)],
+    # One of each sees whether the request is traced.
+    [("save", 43, 10), ("load from DRAM", 29, 9), ("load from SSD", 40, 9)],
 )
 def test_a_save_and_a_load_over_grpc_run_few_files(
     files_of: dict[str, set[str]], operation: str, files_max: int, client_files_max: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Read by vLLM when it is imported. One compute thread, because tests share two cores with the engine's own threads.
+# Read by vLLM when it is imported. One compute thread on any core, because tests of two processes share two cores.
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    OMP_NUM_THREADS="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="WARNING",
     HF_HUB_OFFLINE="1",
@@ -134,10 +136,12 @@ def engine(model: Path, transfer: KVTransferConfig | None, **options: Any) -> It
 def model_folder() -> Path:
     """SmolLM2-135M-Instruct as a folder that vLLM reads, made from its Python package and kept in the environment."""
     folder = Path(sys.prefix) / "smollm2-135m-instruct"
-    if not folder.is_dir():
-        unfinished = folder.with_suffix(".unfinished")
-        _write_model(unfinished)
-        unfinished.rename(folder)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Several processes run tests.
+        if not folder.is_dir():
+            unfinished = folder.with_suffix(".unfinished")
+            _write_model(unfinished)
+            unfinished.rename(folder)
     return folder
 
 

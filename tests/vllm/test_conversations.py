@@ -25,7 +25,7 @@ from tests.vllm.engine import (
 
 pytestmark = pytest.mark.fast
 
-BLOCK = 256
+BLOCK = 64  # The model computes each prompt without the store too, which takes most of the time of these tests.
 MODES = ["whole", "layers", "between_steps"]
 LAYOUT = model_layout(block_tokens=BLOCK)
 
@@ -40,9 +40,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 @pytest.fixture(scope="module")
 def vllm(daemon: DaemonProcess) -> Iterator[Engine]:
     settings = transfer_config(
-        address=daemon.address, model_id=LAYOUT.model_id, model_revision=LAYOUT.model_revision, **PATIENT
+        address=daemon.address,
+        model_id=LAYOUT.model_id,
+        model_revision=LAYOUT.model_revision,
+        block_tokens=BLOCK,
+        **PATIENT,
     )
-    with engine(model_folder(), settings, block_size=64) as running:
+    with engine(model_folder(), settings, block_size=32) as running:
         yield running
 
 
@@ -114,7 +118,7 @@ def test_a_conversation_continues_with_the_same_tokens(
         history += answer.token_ids
         stored_tokens = len(history) - 1  # vLLM has not computed the last token of its answer.
         wait_until_stored(stored, history[:-1])
-        history += prompts.new(120)
+        history += prompts.new(BLOCK // 2)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -131,7 +135,7 @@ def test_only_what_vllm_has_not_itself_is_loaded(vllm: Engine, stored: BlockCach
     """vLLM's own pages end inside a block: the block is loaded from there on."""
     prompt = prompts.new(2 * BLOCK + 10)
     expected = save(vllm, stored, prompt)
-    vllm.answer(prompt[: BLOCK + 70], 1, **NOT_KEPT)  # Its own pages hold 320 tokens now.
+    vllm.answer(prompt[: BLOCK + 40], 1, **NOT_KEPT)  # Its own pages hold 96 tokens now.
     answer = vllm.answer(prompt, keep_own=True, load="whole")
     assert (answer.token_ids, answer.cached_tokens) == (expected, 2 * BLOCK)
 
@@ -139,7 +143,7 @@ def test_only_what_vllm_has_not_itself_is_loaded(vllm: Engine, stored: BlockCach
 def test_requests_that_run_together_are_loaded_and_saved_together(
     vllm: Engine, stored: BlockCache, prompts: Prompts
 ) -> None:
-    histories = [prompts.new(BLOCK + 20 * each) for each in range(1, 6)]
+    histories = [prompts.new(BLOCK + 10 * each) for each in range(1, 6)]
     expected = [save(vllm, stored, history) for history in histories]
     answers = vllm.answers(histories)
     assert [answer.token_ids for answer in answers] == expected
@@ -170,7 +174,9 @@ def test_what_transformers_stored_vllm_loads(vllm: Engine, daemon: DaemonProcess
     expected = vllm.answer(prompt, **NOT_KEPT)
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
     with Client(daemon.address) as client:
-        connector = TransformersConnector(client, model, model_id=LAYOUT.model_id, model_revision=LAYOUT.model_revision)
+        connector = TransformersConnector(
+            client, model, model_id=LAYOUT.model_id, model_revision=LAYOUT.model_revision, block_tokens=BLOCK
+        )
         history = connector.restore(prompt)
         with torch.inference_mode():
             model(torch.tensor([prompt]), past_key_values=history.cache)

@@ -24,7 +24,7 @@ def test_each_package_imports_beside_vllm_without_a_warning(package: str) -> Non
 
 
 def test_the_extra_for_vllm_asks_for_no_more_than_the_base() -> None:
-    """So that ``pip install kvservice[vllm]`` leaves every package of a vLLM that works as it is."""
+    """So that ``pip install '.[vllm]'`` leaves every package of a vLLM that works as it is."""
     required = [Requirement(line) for line in requires("kvservice") or []]
     base = {each.name for each in required if each.marker is None}
     with_extra = {each.name for each in required if each.marker is None or each.marker.evaluate({"extra": "vllm"})}

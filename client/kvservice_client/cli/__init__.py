@@ -1,84 +1,15 @@
-"""``kvctl``: one verb per file, found by the entry-point group ``kvctl.commands``.
+"""``kvctl``: `program` runs the verbs, one per file."""
 
-A verb is a function with typer's annotations; its docstring is its help. The client's own verbs and
-those of other packages are registered in the same way, in a package's ``pyproject.toml``.
-"""
-
-from __future__ import annotations
-
-import os
 import sys
-from importlib.metadata import EntryPoint, entry_points
-from importlib.metadata import version as installed_version
-from typing import Annotated
-
-import typer
-
-from kvservice_api.errors import DaemonUnavailable, KVError
-from kvservice_client.cli.advice import advice
-from kvservice_client.cli.options import checked_address, why_no_answer, with_tls_options
-
-GROUP = "kvctl.commands"
 
 
 def main() -> None:
     """The ``kvctl`` program. Exit code 0: done; 1: failed, stderr says why; 2: wrong usage."""
     try:
-        app(sys.argv[1:2])()
-    except KVError as error:
-        hint = why_no_answer() if type(error) is DaemonUnavailable else advice(error)
-        print(f"kvctl: {error.message.rstrip('.')}. {hint}", file=sys.stderr)
+        from kvservice_client.cli.program import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "typer"):
+            raise
+        print(f"kvctl: {error.name} is not installed. Install KVService with the extra 'cli'.", file=sys.stderr)
         sys.exit(1)
-
-
-def app(first_arguments: list[str]) -> typer.Typer:
-    """The program with all verbs, or with only the one that the first argument names, which starts faster."""
-    program = typer.Typer(
-        help="Looks after a KVService daemon.",
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    program.callback()(_before_the_verb)
-    verbs = sorted(entry_points(group=GROUP), key=lambda verb: verb.name)
-    for verb in [each for each in verbs if [each.name] == first_arguments] or verbs:
-        _add(program, verb)
-    return program
-
-
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
-        print(f"kvctl {installed_version('kvservice')}")
-        raise typer.Exit
-
-
-def _checked_if_given(text: str) -> str:
-    return text and checked_address(text)
-
-
-def _before_the_verb(
-    address: Annotated[str, typer.Option(help="As after the verb.", callback=_checked_if_given)] = "",
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show kvctl's version and exit.")
-    ] = False,
-) -> None:
-    if address:
-        os.environ["KVCTL_ADDRESS"] = address  # The verb's own option goes before it.
-
-
-def _add(program: typer.Typer, verb: EntryPoint) -> None:
-    try:
-        program.command(verb.name)(with_tls_options(verb.load()))
-    except ImportError as error:
-        refusal, exit_code = f"cannot run here: {error}. Install what it needs: pip install 'kvservice[daemon]'.", 1
-        if (error.name or "").partition(".")[0] == "benchmarks":
-            refusal, exit_code = "runs in a checkout of KVService's repository only, which has benchmarks/.", 2
-
-        @program.command(
-            verb.name,
-            help="Not available: its packages are not installed.",
-            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-        )
-        def refuse() -> None:
-            print(f"kvctl: {verb.name} {refusal}", file=sys.stderr)
-            raise typer.Exit(exit_code)
+    run()

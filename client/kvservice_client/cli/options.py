@@ -82,8 +82,13 @@ def first_of(found: Iterator[T], limit: int) -> tuple[list[T], bool]:
 
 
 def _tls_option(flag: str, text: str, metavar: str = "FILE") -> Any:
-    variable = f"KVCTL_{flag.removeprefix('--').replace('-', '_').upper()}"
-    return Annotated[str, typer.Option(flag, envvar=variable, metavar=metavar, help=text, rich_help_panel=_PANEL)]
+    return Annotated[
+        str, typer.Option(flag, envvar=_variable(flag), metavar=metavar, help=text, rich_help_panel=_PANEL)
+    ]
+
+
+def _variable(flag: str) -> str:
+    return f"KVCTL_{flag.removeprefix('--').replace('-', '_').upper()}"
 
 
 TLS_OPTIONS: dict[str, Any] = {  # Options of every verb that has an --address.
@@ -93,6 +98,8 @@ TLS_OPTIONS: dict[str, Any] = {  # Options of every verb that has an --address.
     "tls_server_name": _tls_option("--tls-server-name", "The name in the daemon's certificate.", "NAME"),
 }
 
+
+VARIABLES = frozenset({_variable("--address"), *(_variable(name) for name in TLS_OPTIONS)})  # Of the environment.
 
 _tls: ContextVar[TlsFiles | None] = ContextVar("tls", default=None)
 _connected_to: ContextVar[str] = ContextVar("connected_to", default="")

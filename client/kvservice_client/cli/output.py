@@ -12,12 +12,20 @@ from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from kvservice_api.v1 import admin_pb2 as pb
 
-_TABLE_WIDTH_MIN = 120  # A key has 64 digits: let the terminal break rows instead of truncating them.
+_WIDTH = 100_000  # Wider than any row: keys have 64 digits, and a program that reads the output needs whole lines.
 
 
 def print_json(document: object) -> None:
@@ -122,9 +130,8 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def console() -> Console:
-    found = Console(highlight=False)
-    found.width = max(found.width, _TABLE_WIDTH_MIN)
-    return found
+    """For stdout. It neither cuts nor breaks a line: a terminal breaks those that are longer than it is wide."""
+    return Console(highlight=False, width=_WIDTH)
 
 
 def progress() -> Progress:
@@ -139,3 +146,10 @@ def progress() -> Progress:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
+
+
+def show_step(progress: Progress, task: TaskID, completed: int, what: str) -> None:
+    """Show what runs now: beside the bar on a terminal, elsewhere as a line on stderr."""
+    progress.update(task, completed=completed, description=what)
+    if progress.disable:
+        print(f"kvctl: {what}", file=sys.stderr, flush=True)

@@ -25,9 +25,13 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
         markup=False,
     )
     console.print(
-        f"{answer.blocks} blocks of {answer.layouts} layouts, {answer.clients} clients, "
-        f"{answer.leases} leases, {answer.uploads} uploads\n"
+        f"{answer.blocks:,} blocks of {answer.layouts} layouts, {answer.sessions:,} sessions, "
+        f"{answer.clients} clients, {answer.leases} leases, {answer.uploads} uploads"
     )
+    asked, hit = (answer.counters[f"lookup_blocks_{name}"] for name in ("asked", "hit"))
+    if asked:
+        console.print(f"hit rate {hit / asked:.1%}: {hit:,.0f} of {asked:,.0f} blocks that lookups asked for")
+    console.print()
     if answer.hint_streams:
         console.print(f"{answer.queued_requests} queued requests of {answer.hint_streams} clients that send hints\n")
     console.print(_spaces(answer))
@@ -48,21 +52,39 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
     counters = output.table("since the start", "", right=("",))
     for name, value in sorted(answer.counters.items()):
         if value:
-            counters.add_row(name, f"{value:,.15g}")
+            counters.add_row(*_counted(name, value))
     if counters.row_count:
         console.print()
         console.print(counters)
 
 
+def _counted(name: str, value: float) -> tuple[str, str]:
+    """A counter in words, and its value with its unit, which the name has as its last word or before ``max``."""
+    words = name.replace("_", " ")
+    if name.endswith("_bytes"):
+        return words, output.size(value)
+    if "_ms_" in name:
+        return words.replace(" ms ", " "), f"{value:,.1f} ms"
+    return words, f"{value:,.0f}"
+
+
 def _spaces(answer: pb.StatusResponse) -> Table:
-    """Used and available space."""
+    """Used and available space, and what the settings ask for: while a tier is prepared it has less."""
     index, tiers = answer.index, output.tier_statuses(answer)
-    spaces = output.table("space", "used", "of", "share", "blocks", right=("used", "of", "share", "blocks"))
-    for name, used, capacity, blocks in (
-        *((name, tier.used_bytes, tier.capacity_bytes, str(tier.blocks)) for name, tier in tiers.items()),
-        ("index of dram", index.volatile_used_bytes, index.volatile_map_bytes, ""),
-        ("index of ssd", index.durable_used_bytes, index.durable_map_bytes, ""),
+    columns = ("used", "of", "configured", "share", "blocks")
+    spaces = output.table("space", *columns, right=columns)
+    for name, tier in tiers.items():
+        configured = output.size(tier.configured_bytes) if tier.configured_bytes else "-"
+        share = _share(tier.used_bytes, tier.capacity_bytes)
+        sizes = (output.size(tier.used_bytes), output.size(tier.capacity_bytes), configured)
+        spaces.add_row(name, *sizes, share, f"{tier.blocks:,}")
+    for name, used, size in (
+        ("index of dram", index.volatile_used_bytes, index.volatile_map_bytes),
+        ("index of ssd", index.durable_used_bytes, index.durable_map_bytes),
     ):
-        share = f"{used / capacity:.1%}" if capacity else "-"
-        spaces.add_row(name, output.size(used), output.size(capacity), share, blocks)
+        spaces.add_row(name, output.size(used), output.size(size), output.size(size), _share(used, size), "")
     return spaces
+
+
+def _share(used: int, size: int) -> str:
+    return f"{used / size:.1%}" if size else "-"

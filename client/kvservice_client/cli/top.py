@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
@@ -38,6 +39,9 @@ _SHOWN = (  # Activity, counter of blocks, counter of bytes.
     ("evicted from dram", "evicted_dram_blocks", ""),
     ("evicted from ssd", "evicted_ssd_blocks", ""),
 )
+
+
+_BAR_WIDTH_MIN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +107,14 @@ def _watch(client: Client, address: str, interval_s: float, count: int) -> None:
     """On a terminal the samples replace each other, also over a restart of the daemon. Elsewhere only the last is
     shown.
     """
-    with Live(console=output.console(), auto_refresh=False, transient=False) as live:
+    is_terminal = sys.stdout.isatty()  # There a sample has to fit, or the next one cannot replace it.
+    screen = Console(highlight=False) if is_terminal else output.console()
+    with Live(console=screen, auto_refresh=False, transient=False) as live:
         shown = 0
         while not count or shown < count:
             try:
                 for view in _views(client, interval_s, count - shown if count else 0):
-                    live.update(_picture(view, address), refresh=True)
+                    live.update(_picture(view, address, screen.width), refresh=True)
                     shown += 1
             except (DaemonUnavailable, DeadlineExceeded) as error:
                 if not shown:
@@ -117,7 +123,8 @@ def _watch(client: Client, address: str, interval_s: float, count: int) -> None:
                 time.sleep(interval_s)  # The daemon may answer again at the next sample.
 
 
-def _picture(view: StatusDelta, address: str) -> RenderableType:
+def _picture(view: StatusDelta, address: str, width: int) -> RenderableType:
+    """What one sample shows, in lines of at most `width` characters; 40 are enough."""
     status = view.status
     delay = f"{status.counters['event_loop_delay_ms_recent']:.1f} ms"
     hits = "-" if view.hit_ratio is None else f"{view.hit_ratio:.1%}"
@@ -128,30 +135,37 @@ def _picture(view: StatusDelta, address: str) -> RenderableType:
         f"{status.blocks} blocks, {status.clients} clients, {status.leases} leases, {status.uploads} uploads, "
         f"hit ratio {hits}, event loop late by at most {delay}"
     )
-    parts: list[RenderableType] = [head, counts, "", _tiers(status), "", _rates(view)]
+    parts: list[RenderableType] = [head, counts, "", _tiers(status, width), "", _rates(view)]
     for name, tier in output.tier_statuses(status).items():
         if tier.refusing_because:
             parts.append(f"[bold red]{name.upper()} takes no new blocks:[/] {escape(tier.refusing_because)}")
     return Group(*parts)
 
 
-def _tiers(status: pb.StatusResponse) -> Table:
-    table = output.table("tier", "used", "of", "share", "", "blocks", right=("used", "of", "share", "blocks"))
-    for name, tier in output.tier_statuses(status).items():
-        if tier.capacity_bytes:
-            table.add_row(
-                name,
-                output.size(tier.used_bytes),
-                output.size(tier.capacity_bytes),
-                f"{tier.used_bytes / tier.capacity_bytes:.1%}",
-                ProgressBar(tier.capacity_bytes, tier.used_bytes, width=30),
-                str(tier.blocks),
-            )
+def _tiers(status: pb.StatusResponse, width: int) -> Table:
+    tiers = {name: tier for name, tier in output.tier_statuses(status).items() if tier.capacity_bytes}
+    shares = {name: tier.used_bytes / tier.capacity_bytes for name, tier in tiers.items()}
+    columns = {
+        "tier": list(tiers),
+        "used": [output.size(tier.used_bytes) for tier in tiers.values()],
+        "of": [output.size(tier.capacity_bytes) for tier in tiers.values()],
+        "blocks": [f"{tier.blocks:,}" for tier in tiers.values()],
+        "share": [f"{share:.1%}" for share in shares.values()],
+    }
+    free = width - sum(1 + max(map(len, [name, *cells])) for name, cells in columns.items())
+    if free < 0:
+        del columns["share"]
+    table = output.table(*columns, right=("used", "of", "blocks", "share"))
+    if free > _BAR_WIDTH_MIN:
+        table.add_column("")
+    for row, share in zip(zip(*columns.values(), strict=True), shares.values(), strict=True):
+        bars = [ProgressBar(1.0, share, width=min(30, free))] if free > _BAR_WIDTH_MIN else []
+        table.add_row(*row, *bars)
     return table
 
 
 def _rates(view: StatusDelta) -> Table:
-    table = output.table("a second", "blocks", "bytes", right=("blocks", "bytes"))
+    table = output.table("per second", "blocks", "bytes", right=("blocks", "bytes"))
     for what, blocks, size in _SHOWN:
         table.add_row(what, f"{view.per_second[blocks]:,.1f}", output.size(view.per_second[size]) if size else "")
     return table

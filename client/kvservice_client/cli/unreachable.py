@@ -14,7 +14,7 @@ _TIMEOUT_S = 1.0  # Timeout of each attempt to connect.
 _SILENT = (
     "does not answer as a KVService daemon: it hangs, or is another program. See which one it is, or correct --address."
 )
-_START = "Start a daemon with `kvservice serve`, or name another one with --address."
+_START = "Start a daemon with `kvservice serve --store.path FOLDER`, or name another one with --address."
 
 
 def why_unreachable(address: Address, *, with_tls: bool) -> str:

@@ -8,6 +8,7 @@ from typing import Literal, NoReturn, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice_api import spans
 from kvservice_api.errors import ChecksumMismatch, InvalidFrame, InvalidRequest, KVError, LeaseExpired, NotShared
 from kvservice_api.image import BlockGeometry, Trailer, block_geometry, checksum
 from kvservice_api.layout import Shard
@@ -177,6 +178,7 @@ class View:
         self._have_verified = have_verified
         self._verified_layers: set[int] = set()
         self._is_open = True
+        self.span: spans.OpenSpan | None = None  # Of its use, until it is left; None if the request is not traced.
 
     @property
     def block_count(self) -> int:
@@ -192,6 +194,12 @@ class View:
         """
         if not 0 <= layer < self._blocks.layer_count:
             raise InvalidRequest(f"layer {layer} is not one of {self._blocks.layer_count}", field="layer")
+        if self.span is None:
+            return self._slices(layer)
+        with self.span.attached(), spans.span("kvservice.layer", "client", layer=layer):
+            return self._slices(layer)
+
+    def _slices(self, layer: int) -> list[tuple[Bytes, ...]]:
         self._check_with_reason()
         if self._blocks.layers_ready <= layer:
             with self._deadline.layer():
@@ -248,13 +256,15 @@ class View:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *exc: object) -> None:
         try:
             if kind is None:
                 self.check()
         finally:
             self._is_open = False
             self._blocks.close()
+            if self.span is not None:
+                self.span.end(error)
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from kvservice_adapter.device.arrays import ArrayView
 from kvservice_adapter.device.base import Event, Pages, Slices, Stream, StreamClosed
 from kvservice_adapter.layer_source import BegunLayer, PagesOfLayer
+from kvservice_api import spans
 from kvservice_api.errors import (
     BlockNotFound,
     Cancelled,
@@ -99,14 +100,16 @@ class PrefixLoad:
         tokens: tuple[int, int],
         waits: Waits,
         release: Callable[[Lease], None],
+        trace: spans.TraceContext | None = None,
     ) -> None:
-        """`release` ends a lease, and may do so later, on another thread."""
+        """`release` ends a lease, and may do so later, on another thread. `trace` is that of the request."""
         self._stream = stream
         self._blocks = blocks
         self._ticket = ticket
         self._tokens = tokens
         self.waits = waits
         self._release = release
+        self._trace = trace
         self._events: list[Event] = []
         self._lease: Lease | None = None
         self._is_cancelled = False
@@ -159,7 +162,8 @@ class PrefixLoad:
         Raises ValueError for pages of another geometry.
         """
         answer = self.waits.answer
-        lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=answer.remaining_s)
+        with spans.within(self._trace):
+            lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=answer.remaining_s)
         answer.restart()
         if self._is_cancelled:
             lease.cancel()

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.device.base import Device, Event, StreamClosed
+from kvservice_adapter.engine.metrics import reason_of
 from kvservice_adapter.engine.page_loads import PagedLayers, PageIds
-from kvservice_adapter.save import LayerSaver, SaveJob
+from kvservice_adapter.save import LayerSaver, OnDropped, SaveJob
 from kvservice_api.errors import DeadlineExceeded, KVError, NotShared
 from kvservice_api.keys import BlockChain
 from kvservice_client import BlockCache, Clock, SaveResult
@@ -75,11 +76,12 @@ class PageSaver:
         *,
         staging_bytes: int,
         on_saved: Callable[[SaveResult], None] = lambda result: None,
+        on_dropped: OnDropped = lambda reason, blocks: None,
     ) -> None:
-        """`on_saved` is called on a thread of the saver's."""
+        """`on_saved` is called on a thread of the saver's, `on_dropped` on any thread: why blocks are not stored."""
         self._blocks, self._layers, self._breaker, self._clock = blocks, layers, breaker, clock
-        self._on_saved = on_saved
-        self._staged = LayerSaver(device, blocks, staging_bytes=staging_bytes)
+        self._on_saved, self._on_dropped = on_saved, on_dropped
+        self._staged = LayerSaver(device, blocks, staging_bytes=staging_bytes, on_dropped=on_dropped)
         self._working = device.stream("kvservice-save-pages")
         self._gathering = device.stream("kvservice-gather-pages")
         self._committing = device.stream("kvservice-commit")
@@ -101,6 +103,8 @@ class PageSaver:
         """
         gathering = Gathering()
         if not saves or not self._breaker.allow():
+            if saves:
+                self._on_dropped("BREAKER_OPEN", sum(len(save.chain) for save in saves))
             gathering.end()
             return gathering
         try:
@@ -199,9 +203,12 @@ class PageSaver:
         try:
             results = reservation.commit()
         except Exception as error:
+            self._on_dropped(reason_of(error), len(reservation.blocks))
             self._done(error)
             return
         for result in results:
+            for _, refusal in result.refused:
+                self._on_dropped(refusal.reason, 1)
             self._done(result)
 
     def _done(self, outcome: SaveResult | Exception) -> None:

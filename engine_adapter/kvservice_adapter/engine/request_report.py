@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from kvservice_adapter.engine.metrics import Add, count_first_token, not_counted
 from kvservice_adapter.load import LoadReport
 from kvservice_adapter.rates import Rates
-from kvservice_api.cost import Plan
+from kvservice_api.cost import Kind, Plan
 from kvservice_api.errors import KVError
 from kvservice_client import Client, Outcome, RequestReport
 
@@ -24,6 +25,10 @@ class ReportedHistory(Protocol):
         """How long it took to compute it in place of loading it; 0 if it was loaded."""
 
     @property
+    def lost_s(self) -> float:
+        """How long forwards waited for it so far, also while it was computed in place of loading it."""
+
+    @property
     def load_reports(self) -> Sequence[LoadReport]:
         """One per load, so far."""
 
@@ -31,14 +36,16 @@ class ReportedHistory(Protocol):
 class Request:
     """For the engine's thread. Costs microseconds; without a `request_id` no report is sent."""
 
-    def __init__(self, client: Client, rates: Rates, request_id: str) -> None:
+    def __init__(self, client: Client, rates: Rates, request_id: str, add: Add = not_counted) -> None:
+        """`add` counts into `ENGINE_METRICS`."""
+        self._add = add
         self._client = client
         self._rates = rates
         self._request_id = request_id
         self._clock = client.clock
         self._began_s = self._clock.now_s()
         self._loaded_before = dict(client.stats().loaded_bytes)
-        self._is_reported = not request_id
+        self._has_first_token = False
         self.rows = 1
         self.lookup_s: float | None = None
         self.head_s: float | None = None
@@ -60,9 +67,23 @@ class Request:
         """The model has computed so many tokens; the first time, that was the request's prefill."""
         if self.rows == 1 and new_tokens > 1 and not history.recompute_s:
             self._rates.observe_prefill(new_tokens, context_tokens, seconds)
-        if not self._is_reported:
-            self._is_reported = True
+        if self._has_first_token:
+            return
+        self._has_first_token = True
+        loaded, again = self._loaded_tokens(history), self.tokens if history.recompute_s else 0
+        head_tokens = self.plan.compute_tokens if self.plan is not None and self.plan.kind is Kind.MIXED else 0
+        count_first_token(
+            self._add,
+            self.plan,
+            (self.head_s or 0.0) + history.lost_s + seconds,
+            loaded=loaded,
+            computed=new_tokens * self.rows + (again or head_tokens),
+        )
+        if self._request_id:
             self._client.report_request(self._report(history, new_tokens))
+
+    def _loaded_tokens(self, history: ReportedHistory) -> int:
+        return self.plan.load_tokens if self.plan is not None and not history.recompute_s else 0
 
     def _report(self, history: ReportedHistory, new_tokens: int) -> RequestReport:
         chosen = self.plan
@@ -76,7 +97,7 @@ class Request:
             outcome_reason=why,
             history_tokens=self.tokens,
             new_tokens=new_tokens,
-            loaded_tokens=chosen.load_tokens if chosen is not None and not again_s else 0,
+            loaded_tokens=self._loaded_tokens(history),
             computed_tokens=chosen.compute_tokens if chosen is not None and not again_s else self.tokens,
             loaded_bytes=loaded_bytes,
             tier=self.tier,

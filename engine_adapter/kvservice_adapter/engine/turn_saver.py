@@ -13,6 +13,7 @@ from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.device.base import Device, Pages
 from kvservice_adapter.engine import session_sync
 from kvservice_adapter.engine.forward_saves import ForwardSaves
+from kvservice_adapter.save import OnDropped
 from kvservice_api.errors import KVError, StorageFailed
 from kvservice_api.image import layer_starts
 from kvservice_api.keys import BlockChain
@@ -60,7 +61,16 @@ class Turn:
 class TurnSaver:
     """Saves of one engine. `save` waits for the daemon: call it beside the engine's thread."""
 
-    def __init__(self, client: Client, blocks: BlockCache, device: Device, breaker: Breaker) -> None:
+    def __init__(
+        self,
+        client: Client,
+        blocks: BlockCache,
+        device: Device,
+        breaker: Breaker,
+        on_dropped: OnDropped = lambda reason, blocks: None,
+    ) -> None:
+        """`on_dropped` is called on the thread of `save`, for blocks that were not stored."""
+        self._on_dropped = on_dropped
         self._client = client
         self._blocks = blocks
         self._breaker = breaker
@@ -87,6 +97,7 @@ class TurnSaver:
             self._breaker.record(True)
         except KVError as error:
             self._breaker.record(answered(error))
+            self._on_dropped(error.reason, len(chain))
             self._lines.warning("a turn was not saved: %s: %s", error.reason, error.message, kind=error.reason)
             return Saved(refused=len(chain), error=error)
         stored_meanwhile = meanwhile.take_stored(chain) if meanwhile is not None else 0
@@ -97,6 +108,8 @@ class TurnSaver:
             block, why = result.refused[0]
             kept_blocks = stored_before + block
             saved = replace(saved, error=why)
+            for _, each in result.refused:
+                self._on_dropped(each.reason, 1)
             self._lines.warning(
                 "%d blocks were not saved: %s: %s", len(result.refused), why.reason, why.message, kind=why.reason
             )

@@ -11,7 +11,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +26,7 @@ from kvservice.placement.item_tree import NO_ITEM
 from kvservice.policy.items import NOT_QUEUED, Conditions
 from kvservice.policy.placement import Placement
 from kvservice.store.mover.ranking import Ranked, RecencyRanking, Valuation
+from kvservice.tiers.files import executor_of
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class ItemRanking:
         self._items = BlockItems(policy, conditions, blocks.row_capacity)
         self._notes: deque[Note] = deque()  # For the thread: a call that is cancelled leaves them to the next one.
         self._by_recency = RecencyRanking(blocks)
-        self._thread = ThreadPoolExecutor(1, "placement")
+        self._thread = executor_of(1, "placement")
         self._dram_bytes = conditions.dram_capacity_bytes
         self._reserved_bytes = 0.0  # Of DRAM, for loads and saves that run: recent mean.
         self._took_s = 0.0  # How long the last ranking took,

@@ -23,10 +23,12 @@ from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.miss_reasons import SpaceFor
 from kvservice.store.mover.evictor import Evictor
+from kvservice.store.mover.promotion_spans import LayerReads
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import LoopBudget, Tasks, all_of
 from kvservice.tiers.base import as_kv_error
 from kvservice.tiers.dram import DramTier
+from kvservice_api import spans
 from kvservice_api.errors import BlockNotFound, ChecksumMismatch, KVError, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer
 
@@ -271,10 +273,15 @@ class Promoter:
 
     async def _read_all(self, promotions: list[PendingPromotion], due_s: float, space_for: SpaceFor) -> None:
         """Read all pieces, several at a time, and end each promotion after its last piece."""
-        began_s = self._clock.monotonic_s()
-        with self._measured(promotions):
+        began_s, reason = self._clock.monotonic_s(), space_for.name.lower()
+        size_bytes = sum(each.geometry.image_bytes for each in promotions)
+        tier, count = str(promotions[0].tier), len(promotions)
+        with (
+            self._measured(promotions),
+            spans.span("kvservice.promote", tier=tier, blocks=count, bytes=size_bytes, reason=reason),
+        ):
             await self._read_pieces(promotions, due_s)
-        self._counters.promotion_times[space_for.name.lower(),].observe(self._clock.monotonic_s() - began_s)
+        self._counters.promotion_times[reason,].observe(self._clock.monotonic_s() - began_s)
 
     @contextmanager
     def _measured(self, promotions: Sequence[PendingPromotion]) -> Iterator[None]:
@@ -298,10 +305,16 @@ class Promoter:
     async def _read_pieces(self, promotions: list[PendingPromotion], due_s: float) -> None:
         await self._each(promotions, lambda pending: self._read_trailer(pending, due_s))
         missing = {pending.row: len(pending.pieces) for pending in promotions}
+        trace = spans.current()
+        traced = None if trace is None else LayerReads(promotions, trace, self._clock)
 
         async def read(job: tuple[PendingPromotion, image_check.ImagePiece]) -> None:
             pending, piece = job
+            if traced is not None:
+                traced.begin(piece)
             await self._read_piece(pending, piece, due_s)
+            if traced is not None:
+                traced.end(piece)
             missing[pending.row] -= 1
             if not missing[pending.row]:
                 # As a task, so that the next pieces do not wait for the commit.

@@ -19,7 +19,8 @@ from kvservice.tiers.base import Tier
 
 log = logging.getLogger(__name__)
 
-_EVERY_S, _LEAST_S = 0.1, 0.01  # Between two looks, unless the policy wants to be asked sooner.
+_EVERY_S, _LEAST_S = 0.1, 0.01  # Between two looks, unless the policy wants to be asked sooner,
+_QUIET_EVERY_S, _QUIET_AFTER_S = 2.0, 5.0  # or nothing has happened for so long: it is asked once something does.
 _PAUSE_AFTER_ERROR_S, _PAUSE_MAX_S = 10.0, 1.0
 _AFTER_LOADS_S = 0.1  # Reads of loads that begin within this time are done before,
 _AFTER_ALL_S = 600.0  # and before a guess all that is needed for certain.
@@ -59,6 +60,8 @@ class ReadAhead:
         self._begun: set[int] = set()  # Items whose reads have begun since the policy was last asked.
         self._reading: asyncio.Task[None] | None = None
         self._look_soon = asyncio.Event()
+        self._happened_s = clock.monotonic_s()  # When the last event came, or the last read was planned.
+        self._is_quiet = False
         self.looks = 0  # Decisions of the policy so far.
         self._bytes_per_s_max = bytes_per_s_max
         self._spent_until_s = -math.inf  # What was read for queued requests so far is allowed at this time.
@@ -89,15 +92,19 @@ class ReadAhead:
     async def run(self) -> None:
         """Forever: first group the blocks that an earlier daemon has stored, then read ahead."""
         await self._ranking.events.fill(self._loop_budget.slot)
+        self._ranking.events.on_event = self._note_event
+        looked_s = self._clock.monotonic_s()
         while True:
-            self._measure()
+            now_s = self._clock.monotonic_s()
+            self._measure(now_s - looked_s)
+            looked_s = now_s
             self._look_soon.clear()
             self._begun.clear()
             try:
                 look = await self._ranking.look(self._dram.used_bytes, len(self._plan))
-                pause_s = min(max(look.next_s - self._clock.monotonic_s(), _LEAST_S), _EVERY_S)
                 if look.reads is not None:
                     self._follow(look.reads)
+                pause_s = self._pause_s(look.next_s)
             except Exception:
                 log.exception("the policy %s failed", self._ranking.name)
                 self._counters.policy_failures += 1
@@ -106,6 +113,19 @@ class ReadAhead:
             self.looks += 1
             self._count_unused()
             await self._sleep(pause_s)
+
+    def _note_event(self) -> None:
+        self._happened_s = self._clock.monotonic_s()
+        if self._is_quiet:
+            self._look_soon.set()
+
+    def _pause_s(self, next_s: float) -> float:
+        """Until the next look, if the policy wants it at `next_s`."""
+        now_s = self._clock.monotonic_s()
+        if self._plan or self._reading is not None or (self._promoter is not None and self._promoter.pending_bytes):
+            self._happened_s = now_s
+        self._is_quiet = now_s - self._happened_s > _QUIET_AFTER_S
+        return min(max(next_s - now_s, _LEAST_S), _QUIET_EVERY_S if self._is_quiet else _EVERY_S)
 
     async def _sleep(self, pause_s: float) -> None:
         """Pause so long, or until there is a reason to look."""
@@ -193,8 +213,8 @@ class ReadAhead:
 
     # What is known of the SSD
 
-    def _measure(self) -> None:
-        """What the policy may know of the SSD."""
+    def _measure(self, passed_s: float) -> None:
+        """What the policy may know of the SSD. `passed_s` is the time since the last measurement."""
         if self._promoter is None:
             return
         conditions = self._ranking.conditions
@@ -204,7 +224,7 @@ class ReadAhead:
         if self._promoter.bytes_per_s:
             conditions.ssd_bytes_per_s = self._promoter.bytes_per_s
         conditions.read_backlog_s = (pending_bytes + planned_bytes) / conditions.ssd_bytes_per_s
-        conditions.read_busy += ((pending_bytes > 0) - conditions.read_busy) * -math.expm1(-_EVERY_S / _MEMORY_S)
+        conditions.read_busy += ((pending_bytes > 0) - conditions.read_busy) * -math.expm1(-passed_s / _MEMORY_S)
         counters = self._counters
         conditions.written_bytes, conditions.read_bytes = counters.written_behind_bytes, counters.promoted_bytes
         conditions.demand_read_bytes = counters.promoted_bytes - counters.read_ahead_bytes

@@ -21,11 +21,13 @@ from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.operations.drain import Drain
 from kvservice.store.transfers.admission import Admission
 from kvservice.store.transfers.upload import Uploads
+from kvservice_api.errors import Draining, IndexFull, Overloaded, TierFull, UploadCorrupted
 from kvservice_api.layout import Layout
 
 STATES = ("serving", "draining", "stopping")
 _ON_REQUEST = "request"
 _SPACE_FOR = (*(each.name.lower() for each in SpaceFor if each is not SpaceFor.UNKNOWN), _ON_REQUEST)
+_REFUSED_FOR = [each.reason for each in (Draining, IndexFull, Overloaded, TierFull, UploadCorrupted)]
 _ROWS_A_PART = 65_536  # They take a third of a millisecond.
 
 
@@ -43,10 +45,11 @@ class StoreGauges:
     promoting_bytes: int
     write_queue: Mapping[TierName, int]  # By the tier that is written to.
     transfers: Mapping[tuple[str, str], int]  # That run, by kind and path.
+    transfers_max: Mapping[tuple[str, str], int]  # Saves in place have a limit per client.
     policy: str
     state: str  # One of `STATES`.
     evicted: Mapping[tuple[str, str], int]  # Copies since the start, by tier and what got their space.
-    refused: Mapping[str, int]  # Blocks of saves since the start, by the error's reason.
+    refused: Mapping[str, int]  # Blocks of saves since the start, by the error's reason; 0 for the usual ones.
 
 
 class Gauges:
@@ -101,6 +104,11 @@ class Gauges:
                 ("save", "stream"): streamed,
                 ("save", "in_place"): max(0, len(self._uploads.open) - streamed),
             },
+            transfers_max={
+                ("load", "stream"): admission.loads.open_max,
+                ("load", "in_place"): admission.in_place_loads.open_max,
+                ("save", "stream"): admission.saves.open_max,
+            },
             policy=self._policy.name,
             state=self._drain.state_name,
             evicted=dict.fromkeys(product(blocks.tiers, _SPACE_FOR), 0)
@@ -109,7 +117,8 @@ class Gauges:
                 for (reason, tier, what), count in noted.items()
                 if reason in (Reason.EVICTED, Reason.EVICTED_ON_REQUEST)
             },
-            refused={what: count for (reason, _, what), count in noted.items() if reason is Reason.REFUSED},
+            refused=dict.fromkeys(_REFUSED_FOR, 0)
+            | {what: count for (reason, _, what), count in noted.items() if reason is Reason.REFUSED},
         )
 
 

@@ -10,6 +10,7 @@ from kvservice.counters import Counters
 from kvservice.store.operations.explain import Explain
 from kvservice.store.operations.requests import first_miss
 from kvservice.store.prefix_match import Run
+from kvservice_api import spans
 from kvservice_api.layout import Layout
 
 
@@ -42,7 +43,14 @@ class LookupCounts:
             if in_first < len(rows):
                 for tier, count in zip(blocks.tiers[1:], blocks.count_by_fastest(rows)[1:], strict=True):
                     counters.hit_blocks[layout_id, tier] += count
+        reason = None
         if miss := first_miss(blocks, self._layouts, layout_id, keys, len(rows)):
-            why, _ = self._explain.why_missed(miss)
-            counters.misses[layout_id, why.name.lower()] += 1
-        counters.lookup_times.observe(self._clock.monotonic_s() - began_s)
+            reason = self._explain.why_missed(miss)[0].name.lower()
+            counters.misses[layout_id, reason] += 1
+        took_s = self._clock.monotonic_s() - began_s
+        counters.lookup_times.observe(took_s)
+        if (trace := spans.current()) is not None:
+            hits = zip(blocks.tiers, blocks.count_by_fastest(rows), strict=True)
+            by_tier = {f"hit_blocks.{tier}": count for tier, count in hits if count}
+            found = {"blocks": len(keys), "hit_blocks": len(rows), "miss_reason": reason, **by_tier}
+            spans.record("kvservice.store.lookup", took_s, trace, **found)

@@ -28,13 +28,13 @@ class Gate:
 
     def __init__(self, kind: str, open_max: int) -> None:
         self._kind = kind
-        self._open_max = open_max
+        self.open_max = open_max
         self.open_count = 0
 
     def check(self) -> None:
         """Raises Overloaded if no more may be opened."""
-        if self.open_count >= self._open_max:
-            raise Overloaded(f"{self._open_max} {self._kind} are open, the most that this daemon takes")
+        if self.open_count >= self.open_max:
+            raise Overloaded(f"{self.open_max} {self._kind} are open, the most that this daemon takes")
 
     @contextmanager
     def entered(self) -> Iterator[None]:

@@ -92,7 +92,7 @@ class InPlaceReads:
             yield NotInPlace("several shards make up a block")
             return
         rows = lease.rows[blocks.start : blocks.stop]
-        times = LoadTimes(self._blocks, rows, self._clock, self._counters, "in_place")
+        times = LoadTimes(self._blocks, lease, blocks, rows, self._clock, self._counters, "in_place")
         is_located = False
         promotions: dict[int, PendingPromotion] = {}
         held = AsyncExitStack()
@@ -122,6 +122,7 @@ class InPlaceReads:
                 async for ready in self._layers(lease, promotions):
                     if ready:
                         times.first_layer()
+                        times.layers_ready(ready)
                     if ready == lease.shard.layers:  # Before the client reads them, after which it may end the call.
                         is_located = True
                         self._count(lease, rows)

@@ -134,7 +134,7 @@ class Reads:
         """
         read = _Read(self, lease, blocks)
         rows = np.array(read.rows, np.int64)
-        times = LoadTimes(self.lifecycle.blocks, rows, self.clock, self.counters, "stream")
+        times = LoadTimes(self.lifecycle.blocks, lease, blocks, rows, self.clock, self.counters, "stream")
         self.lifecycle.hold(read.rows)
         try:
             await read.open()
@@ -143,6 +143,7 @@ class Reads:
             parts: asyncio.Future[list[Part]] | None = None
             try:
                 for layer in layers:
+                    times.layer_begins(layer)
                     parts = asyncio.ensure_future(read.parts(layer))
                     if waiting is not None:
                         both: list[asyncio.Future[Any]] = [parts, waiting]
@@ -150,7 +151,9 @@ class Reads:
                         if not parts.done():
                             ready, waiting = waiting, None
                             yield await ready  # It does not wait for a layer that is still being read.
-                    for part in await parts:
+                    cut = await parts
+                    times.layers_ready(layer + 1)
+                    for part in cut:
                         following = asyncio.ensure_future(read.finish(part, encode))
                         ready, waiting = waiting, following
                         if ready is not None:

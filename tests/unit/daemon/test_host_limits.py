@@ -1,4 +1,4 @@
-"""Memory limits of both versions of control groups, read from test trees."""
+"""Limits of memory and threads of both versions of control groups, read from test trees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from kvservice.host_limits import MemoryLimit, available_memory_bytes, memory_limit, reserve_bytes
+from kvservice.host_limits import (
+    HostLimit,
+    MemoryLimit,
+    available_memory_bytes,
+    expect_threads,
+    memory_limit,
+    reserve_bytes,
+)
 
 MIB = 2**20
 V1_NO_LIMIT = 9223372036854771712
@@ -157,3 +164,39 @@ def test_available_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
 def test_the_daemon_keeps_192_mib_or_a_sixteenth_of_the_limit_whichever_is_more() -> None:
     assert reserve_bytes(400 * MIB) == 192 * MIB
     assert reserve_bytes(16384 * MIB) == 1024 * MIB
+
+
+class NoThread:
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+V1_PIDS = "36 31 0:33 / /sys/fs/cgroup/pids rw,relatime - cgroup cgroup rw,pids"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mount", "file"),
+    [
+        ("4:pids:/a\n0::/\n", V1_PIDS, "sys/fs/cgroup/pids/a/pids.max"),
+        ("0::/a/b\n", v2(), "sys/fs/cgroup/a/pids.max"),
+    ],
+)
+def test_the_control_group_that_refuses_a_thread_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str, mount: str, file: str
+) -> None:
+    monkeypatch.setattr("threading.Thread", NoThread)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(cgroup)
+    (tmp_path / "proc/self/mountinfo").write_text(f"{mount}\n")
+    limit = tmp_path / file
+    (limit.parent / "b").mkdir(parents=True)
+    limit.write_text("30\n")
+    limit.with_name("pids.current").write_text("30\n")
+
+    with pytest.raises(HostLimit) as refused:
+        expect_threads(4, tmp_path / "proc", tmp_path)
+    why = f"{limit} is 30; raise it, or TasksMax= in the systemd unit"
+    assert str(refused.value) == f"too few threads are allowed: 0, and the daemon needs 68: {why}"

@@ -31,7 +31,7 @@ def test_a_name_follows_the_conventions_of_prometheus(row: Row) -> None:
     assert words[-1] not in ("count", "sum", "bucket"), "they are the series of a histogram"
     assert not {"counter", "gauge", "histogram", *NOT_BASE_UNITS.split(), *ABBREVIATIONS.split()} & set(words)
     assert row.kind != "histogram" or words[-1] == "seconds"
-    assert (words[-1] == "info") == (row.name in ("build_info", "layout_info"))
+    assert (words[-1] == "info") == (row.name in ("build_info", "layout_info", "policy_info"))
     assert all(
         re.fullmatch("[a-z][a-z_]*", label) and label not in ("le", "quantile", "job", "instance")
         for label in row.labels

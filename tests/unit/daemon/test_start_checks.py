@@ -76,6 +76,37 @@ def test_one_address_for_both_is_refused(tmp_path: Path) -> None:
         check(tmp_path, f"--server.address={address}", f"--server.metrics_address={address}")
 
 
+def test_a_new_store_is_not_made_in_a_folder_that_was_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dram.path", str(tmp_path), "--server.address=127.0.0.1:0", "--server.metrics_address="]
+    with pytest.raises(
+        ConfigError, match=r"store\.path is not set: .* A new store takes 10\.0 GiB of its disk at once"
+    ):
+        check_start(load_settings(flags, {}))
+    assert not list(tmp_path.iterdir())
+
+    (tmp_path / "kvservice-data" / "index").mkdir(parents=True)
+    (tmp_path / "kvservice-data" / "store_id").touch()
+    check_start(load_settings(flags, {}))  # One that an earlier version has made there.
+
+
+@pytest.mark.parametrize(
+    ("socket_path", "why"),
+    [("FOLDER/nowhere/kv.sock", "there is no folder FOLDER/nowhere"), ("FOLDER/file", "a file that is not a socket")],
+)
+def test_a_socket_that_cannot_be_made_is_refused_before_a_store_is_made(
+    tmp_path: Path, socket_path: str, why: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        (NotThere, AddressUnusable), match=f"server.unix_socket.*{why.replace('FOLDER', str(tmp_path))}"
+    ):
+        check(tmp_path, f"--server.unix_socket={socket_path.replace('FOLDER', str(tmp_path))}")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_folder_in_memory_is_made_again_after_the_hosts_restart(tmp_path: Path) -> None:
     check(tmp_path, "--dram.path=/dev/shm/kvservice-test-that-is-not-there")
 

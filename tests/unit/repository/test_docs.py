@@ -45,7 +45,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "errors.md", "reference/metrics.md"])
+@pytest.mark.parametrize(
+    "page", ["configuration.md", "errors.md", "reference/metrics.md", "reference/python.md", "sizing.md"]
+)
 def test_the_page_is_what_make_docs_writes(pages: Path, page: str) -> None:
     assert (ROOT / "docs" / page).read_text() == (pages / page).read_text(), "run `make docs`"
 
@@ -77,8 +79,9 @@ def test_every_source_file_that_the_architecture_names_exists() -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        *("docs/container.md", "docs/deploying.md", "docs/hints.md", "docs/operating.md", "docs/security.md"),
-        *("docs/tickets.md", "docs/vllm.md", "ops/kubernetes/README.md"),
+        *("docs/container.md", "docs/deploying.md", "docs/hints.md", "docs/monitoring.md", "docs/operating.md"),
+        *("docs/resizing.md", "docs/security.md", "docs/tickets.md", "docs/tracing.md", "docs/vllm.md"),
+        *("ops/kubernetes/README.md", *(f"ops/runbooks/{page.name}" for page in ROOT.glob("ops/runbooks/*.md"))),
     ],
 )
 def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
@@ -93,7 +96,8 @@ def test_every_setting_and_metric_that_a_page_names_exists(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/hints.md", "docs/positions.md", "docs/tickets.md", "docs/transformers.md"]
+    "page",
+    ["README.md", "docs/hints.md", "docs/positions.md", "docs/tickets.md", "docs/tracing.md", "docs/transformers.md"],
 )
 def test_the_examples_of_a_page_are_python_and_import_what_there_is(page: str) -> None:
     examples = named_in(page, r"```python\n((?s:.*?))```")

@@ -63,6 +63,15 @@ def test_the_daemon_is_the_one_of_the_page_on_containers() -> None:
     assert all(VOLUMES[each["name"]] == each for each in spec["volumes"])
 
 
+def test_docker_gives_the_daemon_the_time_of_its_drain_and_of_its_writes() -> None:
+    page = (ROOT / "docs" / "container.md").read_text()
+    words = shlex.split(page.partition("docker run -d --name kvservice")[2].partition("```")[0])
+    given = dict(word.split("=", 1) for word in words if word.startswith("KVSERVICE_"))
+    server = load_settings([], {**IMAGE.environment, **given}).server
+
+    assert int(words[words.index("--stop-timeout") + 1]) > server.drain_timeout_s + server.write_timeout_s
+
+
 def test_both_containers_run_as_the_user_of_the_image_and_share_the_arena_and_the_socket() -> None:
     user, group = IMAGE.only("USER").value.split(":")
     context = POD["spec"]["securityContext"]

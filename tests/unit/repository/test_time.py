@@ -31,6 +31,7 @@ ALLOWED = {
     "client/kvservice_client/rate_limited_log.py": ({"time"}, "the default of an argument"),
     "engine_adapter/kvservice_adapter/rates.py": ({"time"}, "the default of an argument"),
     "kvservice/metrics/heartbeat.py": ({"time"}, "a measurement: the processor time of the loop's thread"),
+    "proto/kvservice_api/spans.py": ({"time"}, "a measurement: when a span begins and ends"),
     "kvservice/simulate/account.py": ({"time"}, "a measurement: how long the simulation took"),
     "engine_adapter/kvservice_adapter/connectors/transformers/cache.py": ({"time"}, "a measurement: a forward pass"),
     "kvservice/store/mover/write_behind.py": (

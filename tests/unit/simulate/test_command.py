@@ -330,7 +330,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_simulated(
 
     assert done.exit_code == 1
     assert done.stderr == (
-        "kvctl: --plot needs matplotlib, which is not installed. Install it: pip install 'kvservice[plot]'.\n"
+        "kvctl: --plot needs matplotlib, which is not installed. Install it: pip install matplotlib.\n"
     )
 
 
@@ -453,3 +453,18 @@ def test_a_sweep_changes_one_tier() -> None:
 def test_what_nothing_was_seen_of_is_null_in_json_and_a_dash_in_a_table() -> None:
     assert [output.plain(value) for value in (math.nan, math.inf, 0.5, 3, "lru")] == [None, None, 0.5, 3, "lru"]
     assert (output.share(math.nan), output.seconds(math.nan)) == ("-", "-")
+
+
+def test_a_long_run_says_what_is_simulated_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_SILENT_S", 0.0)
+    with output.Simulations(2) as simulations:
+        simulations.begins("lru", 8, 2048)
+        simulations._timer.join()
+        simulations.begins("fifo", 16, 0)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == [
+        "kvctl: simulating lru with 8 GiB of DRAM and 2.0 TiB of SSD",
+        "kvctl: simulating fifo with 16 GiB of DRAM and 0 GiB of SSD",
+    ]

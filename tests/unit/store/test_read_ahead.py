@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from kvservice.policy import PLACEMENTS
 from kvservice.store.mover.evictor import Watermarks
 from kvservice_api.keys import BlockChain, block_chain
 from tests.clock import HandClock
-from tests.stores import CALLER, KIB, LAYOUT, MIB, PATIENT, OpenStore, at_once, caller_of
+from tests.stores import CALLER, KIB, LAYOUT, MIB, PATIENT, OpenStore, at_once, caller_of, until
 
 _IMAGE = bytes(8 * KIB)
 _BLOCKS = 6
@@ -105,6 +106,24 @@ async def test_what_a_client_evicts_is_not_read_ahead_before_the_next_request(se
     assert not blocks.lie_in(evicted, TierName.DRAM).any()
 
     assert (await service.hits(3))[-1] > 0.3, "after their next use they are read ahead again"
+
+
+@pytest.mark.parametrize("service", ["lookahead"], indirect=True)
+async def test_a_policy_is_asked_seldom_while_nothing_happens_and_at_once_when_something_does(
+    service: Service,
+) -> None:
+    read_ahead = service.opened.store._policy._read_ahead
+    assert read_ahead is not None
+    await service.turn(0)
+    assert read_ahead._pause_s(next_s=math.inf) == 0.1
+    service.clock.advance(seconds=6.0)
+    await service.opened.decided()
+    assert read_ahead._pause_s(next_s=math.inf) == 2.0
+    assert read_ahead._pause_s(next_s=service.clock.monotonic_s() + 0.5) == 0.5, "the policy has the last word"
+
+    looks = read_ahead.looks
+    await service.turn(1)  # The time stands still.
+    await until(lambda: read_ahead.looks > looks)
 
 
 @pytest.mark.parametrize("service", ["lru", "fifo", "s3fifo", "lookahead"], indirect=True)

@@ -54,6 +54,7 @@ class Steps:
         self.own_hits: dict[str, int] = {}  # Tokens that came from vLLM's own prefix cache.
         self.orders: Any = None  # What the scheduler's connector gave the worker's in the last step.
         self._in_flight: tuple[Any, Any] = None, None  # The last step and its output, until the next is scheduled.
+        self.transfer_stats: list[dict[str, Any]] = []  # What vLLM's exporter gets of the connector's counts.
         self.bad_pages: list[int] = []  # That the connector reported so far.
         self._hasher = get_request_block_hasher(hashed_tokens, sha256)
         self._ids = (f"request-{number}" for number in count())
@@ -114,6 +115,8 @@ class Steps:
         if output is None:
             return reported
         for answered in self.scheduler.update_from_output(scheduled, output).values():
+            if (stats := answered.scheduler_stats) is not None and stats.kv_connector_stats:
+                self.transfer_stats.append(stats.kv_connector_stats)
             for each in answered.outputs:
                 if each.prefill_stats is not None:
                     self.hits[each.request_id] = each.prefill_stats.num_external_cached_tokens

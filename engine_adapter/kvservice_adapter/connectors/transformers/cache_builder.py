@@ -17,6 +17,7 @@ from kvservice_adapter.connectors.transformers.recompute import computed
 from kvservice_adapter.connectors.transformers.rows import Sequences
 from kvservice_adapter.connectors.transformers.unrotated import KeyHooks, UnrotatedCache
 from kvservice_adapter.device.base import Device, Stream
+from kvservice_adapter.engine.metrics import Add, reason_of
 from kvservice_adapter.engine.planning import LoadPlanner
 from kvservice_adapter.engine.prefix_lookup import StoredPrefix
 from kvservice_adapter.engine.request_report import Request
@@ -102,6 +103,7 @@ class CacheBuilder:
     clock: Clock
     wait_s: float
     key_hooks: KeyHooks | None  # For layouts that keep keys before rotation.
+    add: Add  # Counts into `ENGINE_METRICS`.
 
     def __post_init__(self) -> None:
         self._planner = LoadPlanner(self.layout, self.rates, self.saver_parts.breaker)
@@ -260,7 +262,12 @@ class CacheBuilder:
         return UnrotatedCache(self.layout, self.key_hooks, *made)
 
     def _history_ended(self, tier: str, request: Request, history: LoadedHistory) -> None:
-        """Give the planner the figures of a load, also of one that failed."""
+        """Give the planner, and the metrics, the figures of a load, also of one that failed."""
+        if history.error is not None:
+            self.add("failed_loads", 1.0, reason_of(history.error))
+        for report in history.load_reports:
+            for waited_s in report.waited_s[: report.layers]:
+                self.add("load_wait_seconds", waited_s, "")
         is_late = self._planner.load_ended(history.load_reports, history.error, history.lost_s, tier, request.transport)
         if is_late:  # Its thread may still be waiting for the daemon: later loads do not queue behind it.
             self._loads.close()

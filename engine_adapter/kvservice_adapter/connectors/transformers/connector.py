@@ -42,6 +42,7 @@ from kvservice_adapter.connectors.transformers.turns import Turns, forward_saver
 from kvservice_adapter.connectors.transformers.unrotated import KeyHooks
 from kvservice_adapter.device.base import Device, StreamClosed
 from kvservice_adapter.engine import session_sync
+from kvservice_adapter.engine.metrics import EngineMetrics
 from kvservice_adapter.engine.prefix_lookup import PrefixLookup, StoredPrefix
 from kvservice_adapter.engine.request_report import Request
 from kvservice_adapter.engine.turn_saver import Saved, TurnSaver
@@ -50,10 +51,11 @@ from kvservice_adapter.rope import ModelRopes, UnsupportedRotation
 from kvservice_adapter.save import LayerSaver
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_adapter.torch_device import device_for
+from kvservice_api import spans
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, InvalidRequest, KVError
 from kvservice_api.keys import extra_identity
 from kvservice_api.session_ids import checked_session_id
-from kvservice_client import BlockChain, Client, Durability, Session, forks
+from kvservice_client import BlockChain, Client, Durability, Session, arguments, forks
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
 
@@ -100,12 +102,22 @@ class TransformersConnector:
 
         Computes a few tokens in the model's first layers, to see what its cache holds and that its attention is
         causal (`model_probe`). Asks nothing of the daemon. Raises UnsupportedModel, with the reason, for a model, or
-        any other object, whose KV could not be restored exactly, and InvalidRequest if `client` is not a client.
+        any other object, whose KV could not be restored exactly, and InvalidRequest for any other argument of a wrong
+        type or out of range.
         """
         if not callable(getattr(client, "open_layout", None)):
             raise InvalidRequest(
                 f"client is of type {type(client).__name__}; give a kvservice_client.Client", field="client"
             )
+        arguments.instance(lora_id, str, "lora_id")
+        arguments.instance(salt, bytes, "salt")
+        arguments.seconds(wait_s, "wait_s")
+        arguments.seconds(save_wait_s, "save_wait_s")
+        arguments.whole(staging_bytes, "staging_bytes", 1, 2**60)
+        if rates is not None:
+            arguments.instance(rates, Rates, "rates")
+        if device is not None:
+            arguments.instance(device, Device, "device")  # type: ignore[type-abstract]  # It is only compared.  # type: ignore[type-abstract]  # It is not made.
         self._generation = forks.generation
         self._lines = RateLimitedLog(log)
         self._model, self._lora_id = model, lora_id
@@ -121,9 +133,11 @@ class TransformersConnector:
         self._ropes: ModelRopes | None = None
         self._tokens_max = self._ropes_for_all().tokens_max if self._is_dynamic else None
         self._lookup = PrefixLookup(client, self._blocks, self._ropes_of_model)
-        self._breaker = Breaker(probe_of(self._blocks), clock=client.clock)
+        self._metrics = metrics = EngineMetrics(model_id)
+        self._breaker = Breaker(probe_of(self._blocks), clock=client.clock, on_change=metrics.breaker_changed)
         self._device = device = device or device_for(model.device)
-        self._saver = LayerSaver(device, self._blocks, staging_bytes=staging_bytes)
+        dropped = metrics.save_dropped
+        self._saver = LayerSaver(device, self._blocks, staging_bytes=staging_bytes, on_dropped=dropped)
         parts = SaverParts(
             self._saver,
             self._breaker,
@@ -135,11 +149,13 @@ class TransformersConnector:
             on_prompt=self._learn_hidden_token,
         )
         key_hooks = None if rotated else self._key_hooks()
-        self._builder = CacheBuilder(model, self.layout, device, self.rates, parts, client.clock, wait_s, key_hooks)
+        self._builder = CacheBuilder(
+            model, self.layout, device, self.rates, parts, client.clock, wait_s, key_hooks, metrics.add
+        )
         # What `generate` is expected to hide where it is given no mask; each prompt's first forward shows what it does.
         self._hidden_token = hidden_token(getattr(model, "generation_config", None))
         self._turns = Turns(model, self.layout, self._tokens_max)
-        self._turn_saver = TurnSaver(client, self._blocks, device, self._breaker)
+        self._turn_saver = TurnSaver(client, self._blocks, device, self._breaker, dropped)
         self._work = device.stream("kvservice-save")  # One thread, so that a turn finds what the turn before it saved.
         self._hooks: ModelHooks | None = None
 
@@ -191,7 +207,7 @@ class TransformersConnector:
             conversation.reset()
         names = _names(session_id, len(given.pads))
         keys = self._keys()
-        request = Request(self._client, self.rates, request_id)
+        request = Request(self._client, self.rates, request_id, self._metrics.add)
         found: list[StoredPrefix | None] = [None] * len(given.pads)
         error = self._refusal()
         if error is None:
@@ -248,6 +264,7 @@ class TransformersConnector:
             hidden = InvalidRequest("the attention mask hides tokens: they are not what the conversation says")
             return Saved(refused=block_count, error=hidden)
         if (refusal := self._refusal()) is not None:
+            self._metrics.save_dropped("BREAKER_OPEN", block_count)
             return Saved(refused=block_count, error=refusal)
         saved: list[Saved] = []
 
@@ -342,7 +359,7 @@ class TransformersConnector:
     def _in_background(self, work: Callable[[], None], timeout_s: float) -> bool:
         """Run it on the connector's own thread, after all earlier work. Returns whether it was done in time."""
         try:
-            event = self._work.submit(work)
+            event = self._work.submit(spans.carried(work))
         except StreamClosed:
             return False
         is_done = event.wait(timeout_s)

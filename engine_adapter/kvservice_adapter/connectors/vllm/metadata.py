@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
@@ -25,6 +26,7 @@ class PageLoadOrder:
     page_ids: PageIds
     begins: tuple[int, ...]  # Per group: tokens before it are not copied, because a sliding window has no pages there.
     mode: LoadMode
+    trace_headers: Mapping[str, str] | None = None  # Of the request, as vLLM has them: W3C Trace Context.
 
 
 @dataclass(frozen=True, slots=True)

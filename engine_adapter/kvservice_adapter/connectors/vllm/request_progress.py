@@ -47,6 +47,7 @@ class RequestProgress:
     why: str = ""
     lookup_s: float | None = None
     plan: Plan | None = None
+    planned_at_s: float = 0.0
     tier: str = ""
     stored_tokens: int = 0  # That the lookup found.
     own_tokens: int = 0  # Of these, how many vLLM has itself.
@@ -71,9 +72,10 @@ class RequestProgress:
         self.stored_tokens, self.tier = tokens, tier
         self.ends_as(Outcome.DONE)
 
-    def planned(self, plan: Plan | None, own_tokens: int) -> None:
+    def planned(self, plan: Plan | None, own_tokens: int, now_s: float) -> None:
         """How the stored tokens behind the engine's own are to get there. None if there are no such tokens."""
-        self.plan, self.own_tokens = plan, min(own_tokens, self.stored_tokens)
+        self.plan, self.planned_at_s = plan, now_s
+        self.own_tokens = min(own_tokens, self.stored_tokens)
         if plan is None:
             self.ends_as(Outcome.DONE, "vLLM has the stored tokens itself")
 

@@ -23,10 +23,12 @@ from kvservice_adapter.connectors.vllm.request_progress import RequestProgress, 
 from kvservice_adapter.connectors.vllm.request_saves import RequestSaves
 from kvservice_adapter.connectors.vllm.session_updates import SessionUpdates
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
-from kvservice_adapter.connectors.vllm.stats import TransferStats
+from kvservice_adapter.connectors.vllm.stats import BreakerStats, TransferStats
 from kvservice_adapter.engine.key_generation import KeyGeneration
+from kvservice_adapter.engine.metrics import count_first_token
 from kvservice_adapter.engine.prefix_lookup import tier_of
 from kvservice_adapter.rates import Rates
+from kvservice_api import spans
 from kvservice_api.cost import Kind, Plan, plan
 from kvservice_api.errors import DeadlineExceeded, KVError
 from kvservice_api.keys import ChainBuilder
@@ -64,6 +66,7 @@ class _Request:
     is_loading: bool = False  # Between steps: vLLM counts tokens as computed that are not there yet.
     began: tuple[int, int] | None = None  # (preemptions, computed tokens) at the first step of this attempt.
     saved_tokens: int = 0  # Tokens whose blocks are stored, or being saved.
+    own_tokens: int = 0  # Tokens that vLLM's own prefix cache had.
     is_reported: bool = False
 
 
@@ -92,6 +95,7 @@ class SchedulerRole:
         self._clock = self._client.clock
         self._blocks = self._client.open_layout(self.layout)
         self._breaker = Breaker(probe_of(self._blocks), clock=self._clock)
+        self._breaker_stats = BreakerStats(self._breaker)
         self._is_async: bool = bool(vllm_config.scheduler_config.async_scheduling)
         self._rates = Rates(self._clock.now_s)
         self._step: tuple[float, list[tuple[int, int]]] | None = None  # When it began, and what it computes.
@@ -198,22 +202,26 @@ class SchedulerRole:
             state.is_answered = True
             state.progress.looked_up(self._clock.now_s())
             return
-        state.lookup = self._blocks.begin_lookup(
-            state.builder,
-            self._settings.ticket_s,
-            self._settings.lookup_wait_s * 5,
-            request_id=state.progress.request_id,
-            session_id=state.session_id,
-            adoptions=self._workers,
-            ticket_ttl_s=self._settings.ticket_s,
-        )
+        with spans.within(spans.of_headers(state.request.trace_headers)):
+            state.lookup = self._blocks.begin_lookup(
+                state.builder,
+                self._settings.ticket_s,
+                self._settings.lookup_wait_s * 5,
+                request_id=state.progress.request_id,
+                session_id=state.session_id,
+                adoptions=self._workers,
+                ticket_ttl_s=self._settings.ticket_s,
+            )
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens after `computed_tokens` to load: None if the daemon has not answered yet, and whether between
         steps.
         """
         state = self._requests.get(request.request_id)
-        if state is None or not state.may_load:
+        if state is None:
+            return 0, False
+        state.own_tokens = computed_tokens
+        if not state.may_load:
             return 0, False
         if request.num_preemptions != state.attempt:
             self._drop_found(state)
@@ -231,7 +239,7 @@ class SchedulerRole:
             return (0, False) if state.is_answered else (None, False)
         tokens = min(state.found.lease.hit_tokens, request.num_tokens - 1) - computed_tokens
         chosen = self._plan(state, tokens, computed_tokens) if tokens > 0 else None
-        state.progress.planned(chosen, computed_tokens)
+        state.progress.planned(chosen, computed_tokens, self._clock.now_s())
         if chosen is None:
             return 0, False
         if chosen.kind is Kind.RECOMPUTE:
@@ -338,7 +346,17 @@ class SchedulerRole:
         total = min(state.found.lease.hit_tokens, request.num_tokens - 1)
         first = total - external_tokens
         pages, begins = self._pages.to_load(page_ids, first, total)
-        order = PageLoadOrder(request.request_id, state.attempt, state.found.ticket, first, total, pages, begins, mode)
+        order = PageLoadOrder(
+            request.request_id,
+            state.attempt,
+            state.found.ticket,
+            first,
+            total,
+            pages,
+            begins,
+            mode,
+            dict(request.trace_headers) if request.trace_headers else None,
+        )
         self._orders.loads.append(order)
         state.is_loading = mode is LoadMode.BETWEEN_STEPS
         self._stats.count(hits=1, hit_tokens=external_tokens)
@@ -381,10 +399,19 @@ class SchedulerRole:
     def _report(self, state: _Request) -> None:
         """Report how a request went up to its first token. Does not wait."""
         state.is_reported = True
-        request = state.request
-        report = state.progress.report(
-            request.num_prompt_tokens, self._clock.now_s(), has_token=bool(request.num_output_tokens)
-        )
+        request, progress, now_s = state.request, state.progress, self._clock.now_s()
+        has_token = bool(request.num_output_tokens)
+        if has_token:
+            loaded, own = progress.load_tokens, state.own_tokens
+            count_first_token(
+                self._stats.add,
+                progress.plan,
+                now_s - progress.planned_at_s,
+                loaded=loaded,
+                computed=request.num_prompt_tokens - loaded - own,
+                engine_cache=own,
+            )
+        report = progress.report(request.num_prompt_tokens, now_s, has_token=has_token)
         self._client.report_request(report)
 
     # Steps
@@ -483,6 +510,7 @@ class SchedulerRole:
 
     def take_stats(self) -> TransferStats | None:
         """What was counted since the last call."""
+        self._breaker_stats.count_into(self._stats)
         stats, self._stats = self._stats, TransferStats()
         return None if stats.is_empty() else stats
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,12 +18,14 @@ from kvservice_adapter.connectors.vllm.model_layout import ModelRefused, check_w
 from kvservice_adapter.connectors.vllm.page_layouts import UnsupportedPages, check_backend, proven_views
 from kvservice_adapter.connectors.vllm.request_progress import EndedLoad
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
-from kvservice_adapter.connectors.vllm.stats import TransferStats
+from kvservice_adapter.connectors.vllm.stats import BreakerStats, TransferStats
 from kvservice_adapter.device.arrays import view_of
+from kvservice_adapter.engine.metrics import reason_of
 from kvservice_adapter.engine.page_loads import AnswerWait, PagedLayers, PrefixLoad, Waits, release_on
 from kvservice_adapter.engine.page_saves import Gathering, PageSave, PageSaver
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_adapter.torch_device import device_for
+from kvservice_api import spans
 from kvservice_api.errors import Cancelled, KVError
 from kvservice_client import Client, SaveResult
 from kvservice_client.rate_limited_log import RateLimitedLog
@@ -54,6 +56,7 @@ class WorkerRole:
         self._clock = self._client.clock
         self._blocks = self._client.open_layout(self.layout, self._shard)
         self._breaker = Breaker(probe_of(self._blocks), clock=self._clock)
+        self._breaker_stats = BreakerStats(self._breaker)
         self._answer_wait = self._new_wait()
         self._unanswered_s = 0.0  # How long this step has waited for the daemon in vain, before its loads.
         self._lines = RateLimitedLog(log)
@@ -110,6 +113,7 @@ class WorkerRole:
                 self._clock,
                 staging_bytes=self._settings.staging_bytes,
                 on_saved=self._saved,
+                on_dropped=self._save_dropped,
             )
         threading.Thread(target=self._attach, name="kvservice-start", daemon=True).start()
 
@@ -164,6 +168,11 @@ class WorkerRole:
         """On a thread of the saver's."""
         self._count(saved_blocks=result.stored, already_stored_blocks=result.already_stored)
 
+    def _save_dropped(self, reason: str, blocks: int) -> None:
+        """On any thread."""
+        with self._lock:
+            self._stats.add("dropped_save_blocks", blocks, reason)
+
     def _begin_step(self, orders: StepOrders) -> bool:
         """False if the step of these orders has begun already."""
         if orders is self._orders:
@@ -179,9 +188,9 @@ class WorkerRole:
         self._answer_wait = self._new_wait(self._unanswered_s)
         for order in list(self._open.values()):
             if not order.ticket:
-                self._failed(order, "the scheduler's role has failed", is_unanswered=False)
+                self._failed(order, "INTERNAL", "the scheduler's role has failed", is_unanswered=False)
             elif not self._may_ask:
-                self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
+                self._not_asked(order)
             elif order.mode is LoadMode.BETWEEN_STEPS:
                 waits = Waits(self._new_wait(), self._settings.layer_wait_s, self._settings.layer_wait_s)
                 load = self._between_steps[order.request_id] = self._load(order, waits)
@@ -210,7 +219,8 @@ class WorkerRole:
 
     def _load(self, order: PageLoadOrder, waits: Waits) -> PrefixLoad:
         tokens = (min(order.begins), order.end_token)
-        return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, waits, self._release)
+        trace = spans.of_headers(order.trace_headers)
+        return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, waits, self._release, trace)
 
     def _load_whole(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         assert self._layers is not None
@@ -222,8 +232,8 @@ class WorkerRole:
             self._load_failed(order, error, load.valid_tokens)
         else:
             seconds = self._clock.now_s() - began_s
-            waited_s = 0.0 if order.mode is LoadMode.BETWEEN_STEPS else seconds
-            self._load_ended(order, EndedLoad(order.request_id, load.size_bytes, seconds, waited_s, load.transport))
+            waits_s = [] if order.mode is LoadMode.BETWEEN_STEPS else [seconds]
+            self._load_ended(order, load.size_bytes, seconds, waits_s, load.transport)
 
     def _load_between_steps(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         """On the loading stream's thread. Every end is reported: else the request never runs."""
@@ -232,9 +242,9 @@ class WorkerRole:
                 load.waits.answer.restart()  # Loads before it used this thread.
                 self._load_whole(order, load)
             else:
-                self._failed(order, "the daemon did not answer lately: it is not asked", is_unanswered=True)
+                self._not_asked(order)
         except BaseException as error:
-            self._failed(order, f"{type(error).__name__}: {error}", is_unanswered=False)
+            self._failed(order, reason_of(error), f"{type(error).__name__}: {error}", is_unanswered=False)
             raise
         finally:
             self._between_steps.pop(order.request_id, None)
@@ -271,8 +281,7 @@ class WorkerRole:
             running.append((order, load, loader))
             if layer + 1 == self._shard.layers:
                 report = loader.report
-                times = report.busy_s, sum(report.waited_s)
-                self._load_ended(order, EndedLoad(order.request_id, report.size_bytes, *times, load.transport))
+                self._load_ended(order, report.size_bytes, report.busy_s, report.waited_s, load.transport)
         self._loaders = running if layer + 1 < self._shard.layers else []
 
     def _wait_for_layer(self, layer: int, load: PrefixLoad, loader: LayerLoader) -> None:
@@ -339,6 +348,7 @@ class WorkerRole:
 
     def take_stats(self) -> TransferStats | None:
         with self._lock:
+            self._breaker_stats.count_into(self._stats)
             stats, self._stats = self._stats, TransferStats()
         return None if stats.is_empty() else stats
 
@@ -347,7 +357,7 @@ class WorkerRole:
         self._begin_step(orders)
         self._end_layers(LoadFailed(f"{type(error).__name__}: {error}"))
         for order in list(self._open.values()):
-            self._failed(order, f"{type(error).__name__}: {error}", is_unanswered=False)
+            self._failed(order, reason_of(error), f"{type(error).__name__}: {error}", is_unanswered=False)
 
     def pages_in_doubt(self) -> set[int]:
         """What `take_bad_pages` returns, if that has raised: with all pages that this step's loads were to fill."""
@@ -368,13 +378,17 @@ class WorkerRole:
         self._breaker.close(0.0)
         self._client.close()
 
-    def _load_ended(self, order: PageLoadOrder, load: EndedLoad) -> None:
-        """On any thread."""
+    def _load_ended(
+        self, order: PageLoadOrder, size_bytes: int, seconds: float, waits_s: Sequence[float], transport: str
+    ) -> None:
+        """On any thread. `waits_s` are those of the engine."""
         self._breaker.record(True)
         with self._lock:
             self._end(order)
-            self._report.loaded.append(load)
-            self._stats.count(loads=1, loaded_bytes=load.size_bytes, load_seconds=load.seconds)
+            self._report.loaded.append(EndedLoad(order.request_id, size_bytes, seconds, sum(waits_s), transport))
+            self._stats.count(loads=1, loaded_bytes=size_bytes, load_seconds=seconds)
+            for waited_s in waits_s:
+                self._stats.add("load_wait_seconds", waited_s)
 
     def _load_failed(self, order: PageLoadOrder, error: Exception, valid_tokens: int = 0) -> None:
         """On any thread."""
@@ -385,10 +399,15 @@ class WorkerRole:
         reason = (
             f"{cause.reason}: {cause.message}" if isinstance(cause, KVError) else f"{type(cause).__name__}: {cause}"
         )
-        self._failed(order, reason, is_unanswered=is_unanswered, valid_tokens=valid_tokens)
+        self._failed(order, reason_of(error), reason, is_unanswered=is_unanswered, valid_tokens=valid_tokens)
 
-    def _failed(self, order: PageLoadOrder, reason: str, *, is_unanswered: bool, valid_tokens: int = 0) -> None:
-        """`valid_tokens` of the request, from its first token on, were loaded all the same."""
+    def _not_asked(self, order: PageLoadOrder) -> None:
+        self._failed(order, "BREAKER_OPEN", "the daemon did not answer lately: it is not asked", is_unanswered=True)
+
+    def _failed(
+        self, order: PageLoadOrder, kind: str, reason: str, *, is_unanswered: bool, valid_tokens: int = 0
+    ) -> None:
+        """`valid_tokens` of the request, from its first token on, were loaded all the same. `kind` is for metrics."""
         # With several groups, or pages that were freed, vLLM computes the request from its first token.
         begin = max(order.first_token, valid_tokens) if self._place.is_plain else 0
         end = order.end_token
@@ -401,7 +420,7 @@ class WorkerRole:
                 self._failed_requests.add(order.request_id)
             self._end(order)
             self._report.failed.append(FailedLoad(order.request_id, order.attempt, begin, reason, is_unanswered))
-            self._stats.count(failed_loads=1)
+            self._stats.add("failed_loads", 1, kind)
 
     def _end(self, order: PageLoadOrder) -> None:
         """With the lock: vLLM gets the pages and the end of a load between steps at once."""

@@ -13,9 +13,8 @@ from kvservice_adapter.connectors.transformers.mask_record import MaskRecord
 def test_it_is_the_mask_that_its_parts_make_however_they_come_and_go(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 3))
     pads = data.draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows))
-    whole = np.array(
-        data.draw(st.lists(st.lists(st.booleans(), min_size=300, max_size=300), min_size=rows, max_size=rows))
-    )
+    bits = data.draw(st.binary(min_size=rows * 38, max_size=rows * 38))
+    whole = np.unpackbits(np.frombuffer(bits, np.uint8)).astype(bool).reshape(rows, 304)[:, :300]
     whole &= np.arange(300) >= np.array(pads)[:, None]
     record = MaskRecord(pads, np.zeros((rows, 0), bool))
     columns = 0

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from kvservice_adapter.connectors.transformers import TransformersConnector, UnsupportedModel, layout_of
-from kvservice_api.errors import DaemonUnavailable, InvalidRequest
+from kvservice_api.errors import DaemonUnavailable, InvalidLayout, InvalidRequest
 from kvservice_client import Layout, Rotary
 from tests.unit.connector_models import BLOCK_TOKENS, KeptBlocks, computed, connector, prompt, states, tiny_llama
 
@@ -121,6 +121,29 @@ def test_lists_arrays_and_tensors_of_token_ids_mean_the_same(kept: KeptBlocks) -
 def test_what_is_no_token_id_is_refused(kept: KeptBlocks) -> None:
     with pytest.raises(InvalidRequest):
         connector(kept, tiny_llama()).restore([1, 2, 3, 4, -5, 6])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("client", "127.0.0.1:7070"),
+        ("model_id", 5),
+        ("model_revision", None),
+        ("lora_id", 5),
+        ("salt", "x"),
+        ("wait_s", -1.0),
+        ("save_wait_s", None),
+        ("staging_bytes", "1"),
+        ("rates", 5),
+        ("device", "cpu"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_named_when_the_connector_is_made(
+    kept: KeptBlocks, argument: str, value: Any
+) -> None:
+    arguments: dict[str, Any] = {"client": kept, "model_id": "m", "model_revision": "1", argument: value}
+    with pytest.raises((InvalidRequest, InvalidLayout), match=argument):
+        TransformersConnector(arguments.pop("client"), tiny_llama(), **arguments)
 
 
 def test_another_salt_adapter_or_revision_finds_nothing(kept: KeptBlocks) -> None:

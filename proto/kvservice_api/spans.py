@@ -1,0 +1,209 @@
+"""Spans of a request's distributed trace, in the engine's process and in the daemon: the one module of both that uses
+the API of OpenTelemetry.
+
+A trace begins in the engine. A span is made only below a span that is recorded: without one all of this costs a look
+into `sys.modules`, because a process in which no other code has imported OpenTelemetry has no such span. Any thread may
+call it.
+
+    with span("kvservice.lookup", blocks=3) as lookup:      # None if the request is not traced
+        ...
+        if lookup is not None:
+            lookup.set(hit_blocks=2)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal, Self, TypeVar
+
+from kvservice_api.errors import KVError
+
+T = TypeVar("T")
+
+TraceContext = Any  # OpenTelemetry's Context: the span below which new spans are made.
+Kind = Literal["client", "internal", "server"]
+
+_PARENT_HEADER = "traceparent"  # W3C Trace Context, in HTTP headers and in gRPC metadata.
+_SERVER_FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
+_NO_SPAN: AbstractContextManager[None] = nullcontext()
+
+
+def current() -> TraceContext | None:
+    """The caller's trace, for spans that are made later, or on another thread. None if it is not recorded."""
+    api = sys.modules.get("opentelemetry.trace")
+    if api is None or not hasattr(api, "get_current_span"):  # Another thread may be importing it.
+        return None
+    if not api.get_current_span().get_span_context().trace_flags.sampled:
+        return None
+    from opentelemetry.context import get_current
+
+    return get_current()
+
+
+def of_headers(headers: Mapping[str, str] | None) -> TraceContext | None:
+    """The trace that W3C headers name. None if they name none, if it is not recorded, or without OpenTelemetry."""
+    if not headers or _PARENT_HEADER not in headers:
+        return None
+    try:
+        from opentelemetry.trace import get_current_span
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+    except ImportError:
+        return None
+    trace = TraceContextTextMapPropagator().extract(headers)
+    return trace if get_current_span(trace).get_span_context().trace_flags.sampled else None
+
+
+def headers() -> tuple[tuple[str, str], ...] | None:
+    """The caller's trace as gRPC metadata. None if it is not recorded."""
+    if current() is None:
+        return None
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    found: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(found)
+    return tuple(found.items())
+
+
+def within(trace: TraceContext | None) -> AbstractContextManager[None]:
+    """Make the block's spans part of this trace. Without one it does nothing."""
+    return _NO_SPAN if trace is None else _attached(trace)
+
+
+def carried(work: Callable[[], T]) -> Callable[[], T]:
+    """`work`, for another thread: its spans become part of the caller's trace."""
+    trace = current()
+    return work if trace is None else partial(_run_within, trace, work)
+
+
+def span(name: str, kind: Kind = "internal", **attributes: object) -> AbstractContextManager[OpenSpan | None]:
+    """A span of the block, which the block's own spans are below. None if the caller's trace is not recorded."""
+    trace = current()
+    return _NO_SPAN if trace is None else OpenSpan(name, trace, kind, attributes)
+
+
+def record(name: str, duration_s: float, trace: TraceContext | None = None, **attributes: object) -> None:
+    """A span that took so long until now, below the given trace, by default the caller's."""
+    trace = current() if trace is None else trace
+    if trace is not None:
+        OpenSpan(name, trace, "internal", attributes, begun_s_ago=duration_s).end()
+
+
+def steps(
+    items: Generator[T, None, None],
+    trace: TraceContext,
+    name: str,
+    step_name: str,
+    describe: Callable[[T], Mapping[str, object]],
+    **attributes: object,
+) -> Generator[T, None, None]:
+    """The items, in a span of the whole iteration, with one below it for each wait for an item."""
+    whole = OpenSpan(name, trace, "client", attributes)
+    try:
+        with closing(items):
+            while True:
+                begun_ns = time.time_ns()
+                with whole.attached():
+                    item = next(items, None)
+                if item is None:
+                    break
+                record(step_name, (time.time_ns() - begun_ns) / 1e9, whole.context, **describe(item))
+                yield item
+    except BaseException as error:
+        whole.end(error)
+        raise
+    whole.end()
+
+
+class OpenSpan:
+    """A span that has begun. As a context manager it is the current one, and ends with the block."""
+
+    def __init__(
+        self,
+        name: str,
+        trace: TraceContext,
+        kind: Kind,
+        attributes: Mapping[str, object],
+        *,
+        begun_s_ago: float = 0.0,
+    ) -> None:
+        """The names of `attributes` get the prefix ``kvservice.``."""
+        from opentelemetry.trace import SpanKind, get_tracer, set_span_in_context
+
+        begun_ns = time.time_ns() - int(begun_s_ago * 1e9)
+        self._span = get_tracer("kvservice").start_span(name, trace, SpanKind[kind.upper()], start_time=begun_ns)
+        self.context: TraceContext = set_span_in_context(self._span, trace)
+        self._attached: AbstractContextManager[None] = _NO_SPAN
+        self.set(**attributes)
+
+    def set(self, **attributes: Any) -> None:
+        """Attributes whose value is None are left out."""
+        self._span.set_attributes({f"kvservice.{name}": each for name, each in attributes.items() if each is not None})
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Make the block's spans part of this one."""
+        return _attached(self.context)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """An iteration that its caller ends early has not failed."""
+        if error is not None and not isinstance(error, GeneratorExit):
+            self._fail(error.reason if isinstance(error, KVError) else type(error).__name__, str(error))
+        self._span.end()
+
+    def begin_call(self, method: str) -> None:
+        """The span is that of a call of a gRPC method, and the current one until `end_call`."""
+        self._span.set_attributes({"rpc.system.name": "grpc", "rpc.method": method})
+        self.__enter__()
+
+    def end_call(self, code: str, reason: str) -> None:
+        """The end of a call that a server has answered with this status, and this reason of an error or none."""
+        self._span.set_attribute("rpc.response.status_code", code)
+        if reason and code in _SERVER_FAULTS:
+            self._fail(reason, reason)
+        elif reason:
+            self._span.set_attribute("error.type", reason)
+        self.__exit__(None, None, None)
+
+    def _fail(self, reason: str, text: str) -> None:
+        from opentelemetry.trace import Status, StatusCode
+
+        self._span.set_attribute("error.type", reason)
+        self._span.set_status(Status(StatusCode.ERROR, text))
+
+    def __enter__(self) -> Self:
+        self._attached = self.attached()
+        self._attached.__enter__()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._attached.__exit__(None, None, None)
+        self.end(error)
+
+
+def of_call(method: str, metadata: Iterable[tuple[str, str | bytes]]) -> OpenSpan | None:
+    """The current span of a server's call from now until `end_call`. None if the client's trace is not recorded."""
+    trace = of_headers({key: str(value) for key, value in metadata if key in (_PARENT_HEADER, "tracestate")})
+    if trace is None:
+        return None
+    made = OpenSpan(method, trace, "server", {})
+    made.begin_call(method)
+    return made
+
+
+def _run_within(trace: TraceContext, work: Callable[[], T]) -> T:
+    with _attached(trace):
+        return work()
+
+
+@contextmanager
+def _attached(trace: TraceContext) -> Iterator[None]:
+    from opentelemetry.context import attach, detach
+
+    token = attach(trace)
+    try:
+        yield
+    finally:
+        detach(token)
