@@ -206,7 +206,7 @@ def test_people_get_tables(kvctl_here: Callable[..., subprocess.CompletedProcess
 
 def test_progress_shows_on_a_terminal_only_and_never_in_the_output(daemon: DaemonProcess, chain: BlockChain) -> None:
     ours, theirs = pty.openpty()
-    command = [KVCTL, "scrub", "--json", "--address", daemon.address]
+    command = [str(KVCTL), "scrub", "--json", "--address", daemon.address]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60, check=False)
     os.close(theirs)
     assert json.loads(done.stdout)["done"]
