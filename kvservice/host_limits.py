@@ -116,7 +116,7 @@ def expect_address_space(mapped_bytes: int) -> None:
     needed_bytes = used_bytes + mapped_bytes + _ADDRESS_SPACE_BYTES
     if limit_bytes != resource.RLIM_INFINITY and needed_bytes > limit_bytes:
         raise HostLimit(
-            f"RLIMIT_AS allows {limit_bytes // MIB} MiB of memory mappings, and the daemon needs {needed_bytes // MIB}: "
+            f"RLIMIT_AS allows {limit_bytes // MIB} MiB of mappings, and the daemon needs {needed_bytes // MIB}: "
             "raise it with `ulimit -v unlimited`, or set dram.capacity_bytes lower"
         )
 
