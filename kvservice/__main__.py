@@ -84,7 +84,7 @@ def _serve(argv: Sequence[str]) -> int:
     from kvservice import daemon, logs
     from kvservice.config import ConfigError
     from kvservice.config_sources import load_settings
-    from kvservice.host_limits import expect_threads, raise_open_files_limit
+    from kvservice.host_limits import expect_address_space, expect_threads, raise_open_files_limit
     from kvservice.index.errors import StoreDamaged, StoreError
     from kvservice.tiers.base import StoreMismatch
     from kvservice_api.errors import KVError
@@ -98,6 +98,7 @@ def _serve(argv: Sequence[str]) -> int:
     try:
         raise_open_files_limit(len(settings.ssd_directories))  # Before the event loop and gRPC open files.
         expect_threads(settings.ssd.io_threads + sum(tier.io_threads for tier in settings.tiers.below_ssd))
+        expect_address_space(int(settings.dram.capacity_bytes) + settings.durable_map_bytes)
         uvloop.run(daemon.run(settings))
     except ConfigError as error:  # A path or an address in the settings cannot be used.
         print(f"kvservice serve: {error}", file=sys.stderr)

@@ -30,6 +30,8 @@ _OPEN_FILES_PER_DRIVE = 2
 # Where there are none, gRPC ends the process and Python's calls fail, so the start is refused above that.
 _THREADS_MIN = 64
 
+_ADDRESS_SPACE_BYTES = 1024 * MIB  # Stacks of the threads, and what the allocator reserves for them.
+
 _NO_LIMIT_BYTES = 2**60  # Version 1 writes the largest number of pages there is where no limit is set.
 
 
@@ -105,6 +107,18 @@ def expect_threads(io_threads: int, proc: Path = Path("/proc"), root: Path = Pat
         end.set()
         for thread in threads:
             thread.join()
+
+
+def expect_address_space(mapped_bytes: int) -> None:
+    """Raises HostLimit if the process may not map `mapped_bytes` and what it needs beside them."""
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    needed_bytes = used_bytes + mapped_bytes + _ADDRESS_SPACE_BYTES
+    if limit_bytes != resource.RLIM_INFINITY and needed_bytes > limit_bytes:
+        raise HostLimit(
+            f"RLIMIT_AS allows {limit_bytes // MIB} MiB of mappings, and the daemon needs {needed_bytes // MIB}: "
+            "raise it with `ulimit -v unlimited`, or set dram.capacity_bytes lower"
+        )
 
 
 def _thread_limit(proc: Path, root: Path) -> str:

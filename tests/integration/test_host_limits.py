@@ -184,7 +184,10 @@ def test_too_few_threads_of_the_control_group_are_refused_and_named(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("limit", "value", "part"),
-    [("RLIMIT_NPROC", 30, "LimitNPROC="), ("RLIMIT_AS", 600 * MIB, "`ulimit -v unlimited`")],
+    [
+        ("RLIMIT_NPROC", 30, "LimitNPROC="),
+        pytest.param("RLIMIT_AS", 600 * MIB, "`ulimit -v unlimited`", marks=pytest.mark.slow),
+    ],
 )
 def test_too_few_threads_of_the_user_and_too_little_space_for_stacks_are_refused_and_named(
     tmp_path: Path, limit: str, value: int, part: str
@@ -198,6 +201,14 @@ def test_too_few_threads_of_the_user_and_too_little_space_for_stacks_are_refused
     line = refused(DaemonProcess(tmp_path, program=("-c", program)))
     for each in ("too few threads are allowed", f"{limit} is {value}", part):
         assert each in line
+
+
+def test_an_address_space_that_is_too_small_for_the_dram_tier_is_refused_and_named(tmp_path: Path) -> None:
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({3000 * MIB}, {3000 * MIB}))"
+    run = "import sys; from kvservice.__main__ import main; sys.exit(main())"
+    line = refused(DaemonProcess(tmp_path, program=("-c", f"{limit}; {run}"), dram__capacity_bytes=2048 * MIB))
+    for part in ("RLIMIT_AS allows 3000 MiB of mappings", "ulimit -v unlimited", "dram.capacity_bytes"):
+        assert part in line
 
 
 def test_a_daemon_that_gets_no_more_threads_serves_with_those_it_has(tmp_path: Path) -> None:
