@@ -76,12 +76,17 @@ async def on_thread(work: Callable[[], T], executor: Executor | None = None) -> 
 
 
 def executor_of(threads: int, name: str) -> ThreadPoolExecutor:
-    """An executor whose threads run from now on: later the process may get none, and calls would fail."""
+    """An executor whose threads run from now on: later the process may get none, and calls would fail.
+
+    Raises RuntimeError if a thread cannot be started.
+    """
     executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
     all_run = threading.Event()
-    for _ in range(threads):
-        executor.submit(all_run.wait)  # As no thread is idle, each call starts one.
-    all_run.set()
+    try:
+        for _ in range(threads):
+            executor.submit(all_run.wait)  # As no thread is idle, each call starts one.
+    finally:
+        all_run.set()  # Otherwise the process could not end.
     return executor
 
 
