@@ -107,7 +107,7 @@ async def test_a_tier_larger_than_the_memory_that_is_available_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, available_mib: int
 ) -> None:
     """Only here the kernel's answer is simulated, because a real shortage would affect all other processes."""
-    monkeypatch.setattr("kvservice.daemon.available_memory_bytes", lambda: available_mib * MIB)
+    monkeypatch.setattr("kvservice.store_opening.available_memory_bytes", lambda: available_mib * MIB)
     process = DaemonProcess(tmp_path)  # Only for its settings; it is not started.
     try:
         flags = [f"--{name}={value}" for name, value in process.settings.items()]
