@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(command, rest)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("kvservice"):
+        if (error.name or "").partition(".")[0] in {"kvservice", "kvservice_api", *sys.stdlib_module_names}:
             raise
         print(f"kvservice: {error.name} is not installed. Install KVService with the extra 'daemon'.", file=sys.stderr)
         return 1
