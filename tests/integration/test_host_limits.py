@@ -195,7 +195,8 @@ def test_too_few_threads_of_the_user_and_too_little_space_for_stacks_are_refused
     """As another user: root has as many processes and threads as it wants."""
     become = "os.geteuid() == 0 and (os.setgroups([]), os.setgid(12345), os.setuid(12345))"
     program = (
-        f"import os, resource, sys, uvloop, kvservice.config_sources, kvservice.daemon, kvservice.logs; from kvservice.__main__ import main; "
+        "import os, resource, sys, uvloop, kvservice.config_sources, kvservice.daemon, kvservice.logs; "
+        "from kvservice.__main__ import main; "
         f"resource.setrlimit(resource.{limit}, ({value}, {value})); {become}; sys.exit(main())"
     )
     line = refused(DaemonProcess(tmp_path, program=("-c", program)))
