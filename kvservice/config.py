@@ -498,8 +498,10 @@ class Settings(BaseSettings):
                     f"the index takes {map_bytes} bytes of it"
                 )
         folders = {path.absolute() for path in self.ssd_directories}
-        if both := folders & {path.absolute() for path in self.ssd.drained_paths}:
-            raise ValueError(f"{min(both)} is in ssd.paths and in ssd.drained_paths: remove it from one of them")
+        both = folders & {path.absolute() for path in self.ssd.drained_paths}
+        if both and self.ssd.capacity_bytes:
+            named = "in ssd.paths" if self.ssd.paths else "the store's folder, which an empty ssd.paths means,"
+            raise ValueError(f"{min(both)} is {named} and in ssd.drained_paths: remove it from one of them")
         if len(folders) < len(self.ssd_directories):
             raise ValueError("ssd.paths names a folder twice: give each drive one folder")
         for lower in self.tiers.below_ssd:

@@ -12,7 +12,7 @@ import numpy as np
 from kvservice.blocks import TierName
 from kvservice.index.block_index import BlockIndex
 from kvservice.tiers.base import StoreMismatch
-from kvservice.tiers.ssd_files import file_name, files_in, is_missing
+from kvservice.tiers.ssd_files import file_name, files_in, is_missing, partial_of, read_header
 
 log = logging.getLogger(__name__)
 
@@ -21,40 +21,42 @@ class Drives(NamedTuple):
     """The SSD files to open."""
 
     files: list[Path | None]  # By number; None where a file left the store.
-    creatable: list[int]  # Files that never existed. Any other that is missing had blocks, or its drive is missing.
+    creatable: list[int]  # Files that may be created. Any other that is missing has blocks, or its drive is missing.
     leaving: list[int]  # Files whose blocks move to the others, or that have none.
 
 
 def find_drives(index: BlockIndex, folders: Sequence[Path], drained: Sequence[Path]) -> Drives:
     """The files of the drives in `folders`, one each, and of those in `drained`.
 
-    A file keeps its number in any folder where its drive is mounted. Raises StoreMismatch if a file with blocks is in
-    none of the folders; OSError.
+    A file keeps its number in any folder where its drive is mounted. Changes nothing but what an interrupted start has
+    left. Raises StoreMismatch if a file with blocks is in none of the folders, or a new folder is missing; OSError.
     """
     known = {number: path for number, path in enumerate(index.ssd_files) if path is not None}
     files: dict[int, Path] = {}
-    creatable: list[int] = []
     leaving: list[int] = []
     new: list[Path] = []
     for folder in (each.absolute() for each in folders):
-        number, path = _find(folder, known, files, index.store_id)
-        if path is None:
+        if (found := _find(folder, known, files, index.store_id)) is not None:
+            files[found[0]] = found[1]
+        elif folder.is_dir():
             new.append(folder)
         else:
-            files[number] = path
+            raise StoreMismatch(f"ssd.paths: there is no folder {folder}; create it, or mount its drive")
     for folder in (each.absolute() for each in drained):
-        number, path = _find(folder, known, files, index.store_id)
-        if path is None or is_missing(path):
+        found = _find(folder, known, files, index.store_id)
+        if found is None or is_missing(found[1]):
             log.info("%s has no SSD file of this store: remove it from ssd.drained_paths", folder)
         else:
-            files[number] = path
-            leaving.append(number)
+            files[found[0]] = found[1]
+            leaving.append(found[0])
     for number, path in known.items():
         if number not in files:
             _expect_unused(index, number, path)
+            partial_of(path).unlink(missing_ok=True)
             if not is_missing(path):
                 files[number] = path
                 leaving.append(number)
+    creatable = sorted(index.ssd_files_changing & files.keys())
     for folder in new:
         number = next(each for each in range(len(files) + 1) if each not in files)
         files[number] = folder / file_name(number)
@@ -62,17 +64,47 @@ def find_drives(index: BlockIndex, folders: Sequence[Path], drained: Sequence[Pa
     return Drives([files.get(number) for number in range(max(files) + 1)], creatable, leaving)
 
 
-def _find(folder: Path, known: dict[int, Path], taken: dict[int, Path], store_id: bytes) -> tuple[int, Path | None]:
-    """The store's file in this folder that no other folder has taken, with its number; None if there is none."""
-    there = {number: path for number, path in known.items() if path.parent == folder and number not in taken}
-    if there:
-        return min(there.items())
-    found = {number: path for number, path in files_in(folder, store_id).items() if number not in taken}
-    for number, path in sorted(found.items()):
-        # Otherwise it is a copy of a file in use, or an older one.
-        if number not in known or is_missing(known[number]) or path.samefile(known[number]):
+def leave_ssd(index: BlockIndex, drained: Sequence[Path]) -> None:
+    """Drop the blocks on SSD of a store that is to have no SSD tier any more, and delete the files, if `drained` has
+    their folders.
+
+    Raises StoreMismatch if a file with blocks is elsewhere: without its tier, a block that is discarded would be found
+    again once the tier is back.
+    """
+    files = [path for path in index.ssd_files if path is not None]
+    found = index.load(TierName.SSD)
+    keys = [*found.keys, *found.damaged]
+    folders = {folder.absolute() for folder in drained}
+    if keys and not {path.parent for path in files} <= folders:
+        raise StoreMismatch(
+            f"ssd.capacity_bytes is 0, and {len(keys)} blocks are on SSD in {', '.join(map(str, files))}: set it to "
+            "more; or to drop these blocks, name the folders in ssd.drained_paths"
+        )
+    index.delete_now(TierName.SSD, keys)
+    for path in files:
+        if path.parent in folders:
+            path.unlink(missing_ok=True)
+            log.warning("%s is deleted, with the blocks of the SSD tier: there is none any more", path)
+    kept = [None if path is None or path.parent in folders else path for path in index.ssd_files]
+    index.remember_ssd_files(kept)
+
+
+def _find(folder: Path, known: dict[int, Path], taken: dict[int, Path], store_id: bytes) -> tuple[int, Path] | None:
+    """The store's file in this folder that no other folder has taken, with its number. It may be missing there."""
+    for number, path in sorted(files_in(folder, store_id).items()):
+        if number not in taken and not _is_copy(path, number, known, store_id):
             return number, path
-    return 0, None
+    missing = {number: path for number, path in known.items() if path.parent == folder and number not in taken}
+    return next(((number, path) for number, path in sorted(missing.items()) if is_missing(path)), None)
+
+
+def _is_copy(path: Path, number: int, known: dict[int, Path], store_id: bytes) -> bool:
+    """Whether the file is the copy of one in use, or an older one: that of this number is elsewhere."""
+    other = known.get(number)
+    if other is None or is_missing(other) or path.samefile(other):
+        return False
+    header = read_header(other)
+    return header is not None and (header.store_id, header.number) == (store_id, number)
 
 
 def _expect_unused(index: BlockIndex, number: int, path: Path) -> None:

@@ -30,7 +30,8 @@ from kvservice.index.block_index import BlockIndex
 from kvservice.index.identity import SCHEMA_WITH_FREE_FILE_NUMBERS
 from kvservice.index.store_lock import StoreLock
 from kvservice.policy import daemon_policy
-from kvservice.ssd_drives import Drives, find_drives
+from kvservice.ssd_drives import Drives, find_drives, leave_ssd
+from kvservice.start_checks import NotThere
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.hints.exchange import HintLimits
 from kvservice.store.hints.queue_mirror import QueueLimits
@@ -94,23 +95,29 @@ async def open_store(settings: Settings, clock: Clock, files: FileCalls, opening
     opening.callback(index.close)
     index.remember_place()
     drives: Drives | None = None
+    if not has_ssd:
+        leave_ssd(index, settings.ssd.drained_paths)
     if has_ssd:
         drives = find_drives(index, settings.ssd_directories, settings.ssd.drained_paths)
-        if drives.leaving or None in drives.files:
-            index.require_schema(SCHEMA_WITH_FREE_FILE_NUMBERS)
-        ssd = SsdTier.open(
-            drives.files,
-            store_id=index.store_id,
-            capacity_bytes=int(settings.ssd.capacity_bytes) - settings.durable_map_bytes,
-            io_threads=settings.ssd.io_threads,
-            calls=files,
-            direct=settings.ssd.direct,
-            creatable=drives.creatable,
-            leaving=drives.leaving,
-        )
+        index.remember_ssd_files(drives.files, changing=[*drives.creatable, *drives.leaving])
+        try:
+            ssd = SsdTier.open(
+                drives.files,
+                store_id=index.store_id,
+                capacity_bytes=int(settings.ssd.capacity_bytes) - settings.durable_map_bytes,
+                io_threads=settings.ssd.io_threads,
+                calls=files,
+                direct=settings.ssd.direct,
+                creatable=drives.creatable,
+                leaving=drives.leaving,
+            )
+        except OSError as error:
+            raise NotThere(f"ssd.capacity_bytes, ssd.paths: {error.filename}: {error.strerror}") from error
         opening.callback(ssd.close)
         slower[TierName.SSD] = ssd
-        index.remember_ssd_files(drives.files)
+        index.remember_ssd_files(drives.files, changing=drives.leaving)
+        if drives.leaving or None in drives.files:
+            index.require_schema(SCHEMA_WITH_FREE_FILE_NUMBERS)
     slower |= _lower_tiers(settings, index, make_durable, files, opening)
     arena = Arena.open(settings.dram.path, index.store_id, _arena_bytes(settings), calls=files)
     opening.callback(arena.close)

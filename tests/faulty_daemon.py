@@ -2,7 +2,8 @@
 
 The environment variable TEST_FAULTS names a folder. A file in it that is named like one of the
 file calls makes that call fail with the errno whose name it holds; ``SHORT`` makes the call
-transfer less than requested, and ``HOLD`` makes it wait. Delete the file, and the call works again.
+transfer less than requested, and ``HOLD`` makes it wait. ``EIO 8192`` makes only calls fail that begin at this offset
+in a file. Delete the file, and the call works again.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class FaultyFileCalls(FileCalls):
         self._folder = folder
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        return super().preadv(fd, self._cut("preadv", buffers), offset)
+        return super().preadv(fd, self._cut("preadv", buffers, offset), offset)
 
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        return super().pwritev(fd, self._cut("pwritev", buffers), offset)
+        return super().pwritev(fd, self._cut("pwritev", buffers, offset), offset)
 
     def fdatasync(self, fd: int) -> None:
         self._fail("fdatasync")
@@ -38,18 +39,19 @@ class FaultyFileCalls(FileCalls):
         self._fail("posix_fallocate")
         super().posix_fallocate(fd, offset, length)
 
-    def _cut(self, call: str, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
-        if self._fail(call) == "SHORT" and len(buffers[0]) > PAGE_BYTES:
+    def _cut(self, call: str, buffers: Sequence[memoryview], offset: int) -> Sequence[memoryview]:
+        if self._fail(call, offset) == "SHORT" and len(buffers[0]) > PAGE_BYTES:
             return [buffers[0][:PAGE_BYTES]]
         return buffers
 
-    def _fail(self, call: str) -> str:
+    def _fail(self, call: str, offset: int = 0) -> str:
         try:
             while (fault := (self._folder / call).read_text()) == "HOLD":
                 time.sleep(0.005)
         except FileNotFoundError:
             return ""
-        if fault != "SHORT":
+        fault, _, only_at = fault.partition(" ")
+        if fault != "SHORT" and (not only_at or offset == int(only_at)):
             number = getattr(errno, fault)
             raise OSError(number, os.strerror(number))
         return fault

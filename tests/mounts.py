@@ -67,6 +67,17 @@ def disk(folder: Path, size_bytes: int) -> Iterator[Disk]:
         made.unmount()
 
 
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """The folder cannot be written meanwhile, as on a drive that the kernel has made read-only."""
+    _mount(["--bind", str(folder)], folder)
+    try:
+        _mount(["-o", "remount,ro,bind"], folder)
+        yield
+    finally:
+        _unmount(folder)
+
+
 def fill(path: Path, *, leave_bytes: int = 0) -> Path:
     """Use all free space of a file system except `leave_bytes`. Returns a file; delete it to free the space again."""
     filler = path / "filler"

@@ -61,6 +61,7 @@ _NOTES_NAME = "index-transaction"
 
 _ARENA_KEY = b"arena_id"
 _SSD_FILES_KEY = b"ssd_files"
+_SSD_CHANGING_KEY = b"ssd_files_changing"  # Numbers of files that a start creates or deletes, until it has done so.
 _VOLATILE_DIRECTORY_KEY = b"volatile_directory"
 _EMPTIED_KEY = b"dram_emptied"
 _TIER_KEY = b"tier"  # In the environment of a tier below SSD: its name.
@@ -336,9 +337,14 @@ class BlockIndex:
         names = self._meta.get(_SSD_FILES_KEY, b"").split(b"\0")
         return [self.directory.parent / os.fsdecode(name) if name else None for name in names] if any(names) else []
 
-    def remember_ssd_files(self, files: Sequence[Path | None]) -> None:
-        """Record the paths of the SSD files by number, None for one that left. Call it while no change waits for a
-        commit.
+    @property
+    def ssd_files_changing(self) -> set[int]:
+        """The numbers of SSD files that may be missing, because an interrupted start created or deleted them."""
+        return {int(number) for number in self._meta.get(_SSD_CHANGING_KEY, b"").split()}
+
+    def remember_ssd_files(self, files: Sequence[Path | None], changing: Iterable[int] = ()) -> None:
+        """Record the paths of the SSD files by number, None for one that left, and which of them are about to be
+        created or deleted. Call it while no change waits for a commit.
 
         Those in the store's folder may move with it.
         """
@@ -349,6 +355,7 @@ class BlockIndex:
                 return b""
             return os.fsencode(file.relative_to(store) if file.is_relative_to(store) else file.absolute())
 
+        self._remember(_SSD_CHANGING_KEY, b" ".join(b"%d" % number for number in sorted(changing)))
         self._remember(_SSD_FILES_KEY, b"\0".join(map(name, files)))
 
     def require_schema(self, schema: int) -> None:

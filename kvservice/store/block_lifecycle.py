@@ -157,6 +157,19 @@ class BlockLifecycle:
             placed.set_result(None)
             self.unhold(rows)
 
+    async def relocate(self, rows: Sequence[int], tier: TierName, extents: Sequence[Extent]) -> None:
+        """Record that the rows' bytes are in these extents too, and release their places so far. Before the start of
+        the store, when nothing else uses them.
+
+        After an error either place may be recorded. Both have the bytes, so that the next start continues.
+        """
+        await self._index.put(tier, [self.blocks.object_key_of(row) for row in rows], self._records(rows, extents))
+        for row, extent in zip(rows, extents, strict=True):
+            old = self.blocks.extent(row, tier)
+            assert old is not None
+            self.blocks.set_extent(row, tier, extent)
+            self.tiers[tier].release(old)
+
     def _note_arrival(self, rows: Rows, tier: TierName) -> None:
         """Since when the copies exist: for a new block its own time, else a later time."""
         stored_ms = self.blocks.stored_at_ms[rows]

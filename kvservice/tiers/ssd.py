@@ -101,16 +101,18 @@ class SsdTier:
         headers = {number: FileHeader(store_id, number, len(staying), wanted[number]) for number in staying}
         opened: dict[int, _File] = {}
         try:
-            for number, path in files.items():
-                if number in missing:
-                    ssd_files.create(path, headers[number], calls)
-                    size = wanted[number]
-                else:
-                    size = max(wanted[number], found[number].size_bytes)
-                    if size > found[number].size_bytes:
-                        log.info("the SSD file %s grows from %d to %d bytes", path, found[number].size_bytes, size)
-                        ssd_files.resize(path, headers[number], calls)
-                opened[number] = _File(path, size, calls, direct=direct == "auto")
+            for number, header in found.items():
+                opened[number] = _File(
+                    files[number], header.size_bytes, calls, direct=direct == "auto", read_only=number in leaving
+                )
+            for number in missing:
+                ssd_files.create(files[number], headers[number], calls)
+                opened[number] = _File(files[number], wanted[number], calls, direct=direct == "auto")
+            for number, header in found.items():
+                if header.size_bytes < wanted[number]:
+                    log.info("%s grows from %d to %d bytes", files[number], header.size_bytes, wanted[number])
+                    ssd_files.resize(files[number], headers[number], calls)
+                    opened[number].space.grow(wanted[number])
         except BaseException:
             for file in opened.values():
                 file.close()
@@ -140,8 +142,12 @@ class SsdTier:
             assert not file.space.used_bytes
             self._touched.discard(number)
             file.close()
-            ssd_files.delete(file.path)
-            log.info("the SSD file %s has no blocks any more, and is deleted", file.path)
+            try:
+                ssd_files.delete(file.path)
+            except OSError as error:  # A failing drive is often read-only.
+                log.warning("%s has no blocks any more, and cannot be deleted: %s", file.path, error.strerror)
+            else:
+                log.info("%s has no blocks any more, and is deleted", file.path)
         for number, header in self._headers.items():
             ssd_files.resize(self._files[number].path, header, self._calls)
 
@@ -268,16 +274,16 @@ class SsdTier:
 class _File:
     """One preallocated file and its free space."""
 
-    def __init__(self, path: Path, size: int, calls: FileCalls, *, direct: bool) -> None:
+    def __init__(self, path: Path, size: int, calls: FileCalls, *, direct: bool, read_only: bool = False) -> None:
         self.path = path
         self._calls = calls
         self.space = SpaceMap(size)
         self._write_refused = ""
         self._flush_refused = ""
         self.flush_failures = 0
-        self._fd = calls.open(path, os.O_RDWR)
+        self._fd = calls.open(path, os.O_RDONLY if read_only else os.O_RDWR)
         self.is_direct = False
-        if direct:
+        if direct and not read_only:
             self._try_direct()
 
     @property

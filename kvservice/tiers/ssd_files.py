@@ -80,7 +80,7 @@ def create(path: Path, header: FileHeader, calls: FileCalls) -> None:
     Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     fd = calls.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         calls.posix_fallocate(fd, 0, PAGE_BYTES + header.size_bytes)
@@ -131,6 +131,11 @@ def delete(path: Path) -> None:
     """Delete a file that has no block any more, durably. Raises OSError."""
     path.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """The name of a file that is being created."""
+    return path.with_name(path.name + ".partial")
 
 
 def file_name(number: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, sav
 from tests.integration.test_third_tier import counts
 from tests.integration.wire import Wire
 from tests.killed_starts import deaths
+from tests.mounts import read_only
 
 BLOCK = extent_size(block_geometry(LARGE, Shard.whole(LARGE), LARGE.block_tokens).image_bytes)
 BLOCKS = 12
+SMALL_BLOCK = extent_size(block_geometry(SMALL, Shard.whole(SMALL), SMALL.block_tokens).image_bytes)
 
 NewDaemon = Callable[..., DaemonProcess]
 
@@ -147,6 +150,38 @@ class TestTheSsdTier:
         start(daemon, ssd__capacity_bytes=ssd_bytes(16))
         assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
 
+    def test_keeps_a_pinned_block_also_where_the_free_space_is_in_small_pieces(self, new_daemon: NewDaemon) -> None:
+        daemon = new_daemon(ssd__capacity_bytes=16 * MIB, mover__ssd_free_low=0, mover__ssd_free_high=0)
+        start(daemon)
+        small, large = [new_chain(SMALL) for _ in range(100)], new_chain(LARGE)
+        with daemon.client() as client:
+            for chain in (*small, large):
+                layout = LARGE if chain is large else SMALL
+                assert save(client, layout, chain, Durability.SSD).is_complete
+            client.admin.pin(large.keys, 3600)
+            client.admin.discard([key for chain in small[::2] for key in chain])
+            client.evict([key for chain in (*small, large) for key in chain], tier="dram")
+        restart(daemon, ssd__capacity_bytes=4 * MIB + 4096 + 100 * SMALL_BLOCK)
+        with daemon.client() as client:
+            verify(client, LARGE, large)
+            assert sum(client.open_layout(SMALL).contains(chain) for chain in small) > 0
+
+    def test_cannot_be_switched_off_while_it_has_blocks(self, new_daemon: NewDaemon) -> None:
+        """Otherwise blocks that are discarded meanwhile would be found again once the tier is back."""
+        daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        daemon.settings["ssd.capacity_bytes"] = 0
+        assert f"ssd.capacity_bytes is 0, and {BLOCKS} blocks are on SSD in {daemon.store}" in refuses(daemon)
+        start(daemon, ssd__drained_paths=daemon.store)
+        assert not list(daemon.store.glob("ssd-*.kv"))
+        with daemon.client() as client:
+            client.evict([key for chain in chains for key in chain], tier="dram")
+        restart(daemon, ssd__capacity_bytes=ssd_bytes(20), ssd__drained_paths="")
+        with daemon.client() as client:
+            assert stored(client, chains) == []
+
     def test_whose_shrinking_was_interrupted_may_have_its_old_size_again(self, new_daemon: NewDaemon) -> None:
         before = ssd_bytes(BLOCKS)
         daemon = new_daemon(ssd__capacity_bytes=before, mover__ssd_free_low=0, mover__ssd_free_high=0)
@@ -243,6 +278,115 @@ class TestADrive:
         chains = filled(daemon)
         restart(daemon)
         assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
+    def test_swapped_with_another_is_recognized(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one", "two"), ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        for name, other in (("one", "aside"), ("two", "one"), ("aside", "two")):
+            (tmp_path / name).rename(tmp_path / other)
+        start(daemon)
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
+    def test_whose_new_folder_is_missing_is_refused_and_not_made(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one"), ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        assert daemon.stop() == 0
+        daemon.settings["ssd.paths"] = f"{tmp_path / 'one'}:{tmp_path / 'mnt' / 'nvme1'}"
+        assert f"ssd.paths: there is no folder {tmp_path / 'mnt' / 'nvme1'}" in refuses(daemon)
+        assert not (tmp_path / "mnt").exists()
+
+    def test_whose_addition_was_killed_and_taken_back_leaves_nothing(
+        self, new_daemon: NewDaemon, tmp_path: Path
+    ) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one"), ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        file = tmp_path / "two" / "ssd-001.kv"
+        seen = set()
+        for event in range(20, 90, 3):
+            daemon.settings |= {"ssd.paths": drives_in(tmp_path, "one", "two"), "ssd.capacity_bytes": ssd_bytes(40)}
+            daemon.launch(environment={"TEST_DIES_AT": str(event)})
+            if daemon.serves():
+                daemon.kill()
+                break
+            daemon.wait_for_end()
+            seen |= {path.name for path in (tmp_path / "two").iterdir()}
+            start(daemon, ssd__paths=drives_in(tmp_path, "one"), ssd__capacity_bytes=ssd_bytes(20))
+            assert not list((tmp_path / "two").iterdir())
+            assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+            daemon.kill()
+        assert file.name in seen
+
+    @pytest.mark.parametrize("kill_every", [9, pytest.param(1, marks=pytest.mark.slow)])
+    def test_whose_drain_was_killed_may_be_taken_back(
+        self, new_daemon: NewDaemon, tmp_path: Path, kill_every: int
+    ) -> None:
+        both = drives_in(tmp_path, "one", "two")
+        daemon = new_daemon(ssd__paths=both, ssd__capacity_bytes=ssd_bytes(40))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        for event in range(20, 200, kill_every):
+            daemon.settings |= {"ssd.paths": tmp_path / "one", "ssd.drained_paths": tmp_path / "two"}
+            daemon.launch(environment={"TEST_DIES_AT": str(event)})
+            if daemon.serves():
+                daemon.kill()
+                break
+            daemon.wait_for_end()
+            start(daemon, ssd__paths=both, ssd__drained_paths="")
+            daemon.kill()
+        start(daemon, ssd__paths=both, ssd__drained_paths="")
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
+    @pytest.mark.parametrize("fault", ["pwritev", "fdatasync", "preadv"])
+    def test_whose_replacement_fails_keeps_its_blocks(self, new_daemon: NewDaemon, tmp_path: Path, fault: str) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one"), ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        faults = tmp_path / "faults"
+        faults.mkdir()
+        daemon.program = ("-m", "tests.faulty_daemon")
+        daemon.settings |= {"ssd.paths": drives_in(tmp_path, "two"), "ssd.drained_paths": tmp_path / "one"}
+        (faults / fault).write_text("EIO")
+        daemon.launch(environment={"TEST_FAULTS": str(faults)})
+        assert daemon.wait_for_end() == 1
+        assert "Traceback" not in "".join(daemon.lines)
+        assert (tmp_path / "one" / "ssd-000.kv").exists()
+        (faults / fault).unlink()
+        daemon.start(environment={"TEST_FAULTS": str(faults)})
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
+    def test_with_an_unreadable_block_loses_this_one(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one"), ssd__capacity_bytes=ssd_bytes(20), ssd__direct="off")
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        shutil.rmtree(daemon.arena_folder)
+        faults = tmp_path / "faults"
+        faults.mkdir()
+        (faults / "preadv").write_text(f"EIO {4096 + 3 * BLOCK}")
+        daemon.program = ("-m", "tests.faulty_daemon")
+        daemon.settings |= {"ssd.paths": drives_in(tmp_path, "two"), "ssd.drained_paths": tmp_path / "one"}
+        daemon.start(environment={"TEST_FAULTS": str(faults)})
+        (faults / "preadv").unlink()
+        with daemon.client() as client:
+            assert len(stored(client, chains)) == BLOCKS - 1
+
+    def test_that_is_read_only_is_drained(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one"), ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        with read_only(tmp_path / "one"):
+            start(daemon, ssd__paths=drives_in(tmp_path, "two"), ssd__drained_paths=tmp_path / "one")
+            assert "cannot be deleted" in "".join(daemon.lines)
+            assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+            restart(daemon)
+            daemon.kill()
 
     def test_in_both_lists_is_wrong_usage(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
         drives = drives_in(tmp_path, "one")

@@ -1,4 +1,4 @@
-"""Moves blocks out of the part of a tier that is to be cut off: when a tier shrinks, or a drive leaves it.
+"""Moves blocks out of the part of a tier that is to be cut off: when a tier on disk shrinks, or a drive leaves it.
 
 It runs before the store starts, so nothing else changes blocks. A crash at any point is harmless: a block's new record
 is committed after its bytes are complete in the new place, and its old place is cut off after that commit.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,111 +17,149 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import Extent, Rows, TierName
 from kvservice.store.block_lifecycle import BlockLifecycle
-from kvservice_api.errors import IndexFull, KVError, TierFull
+from kvservice_api.errors import StorageFailed, TierFull
 
 log = logging.getLogger(__name__)
 
-_BLOCKS_AT_ONCE = 16  # Blocks whose bytes are in memory at one time. One commit records them.
+# Blocks whose bytes are in memory at one time; one commit records them. A larger block is alone.
+_BATCH_BYTES = 32 << 20
+_BATCH_BLOCKS = 1024
 _EVICTED_AT_ONCE = 1024
-_REPORTS = 10  # Lines in the log.
+_EVICTED_FOR_ONE = 8  # A block for which so many times its size was evicted in vain is dropped itself.
 
 
 class Relocation(NamedTuple):
     moved: int  # Blocks.
-    dropped: int  # Copies for which the smaller tier has no space.
+    dropped: int  # Copies for which the smaller tier has no space, or that cannot be read.
 
 
 async def relocate(lifecycle: BlockLifecycle, tier: TierName) -> Relocation:
-    """Move the copies outside of the tier's capacity into it, after `shrink` of the tier. Raises StorageFailed.
+    """Move the copies outside of the tier's capacity into it, after `shrink` of the tier.
 
     If not all copies of the tier fit, these stay, in this order: pinned ones, those without a copy in another tier,
-    those that were used last.
+    those that were used last. Raises StorageFailed if bytes or records cannot be written; the next start continues.
     """
-    space = lifecycle.tiers[tier]
-    dropped = await _drop_surplus(lifecycle, tier)
-    rows = _by_worth(lifecycle, tier, _outside(lifecycle, tier))
-    moved = 0
-    for start in range(0, len(rows), _BLOCKS_AT_ONCE):
-        moving: list[int] = []
-        places: list[tuple[Extent, Extent]] = []
-        unfit: list[int] = []
-        for row in rows[start : start + _BLOCKS_AT_ONCE].tolist():
-            old = lifecycle.blocks.extent(row, tier)
-            assert old is not None
+    run = _Run(lifecycle, tier)
+    await run.drop_surplus()
+    await run.move()
+    return Relocation(run.moved, run.dropped)
+
+
+class _Run:
+    def __init__(self, lifecycle: BlockLifecycle, tier: TierName) -> None:
+        self._lifecycle = lifecycle
+        self._blocks = lifecycle.blocks
+        self._tier = tier
+        self._space = lifecycle.tiers[tier]
+        rows = np.flatnonzero(self._blocks.resident(tier))
+        self._rows = rows[_order_of_worth(lifecycle, tier, rows)]  # Those first that are to stay.
+        self.moved = self.dropped = 0
+
+    async def drop_surplus(self) -> None:
+        """Evict the copies of least worth, until the others fit."""
+        fits = np.cumsum(self._sizes(self._rows)) <= self._space.capacity_bytes
+        surplus, self._rows = self._rows[~fits], self._rows[fits]
+        for start in range(0, len(surplus), _EVICTED_AT_ONCE):
+            await self._evict(surplus[start : start + _EVICTED_AT_ONCE].tolist())
+
+    async def move(self) -> None:
+        """Move what is outside, the copies of most worth first."""
+        position = self._blocks.position(self._tier)
+        columns = (self._blocks.segment, self._blocks.offset, self._blocks.extent_size)
+        inside = self._space.holds(*(column[position][self._rows] for column in columns))
+        ranks = np.arange(len(self._rows))
+        staying = list(
+            zip(ranks[inside].tolist(), self._rows[inside].tolist(), strict=True)
+        )  # The last has least worth.
+        outside = self._rows[~inside]
+        memory = mmap.mmap(-1, max(_BATCH_BYTES, int(self._sizes(outside).max(initial=0))))  # On a page boundary.
+        rank_of = dict(zip(outside.tolist(), ranks[~inside].tolist(), strict=True))
+        reported = 0
+        for batch in self._batches(outside):
+            places = {}
+            for row in batch:
+                if (place := await self._reserve(row, rank_of[row], staying)) is not None:
+                    places[row] = place
+            await self._move(places, memory)
+            if (done := self.moved * 10 // len(outside)) > reported:
+                reported = done
+                log.info("%s: %d of %d blocks are moved", self._tier, self.moved, len(outside))
+
+    def _batches(self, rows: Rows) -> Iterator[list[int]]:
+        batch: list[int] = []
+        batch_bytes = 0
+        for row, size in zip(rows.tolist(), self._sizes(rows).tolist(), strict=True):
+            if batch and (batch_bytes + size > _BATCH_BYTES or len(batch) == _BATCH_BLOCKS):
+                yield batch
+                batch, batch_bytes = [], 0
+            batch.append(row)
+            batch_bytes += size
+        if batch:
+            yield batch
+
+    async def _reserve(self, row: int, rank: int, staying: list[tuple[int, int]]) -> Extent | None:
+        """A new place for the row. If the free space is in too small runs, copies of less worth leave; if that does
+        not help, the row's own. Returns None then.
+        """
+        size = int(self._sizes(np.array([row]))[0])
+        evicted_bytes = 0
+        while True:
             try:
-                places.append((old, space.reserve(old.size_bytes)))
-                moving.append(row)
-            except TierFull:  # The free space is in too small runs.
-                unfit.append(row)
-        if unfit:
-            await lifecycle.evict(unfit, tier)
-        count = await _move(lifecycle, tier, moving, places) if moving else 0
-        moved += count
-        dropped += len(unfit) + len(moving) - count
-        if start * _REPORTS // len(rows) != (start + _BLOCKS_AT_ONCE) * _REPORTS // len(rows):
-            log.info("%s is resized: %d of %d blocks are moved", tier, moved, len(rows), extra={"tier": tier})
-    return Relocation(moved, dropped)
+                return self._space.reserve(size)
+            except TierFull:
+                leaving: list[int] = []
+                freed_bytes = 0
+                while staying and staying[-1][0] > rank and freed_bytes < size:
+                    leaving.append(staying.pop()[1])
+                    freed_bytes += int(self._sizes(np.array(leaving[-1:]))[0])
+                if not leaving or evicted_bytes > _EVICTED_FOR_ONE * size:
+                    await self._evict([row, *leaving])
+                    return None
+                evicted_bytes += freed_bytes
+                await self._evict(leaving)
 
+    async def _move(self, places: dict[int, Extent], memory: mmap.mmap) -> None:
+        readable = []
+        start = 0
+        copies = []
+        for row, place in places.items():
+            copies.append(self._copy(row, place, memoryview(memory)[start : start + place.size_bytes]))
+            start += place.size_bytes
+        for row, is_whole in zip(places, await asyncio.gather(*copies), strict=True):
+            if is_whole:
+                readable.append(row)
+            else:
+                self._space.release(places[row])
+        if len(places) > 1 and not readable:
+            raise StorageFailed(f"no block of {self._tier} can be read: is its drive away? See docs/resizing.md")
+        await self._lifecycle.relocate(readable, self._tier, [places[row] for row in readable])
+        self.moved += len(readable)
+        if lost := [row for row in places if row not in readable]:
+            await self._evict(lost)
 
-async def _drop_surplus(lifecycle: BlockLifecycle, tier: TierName) -> int:
-    """Evict the copies of least worth, until the others fit. Returns their number."""
-    blocks = lifecycle.blocks
-    rows = _by_worth(lifecycle, tier, np.flatnonzero(blocks.resident(tier)))
-    sizes = blocks.extent_size[blocks.position(tier)][rows]
-    surplus = rows[np.cumsum(sizes) > lifecycle.tiers[tier].capacity_bytes]
-    for start in range(0, len(surplus), _EVICTED_AT_ONCE):
-        await lifecycle.evict(surplus[start : start + _EVICTED_AT_ONCE].tolist(), tier)
-    return len(surplus)
-
-
-def _outside(lifecycle: BlockLifecycle, tier: TierName) -> Rows:
-    """Rows whose copy in the tier is not wholly within its capacity."""
-    blocks, position = lifecycle.blocks, lifecycle.blocks.position(tier)
-    rows = np.flatnonzero(blocks.resident(tier))
-    places = (column[position][rows] for column in (blocks.segment, blocks.offset, blocks.extent_size))
-    outside: Rows = rows[~lifecycle.tiers[tier].holds(*places)]
-    return outside
-
-
-def _by_worth(lifecycle: BlockLifecycle, tier: TierName, rows: Rows) -> Rows:
-    """The rows, those first that are to stay."""
-    blocks = lifecycle.blocks
-    elsewhere: NDArray[np.bool_] = blocks.resident_faster(tier) | blocks.resident_slower(tier)
-    pinned = blocks.pinned(lifecycle.history.now_ms)
-    order = np.lexsort((-blocks.access_seq[rows], elsewhere[rows], ~pinned[rows]))
-    ordered: Rows = rows[order]
-    return ordered
-
-
-async def _move(
-    lifecycle: BlockLifecycle, tier: TierName, rows: Sequence[int], places: Sequence[tuple[Extent, Extent]]
-) -> int:
-    """Returns the number of moved blocks. The others are evicted."""
-    space = lifecycle.tiers[tier]
-
-    async def copy(row: int, old: Extent, new: Extent) -> bool:
-        with mmap.mmap(-1, old.size_bytes) as memory, memoryview(memory) as data:  # On a page boundary.
-            try:
-                await space.read(old, 0, data)
-                await space.write(new, 0, data)
-            except KVError as error:
-                log.error("a block is lost, which cannot be moved within %s: %s", tier, error.message)
-                return False
+    async def _copy(self, row: int, new: Extent, data: memoryview) -> bool:
+        """Whether the bytes could be read. Raises StorageFailed if they cannot be written."""
+        old = self._blocks.extent(row, self._tier)
+        assert old is not None
+        try:
+            await self._space.read(old, 0, data)
+        except StorageFailed as error:
+            log.error("a block of %s is lost, because it cannot be read: %s", self._tier, error.message)
+            return False
+        await self._space.write(new, 0, data)
         return True
 
-    copied = await asyncio.gather(*(copy(row, *each) for row, each in zip(rows, places, strict=True)))
-    whole = [number for number, is_whole in enumerate(copied) if is_whole]
-    lost = [number for number, is_whole in enumerate(copied) if not is_whole]
-    for number in lost:
-        space.release(places[number][1])
-    try:
-        await lifecycle.place([rows[number] for number in whole], tier, [places[number][1] for number in whole])
-    except IndexFull as error:  # The smaller index. `place` has released the new places.
-        log.warning("%d blocks are dropped from %s: %s", len(whole), tier, error.message)
-        lost = list(range(len(rows)))
-    else:
-        for number in whole:
-            space.release(places[number][0])
-    if lost:
-        await lifecycle.evict([rows[number] for number in lost], tier)
-    return len(rows) - len(lost)
+    async def _evict(self, rows: list[int]) -> None:
+        await self._lifecycle.evict(rows, self._tier)
+        self.dropped += len(rows)
+
+    def _sizes(self, rows: Rows) -> NDArray[np.uint64]:
+        sizes: NDArray[np.uint64] = self._blocks.extent_size[self._blocks.position(self._tier)][rows]
+        return sizes
+
+
+def _order_of_worth(lifecycle: BlockLifecycle, tier: TierName, rows: Rows) -> NDArray[np.int64]:
+    blocks = lifecycle.blocks
+    elsewhere = blocks.resident_faster(tier) | blocks.resident_slower(tier)
+    pinned = blocks.pinned(lifecycle.history.now_ms)
+    return np.lexsort((-blocks.access_seq[rows], elsewhere[rows], ~pinned[rows]))
