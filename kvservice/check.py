@@ -3,7 +3,7 @@
 Every record, extent, trailer and slice of every tier is read and compared, and the free space is
 counted. The store itself says where its files are. What is damaged is a miss in a running daemon;
 ``--repair`` deletes its records, which is all that is needed to have the space back. An SSD file that
-is missing keeps the daemon from starting: ``--repair`` deletes its records, and the next start creates the file again.
+is missing keeps the daemon from starting: ``--repair`` deletes its records, and the next start may create it again.
 If the index itself is damaged, ``--repair`` creates a new one from the records that can be saved
 (``store/repair/salvage.py``).
 """
@@ -397,7 +397,8 @@ class _Check:
             for start in range(0, len(keys), _DELETES_AT_ONCE):
                 await self._index.delete(TierName.SSD, keys[start : start + _DELETES_AT_ONCE])
             self._report.given_up.append(
-                f"{path} and the {len(keys)} blocks in it; the daemon creates the file again at its next start"
+                f"{path} and the {len(keys)} blocks in it; the next start creates the file again, if ssd.paths still has "
+                "its folder"
             )
         # Last: a file may be created only when no record names it.
         files = [None if number in self._away else file for number, file in enumerate(self._index.ssd_files)]

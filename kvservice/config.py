@@ -422,7 +422,7 @@ class TracingSettings(_Section):
 
     enabled: bool = _setting(
         False,
-        "Export spans of calls that belong to a trace which their client records. Needs `pip install kvservice[otel]`. "
+        "Export spans of calls that belong to a trace which their client records. Needs the extra `otel`. "
         "OpenTelemetry's own variables, such as `OTEL_EXPORTER_OTLP_ENDPOINT`, say where they are sent.",
     )
 

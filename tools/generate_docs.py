@@ -113,8 +113,8 @@ heads, so the sum is the same. Where ranks share a KV head or latent vectors, on
 Each new token is written to SSD once: `turns per day x (new tokens + answer tokens) x bytes per token`. {turns:,} turns
 per day with {new:,} new tokens of {model} write {day}. A drive that its maker rates for {tbw:,} TB written lasts
 {years:.1f} years at that rate. `kvservice_tier_written_bytes_total{{tier="ssd"}}` counts what the daemon writes;
-[operating.md](operating.md#metrics) says how to watch it. To write
-less, keep conversations in DRAM only (`ssd.capacity_bytes=0`), or let the engine use 8-bit KV.
+[an alert](../ops/runbooks/KVServiceDriveWear.md) watches it. To write
+less, keep conversations in DRAM only (`ssd.capacity_bytes=0` in a new store), or let the engine use 8-bit KV.
 """
 
 _SIZED = {  # Layers, KV heads, head dim of K, of V; from the models' config.json.

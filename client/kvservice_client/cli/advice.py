@@ -25,7 +25,7 @@ _ADVICE: dict[type[KVError], str] = {
     BlockNotFound: "See what is stored with `kvctl ls`.",
     DaemonTooOld: "`kvctl version` shows both versions.",
     DeadlineExceeded: "The daemon is busy or out of reach; allow more time with --timeout.",
-    Draining: "The daemon is stopping; ask again once it is back.",
+    Draining: "`kvctl drain --undo` ends a drain. A daemon that is stopping cannot undo it: ask again once it is back.",
     IndexFull: "Make the index larger with the setting of its map's size.",
     InvalidRequest: "Correct what was given; nothing has changed.",
     Overloaded: "Try again in a moment.",

@@ -418,7 +418,8 @@ def test_repair_gives_the_blocks_of_a_missing_ssd_file_up_and_says_so(store: Sto
     code, report = store.check("--repair")
     assert (code, report["repaired"]) == (1, 4)
     assert report["given_up"] == [
-        f"{store.ssd_file} and the 4 blocks in it; the daemon creates the file again at its next start"
+        f"{store.ssd_file} and the 4 blocks in it; the next start creates the file again, if ssd.paths still has its "
+        "folder"
     ]
 
     assert not store.ssd_file.exists()
