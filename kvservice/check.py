@@ -397,8 +397,8 @@ class _Check:
             for start in range(0, len(keys), _DELETES_AT_ONCE):
                 await self._index.delete(TierName.SSD, keys[start : start + _DELETES_AT_ONCE])
             self._report.given_up.append(
-                f"{path} and the {len(keys)} blocks in it; the next start creates the file again, if ssd.paths still has "
-                "its folder"
+                f"{path} and the {len(keys)} blocks in it; the next start creates the file again, if ssd.paths still "
+                "has its folder"
             )
         # Last: a file may be created only when no record names it.
         files = [None if number in self._away else file for number, file in enumerate(self._index.ssd_files)]

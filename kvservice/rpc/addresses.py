@@ -91,7 +91,7 @@ def expect_no_listener(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)  # Non-blocking: a busy listener answers EAGAIN instead of blocking us.
         if probe.connect_ex(str(path)) in (0, errno.EAGAIN):
-            raise _unusable(path, "another program listens there; stop it, or name another socket")
+            raise _unusable(path, "another daemon or another program listens there; stop it, or name another socket")
 
 
 def _unusable(path: Path, why: str) -> AddressUnusable:

@@ -89,5 +89,6 @@ def arenas_of(store: Path) -> list[Path]:
 def _replace(path: Path, text: str) -> None:
     """Readers see the former content or the new one. Not synced: a note that is lost is written at the next start."""
     written = path.with_name(f"{path.name}.new")
-    written.write_text(text, errors="surrogateescape")
-    os.replace(written, path)
+    with open(written, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(os.fsencode(text))
+    written.replace(path)

@@ -174,7 +174,7 @@ def test_GetSession_tells_how_much_of_the_history_is_stored_and_where(wire: Wire
     assert (answer.stored_slices, answer.stored_tokens) == (2, 32)
     with refused(SessionNotFound, "unknown"):
         wire.get_session("unknown", SMALL)
-    with refused(UnknownLayout, "OpenLayout"):
+    with refused(UnknownLayout, "was opened here"):
         wire.sessions.GetSession(pb.GetSessionRequest(session_id=session_id, layout_fingerprint=bytes(32)))
     request = pb.GetSessionRequest(session_id=session_id, layout_fingerprint=SMALL.fingerprint)
     request.shard.layer_end = 99
@@ -431,6 +431,6 @@ def test_RestoreSession_refuses_a_manifest_that_contradicts_itself(
             restore(wire, whole)
         whole.layout_fingerprint = bytes(32)
         whole.session_id = session_id
-        with refused(UnknownLayout, "OpenLayout"):
+        with refused(UnknownLayout, "was opened here"):
             restore(wire, whole)
     assert not wire.admin.ListSessions(admin_pb2.ListSessionsRequest(session_id=f"{session_id}/other")).sessions

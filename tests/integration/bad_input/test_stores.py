@@ -113,7 +113,7 @@ def test_a_second_daemon_on_one_unix_socket_is_refused_and_the_first_keeps_it(tm
         save(client, SMALL, chain)
         second = DaemonProcess(tmp_path / "second", server__unix_socket=path)
         try:
-            assert f"server.unix_socket {path}: another daemon listens there" in refuses(second)
+            assert f"server.unix_socket {path}: another daemon" in refuses(second)
             with Client(str(path)) as another:
                 verify(another, SMALL, chain)
 
@@ -145,11 +145,11 @@ def test_a_unix_socket_that_cannot_be_made_is_named_with_the_reason(tmp_path: Pa
                 other.bind(str(path))
                 other.listen()
             said = refuses(daemon)
-        assert f"server.unix_socket {path}: " in said
+        assert "server.unix_socket" in said
         assert {
             "a program without our lock": "another program listens there",
             "a file": "not a socket has this path",
-            "no folder": "cannot be made: No such file or directory",
+            "no folder": f"there is no folder {path.parent}",
         }[in_the_way] in said
         assert path.exists() == (in_the_way != "no folder")
     finally:
