@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -195,12 +196,12 @@ def test_lost_in_a_restart_that_replaced_the_arena(small_daemon: DaemonProcess) 
     with small_daemon.client() as client:
         save(client, SMALL, chain)
         small_daemon.kill()
-        small_daemon.settings["dram.capacity_bytes"] = 12 * MIB
+        os.truncate(small_daemon.arena_folder / "arena", 1 * MIB)
         small_daemon.start()
         miss = miss_of(client, chain)
         assert miss.reason == pb.MISS_REASON_LOST_IN_RESTART
         assert (miss.event.kind, miss.event.tier) == (pb.EVENT_KIND_LOST, types_pb2.TIER_DRAM)
-        assert "its capacity is" in miss.dram_emptied_because
+        assert f"it has {MIB} bytes" in miss.dram_emptied_because
         assert miss_of(client, new_chain(SMALL)).reason == pb.MISS_REASON_NEVER_STORED_OR_LOST
 
 

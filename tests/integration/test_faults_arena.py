@@ -164,14 +164,6 @@ def test_an_older_arena_of_the_same_store_is_not_taken_for_the_present_one(
     expect_empty_dram(daemon, on_ssd, in_dram)
 
 
-def test_an_arena_of_another_capacity_is_replaced(daemon: DaemonProcess) -> None:
-    on_ssd, in_dram = fill(daemon)
-    assert daemon.stop() == 0
-    daemon.settings["dram.capacity_bytes"] = 24 * MIB
-    daemon.start()
-    expect_empty_dram(daemon, on_ssd, in_dram, "its capacity is")
-
-
 def test_any_flipped_bit_in_the_arenas_header_empties_the_dram_tier(daemon: DaemonProcess) -> None:
     chooser = random.Random(3)
     for first in range(0, _HEADER_BYTES, 12):

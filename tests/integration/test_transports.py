@@ -51,7 +51,7 @@ def files_of() -> dict[str, set[str]]:
     ("operation", "files_max", "client_files_max"),
     # Two files of a load are its measurement; two of a save run only if the policy has not answered before its write.
     # One of each sees whether the request is traced.
-    [("save", 43, 10), ("load from DRAM", 29, 9), ("load from SSD", 40, 9)],
+    [("save", 44, 10), ("load from DRAM", 29, 9), ("load from SSD", 41, 9)],
 )
 def test_a_save_and_a_load_over_grpc_run_few_files(
     files_of: dict[str, set[str]], operation: str, files_max: int, client_files_max: int

@@ -113,7 +113,7 @@ class TransformersConnector:
         arguments.instance(salt, bytes, "salt")
         arguments.seconds(wait_s, "wait_s")
         arguments.seconds(save_wait_s, "save_wait_s")
-        arguments.whole(staging_bytes, "staging_bytes", 1, 2**60)
+        arguments.whole(staging_bytes, "staging_bytes", 0, 2**60)
         if rates is not None:
             arguments.instance(rates, Rates, "rates")
         if device is not None:
