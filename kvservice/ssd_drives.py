@@ -45,7 +45,8 @@ def find_drives(index: BlockIndex, folders: Sequence[Path], drained: Sequence[Pa
     for folder in (each.absolute() for each in drained):
         found = _find(folder, known, files, index.store_id)
         if found is None or is_missing(found[1]):
-            log.info("%s has no SSD file of this store: remove it from ssd.drained_paths", folder)
+            what = "has no SSD file of this store" if folder.is_dir() else "is not there"
+            log.warning("ssd.drained_paths: %s %s; remove it from the setting, or mount its drive", folder, what)
         else:
             files[found[0]] = found[1]
             leaving.append(found[0])

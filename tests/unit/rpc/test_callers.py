@@ -80,7 +80,7 @@ _READINGS = {
     ("status", "facts"),
 }
 _STARTS: dict[str, tuple[str, ...]] = {"store": (), "_store": (), **{f"_{name}": (name,) for name in _PARTS}}
-_LIFE = {"begin_stop", "start", "stop"}
+_LIFE = {"relocate", "begin_stop", "start", "stop"}
 
 
 # Where callers are made
