@@ -405,6 +405,7 @@ def test_wrong_usage_is_refused_before_a_file_is_made(kvctl_here: Any, tmp_path:
         ("export", "-", "chat", "--json"),
         ("export", str(tmp_path / "no" / "file"), "--everything"),
         ("import", file),
+        ("import", str(tmp_path)),
     ):
         assert kvctl_here(*arguments).returncode == 2, arguments
     for what, says in (
