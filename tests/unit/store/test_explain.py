@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from kvservice.store.operations.explain import Arrival, Miss, OtherLayout, TierP
 from kvservice.store.operations.requests import ReportRecord, Requests
 from kvservice.store.types import SessionAppend
 from kvservice_api.errors import InvalidRequest, RequestNotFound
+from kvservice_api.image import PAGE_BYTES
 from kvservice_api.layout import Layout, Rotary, Shard
 from tests.clock import TickingClock
 from tests.layouts import changed
@@ -162,15 +164,16 @@ async def test_of_an_arena_that_was_replaced_each_block_is_known(store_files: Ca
     await opened.store.layouts.open(CALLER, LAYOUT)
     only_dram, both = await saved(opened, opened.store.leases.attach(CALLER, "test"), 2)
     await opened.store.moves.evict(CALLER, [only_dram], TierName.SSD)
+    arena = opened.arena.directory / "arena"
     await opened.close()
-    files.dram_bytes *= 2
+    os.truncate(arena, PAGE_BYTES)
     opened = files.open()
     found = opened.explain.missing(CALLER, only_dram)
     assert found.why is Miss.LOST_IN_RESTART
     assert found.event is not None
     assert found.event.tier == TierName.DRAM
     assert found.dram_emptied is not None
-    assert "its capacity is" in found.dram_emptied.why
+    assert f"it has {PAGE_BYTES} bytes" in found.dram_emptied.why
     assert [place.tier for place in places(opened, both)] == [TierName.SSD]
     await opened.close()
 
