@@ -191,7 +191,7 @@ async def open_store(settings: Settings, clock: Clock, files: FileCalls, opening
 async def _open_arena(
     settings: Settings, index: BlockIndex, slower: list[TierName], now_ms: int, files: FileCalls
 ) -> Arena:
-    """Open or create the arena, with the size that the settings ask for. Raises StoreMismatch, StorageFailed, OSError."""
+    """Open or create the arena, with the size of the settings. Raises StoreMismatch, StorageFailed, OSError."""
     folder = arena_directory(settings.dram.path, index.store_id) / _VOLATILE_NAME
     map_bytes = settings.volatile_map_bytes
 
@@ -210,7 +210,13 @@ async def _open_arena(
         if (limit := memory_limit()) is not None:
             room.append(limit.size_bytes - reserve_bytes(limit.size_bytes) - arena.ready_bytes - map_bytes)
     return await replaced_by_smaller(
-        arena, index, folder, slower=slower, map_bytes=map_bytes, room_bytes=min(room) - map_bytes, now_ms=now_ms
+        arena,
+        index,
+        folder,
+        tiers=[TierName.DRAM, *slower],
+        map_bytes=map_bytes,
+        room_bytes=min(room) - map_bytes,
+        now_ms=now_ms,
     )
 
 

@@ -184,6 +184,11 @@ class Arena:
         """Take the place of the arena that created this one. Its file stays valid for those that have it mapped."""
         _replace(self.directory)
 
+    def discard(self) -> None:
+        """Close and delete an arena that `create_smaller` made."""
+        (self.directory / _NEW_NAME).unlink(missing_ok=True)
+        self.close()
+
     def _find_allocated(self) -> None:
         """Set `ready_bytes` of an arena that existed before."""
         # It is allocated from its start on, so its number of pages shows how much was allocated.
@@ -393,6 +398,9 @@ def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) 
         calls.posix_fallocate(fd, 0, PAGE_BYTES)
         os.ftruncate(fd, PAGE_BYTES + capacity_bytes)
         os.pwrite(fd, header.encode(), 0)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     finally:
         os.close(fd)
     return header

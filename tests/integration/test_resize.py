@@ -271,13 +271,18 @@ def test_a_tier_below_ssd_shrinks_and_keeps_what_fits(new_daemon: NewDaemon, tmp
 
 
 class TestTheDramTier:
-    def test_grows_and_keeps_every_block(self, new_daemon: NewDaemon) -> None:
+    @pytest.mark.parametrize("kill_every", [0, pytest.param(1, marks=pytest.mark.slow)])
+    def test_grows_and_keeps_every_block(self, new_daemon: NewDaemon, kill_every: int) -> None:
         daemon = new_daemon(dram__capacity_bytes=16 * MIB, ssd__capacity_bytes=0)
         start(daemon)
         chains = filled(daemon, Durability.DRAM)
         with daemon.client() as client:  # It has the old arena mapped.
             assert stored(client, chains) == list(range(BLOCKS))
-            restart(daemon, dram__capacity_bytes=32 * MIB)
+            assert daemon.stop() == 0
+            if kill_every:
+                assert start_killed_often(daemon, step=kill_every, dram__capacity_bytes=32 * MIB) >= 10
+            else:
+                start(daemon, dram__capacity_bytes=32 * MIB)
             more = filled(daemon, Durability.DRAM, blocks=30)
             assert stored(client, chains + more) == list(range(BLOCKS + 30))
 
