@@ -40,8 +40,9 @@ from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.mover.learned_counts import LEARNED_NAME, LearnedCounts
 from kvservice.store.recovery import recover
 from kvservice.store.sessions.sessions import SessionLimits
+from kvservice.store.smaller_arena import replaced_by_smaller
 from kvservice.store.store import BlockStore, StoreLimits
-from kvservice.tiers.arena import Arena, without_generations
+from kvservice.tiers.arena import Arena, arena_directory, without_generations
 from kvservice.tiers.arena_notes import note_arena, write_arena_note
 from kvservice.tiers.base import DurableTier, Resizable, StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
@@ -52,6 +53,7 @@ from kvservice.tiers.ssd import SsdTier
 log = logging.getLogger(__name__)
 
 MIB = 2**20
+_VOLATILE_NAME = "index"  # The index of the arena's blocks, in its folder.
 _DRAM_BYTES_MIN = 64 * MIB  # A DRAM tier that a memory limit makes smaller than this would hold few blocks, or none.
 
 
@@ -119,7 +121,7 @@ async def open_store(settings: Settings, clock: Clock, files: FileCalls, opening
         if drives.leaving or None in drives.files:
             index.require_schema(SCHEMA_WITH_FREE_FILE_NUMBERS)
     slower |= _lower_tiers(settings, index, make_durable, files, opening)
-    arena = Arena.open(settings.dram.path, index.store_id, _arena_bytes(settings), calls=files)
+    arena = await _open_arena(settings, index, list(slower), clock.wall_ms(), files)
     opening.callback(arena.close)
     _note_arena(path, arena.directory.absolute())
     kind = file_system_of(arena.directory)
@@ -132,7 +134,7 @@ async def open_store(settings: Settings, clock: Clock, files: FileCalls, opening
     if settings.dram.share != "off":
         arena.share()
     emptied = index.open_volatile(
-        arena.directory / "index",
+        arena.directory / _VOLATILE_NAME,
         arena.arena_id,
         map_bytes=settings.volatile_map_bytes,
         now_ms=clock.wall_ms(),
@@ -191,6 +193,38 @@ async def open_store(settings: Settings, clock: Clock, files: FileCalls, opening
     )
     opening.callback(directory.close)
     return StoreParts(store, counters, directory, executor)
+
+
+async def _open_arena(
+    settings: Settings, index: BlockIndex, slower: list[TierName], now_ms: int, files: FileCalls
+) -> Arena:
+    """Open or create the arena, with the size of the settings. Raises StoreMismatch, StorageFailed, OSError."""
+    folder = arena_directory(settings.dram.path, index.store_id) / _VOLATILE_NAME
+    map_bytes = settings.volatile_map_bytes
+
+    def has_index(arena_id: bytes) -> bool:
+        why_not = index.adopt_volatile(folder, arena_id, map_bytes=map_bytes)
+        index.close_volatile()
+        return not why_not
+
+    arena = Arena.open(settings.dram.path, index.store_id, _arena_bytes(settings), calls=files, has_index=has_index)
+    if not arena.is_too_large:
+        return arena
+    room = [arena.free_bytes]
+    if file_system_of(arena.directory) in ("tmpfs", "ramfs"):
+        if (available := available_memory_bytes()) is not None:
+            room.append(available)
+        if (limit := memory_limit()) is not None:
+            room.append(limit.size_bytes - reserve_bytes(limit.size_bytes) - arena.ready_bytes - map_bytes)
+    return await replaced_by_smaller(
+        arena,
+        index,
+        folder,
+        tiers=[TierName.DRAM, *slower],
+        map_bytes=map_bytes,
+        room_bytes=min(room) - map_bytes,
+        now_ms=now_ms,
+    )
 
 
 def _note_arena(store: Path, arena: Path) -> None:

@@ -51,13 +51,16 @@ from kvservice.index.key_generations import KeyGenerations
 from kvservice.index.layouts import NEXT_LAYOUT_KEY, LayoutEntries
 from kvservice.index.records import Records, encode_records
 from kvservice.index.session_records import Manifest, decode_manifest, encode_manifest
-from kvservice_api.errors import StorageFailed, UnknownLayout
+from kvservice_api.errors import IndexFull, StorageFailed, UnknownLayout
 from kvservice_api.layout import Layout
 
 log = logging.getLogger(__name__)
 
 # A file beside the volatile index: the number of its last transaction.
 _NOTES_NAME = "index-transaction"
+
+_NEW_NAME = "index.new"  # The folder beside the volatile index, in which another is made that replaces it.
+_RECORDS_AT_ONCE = 4096
 
 _ARENA_KEY = b"arena_id"
 _SSD_FILES_KEY = b"ssd_files"
@@ -93,7 +96,7 @@ class BlockIndex:
         self._meta = meta
         self._environments: dict[TierName, Environment] = {TierName.SSD: durable}
         self.layout_entries = LayoutEntries(directory.parent, durable, layouts_max, meta.get(NEXT_LAYOUT_KEY))
-        self.emptied_keys: list[bytes] = []  # Objects that the DRAM tier had when it was emptied at this start.
+        self.emptied_keys: list[bytes] = []  # Objects that DRAM lost when it was emptied or shrunk at this start.
         self.damaged_sessions: list[bytes] = []  # Names, as of the last `load_sessions`.
         self.secret: DescriptorSecret | None = None  # Of an index that a daemon opened.
         self.key_generations: KeyGenerations | None = None  # The same.
@@ -188,6 +191,7 @@ class BlockIndex:
         If there was one before, the index records permanently that it was emptied, and why (`why_new` if the
         arena itself is new). Its keys are then in `emptied_keys`, if it can still be read.
         """
+        _remove(directory.with_name(_NEW_NAME))
         why_emptied = self.adopt_volatile(directory, arena_id, map_bytes=map_bytes)
         if why_emptied:
             if self.volatile_directory is not None:
@@ -244,6 +248,41 @@ class BlockIndex:
             volatile.write_now(META, {SCHEMA_KEY: expected[SCHEMA_KEY]})
         self._environments[TierName.DRAM] = volatile
         return ""
+
+    def close_volatile(self) -> None:
+        """Close the index of the arena, if `adopt_volatile` opened it. It may be opened again."""
+        self.emptied_keys = []
+        if TierName.DRAM in self._environments:
+            self._environments.pop(TierName.DRAM).close()
+
+    def replace_volatile(
+        self, directory: Path, arena_id: bytes, keys: Sequence[bytes], records: Records, *, map_bytes: int
+    ) -> int:
+        """Replace the index of the arena, which is not open, by one of another arena with these records. Returns the
+        number of the first ones that are in it: it may be too small for all.
+
+        After a crash it is the old index or the new one. Raises StorageFailed.
+        """
+        new, done = directory.with_name(_NEW_NAME), 0
+        _remove(new)
+        made = Environment(new, map_bytes=map_bytes, durable=False)
+        try:
+            made.write_now(META, self._volatile_meta(arena_id))
+            for start in range(0, len(keys), _RECORDS_AT_ONCE):
+                end = min(start + _RECORDS_AT_ONCE, len(keys))
+                values = encode_records(keys[start:end], records[start:end])
+                made.write_now(BLOCKS, dict(zip(keys[start:end], values, strict=True)))
+                done = end
+        except IndexFull as error:
+            log.warning("the index of the smaller DRAM tier does not take all blocks: %s", error.message)
+        finally:
+            made.close()
+        _remove(directory.with_name(_NOTES_NAME))  # Otherwise the new index would look like an older copy.
+        try:
+            os.replace(new / DATA_NAME, directory / DATA_NAME)
+        except OSError as error:
+            raise StorageFailed(f"the index {directory} cannot be replaced: {error}") from error
+        return done
 
     def open_lower(self, tiers: Mapping[TierName, tuple[int, Callable[[], None]]]) -> dict[TierName, str]:
         """Open the indexes of the tiers below SSD, each with the size of its map and its `before_commit`.

@@ -150,8 +150,10 @@ class Environment:
                 return int(txn.stat(self._handles[database])["entries"])
 
     def write_now(self, database: bytes, items: dict[bytes, bytes]) -> None:
-        """Store a few items while nothing else is pending: at open, before there is an event loop."""
-        self._write({database: _Items(items)})
+        """Store items while nothing else is pending: at open, before there is an event loop. Raises IndexFull,
+        StorageFailed.
+        """
+        self._write_in_parts({database: _Items(items)})
 
     def delete_now(self, database: bytes, keys: Iterable[bytes]) -> None:
         """Remove keys while nothing else is pending. Raises StorageFailed."""

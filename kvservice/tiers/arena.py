@@ -20,11 +20,20 @@ from pathlib import Path
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.files import FileCalls
 from kvservice.tiers.generations import Generations
-from kvservice_api.arena import ARENA_NAME, HEADER_BYTES, WRITERS_NAME, ArenaHeader, generations_file_bytes
+from kvservice_api.arena import (
+    ARENA_NAME,
+    GENERATIONS_NAME,
+    HEADER_BYTES,
+    WRITERS_NAME,
+    ArenaHeader,
+    generations_file_bytes,
+)
 from kvservice_api.image import PAGE_BYTES
-from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping, free_pages
+from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping
 
 log = logging.getLogger(__name__)
+
+_NEW_NAME = "arena.new"  # A smaller arena, until it replaces the arena.
 
 _STEP_BYTES = 64 << 20
 _STEP_BYTES_MIN = 1 << 20  # Shared memory that stays free for other programs, such as an engine.
@@ -58,10 +67,11 @@ class Arena:
     ) -> None:
         """Use `open`."""
         self.directory = directory
-        self.capacity_bytes = self.wanted_bytes = capacity_bytes
+        self.capacity_bytes = self.wanted_bytes = capacity_bytes  # What it has, and what the settings ask for.
         self.arena_id = arena_id
         self.why_new = why_new
-        self.short_because = ""  # Why the arena is smaller than configured.
+        self.short_because = ""  # Why less than `capacity_bytes` is allocated.
+        self.not_grown_because = ""  # Why `capacity_bytes` is less than `wanted_bytes`.
         self.generations: Generations | None = None  # None: clients were never allowed to read in place.
         self.not_shared_because = "dram.share is off"
         self.ready_bytes = 0
@@ -77,12 +87,21 @@ class Arena:
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def open(cls, parent: Path, store_id: bytes, capacity_bytes: int, *, calls: FileCalls | None = None) -> Arena:
+    def open(
+        cls,
+        parent: Path,
+        store_id: bytes,
+        capacity_bytes: int,
+        *,
+        calls: FileCalls | None = None,
+        has_index: Callable[[bytes], bool] | None = None,
+    ) -> Arena:
         """Open the store's arena, or create one. An arena of another store or version is replaced.
 
         `capacity_bytes` is the maximum size of the file, with its header. A smaller arena grows. A larger one keeps
-        its size until `truncate`, because blocks may be beyond `wanted_bytes`. Raises StoreMismatch if another daemon
-        uses it, OSError if not even the first page can be allocated.
+        its size, because blocks may be beyond `wanted_bytes`: see `create_smaller`. `has_index` says whether the index
+        is of the arena with this id; without it, a replacement that was interrupted is left as it is. Raises
+        StoreMismatch if another daemon uses the arena, OSError if not even the first page can be allocated.
         """
         calls = calls or FileCalls()
         capacity_bytes = max(0, capacity_bytes // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES)
@@ -94,16 +113,18 @@ class Arena:
                 fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StoreMismatch(f"another daemon uses the arena in {directory}: stop it first") from None
-            path = directory / ARENA_NAME
+            if has_index is not None:
+                _end_replacement(directory, store_id, has_index)
+            path, not_grown = directory / ARENA_NAME, ""
             header, why_new = examine(path, store_id)
             if header is None:
                 header = _create(path, store_id, capacity_bytes, calls)
             elif header.capacity_bytes < capacity_bytes:
-                header = _grow(path, header, capacity_bytes, calls)
+                header, not_grown = _grow(path, header, capacity_bytes, calls)
             fd = calls.open(path, os.O_RDWR)
             try:
                 arena = cls(directory, lock_fd, fd, header.capacity_bytes, header.arena_id, why_new, calls)
-                arena.wanted_bytes = min(capacity_bytes, arena.capacity_bytes)
+                arena.wanted_bytes, arena.not_grown_because = capacity_bytes, not_grown
             except BaseException:
                 os.close(fd)
                 raise
@@ -111,11 +132,7 @@ class Arena:
             os.close(lock_fd)
             raise
         if not why_new:
-            arena._free_beyond_end()  # A start that shrank it may have been interrupted.
-            # It is allocated from its start on, so its number of pages shows how much was allocated.
-            allocated = os.fstat(fd).st_blocks * 512 // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES
-            arena.ready_bytes = min(max(allocated, 0), arena.capacity_bytes)
-            arena._may_have_holes = arena.ready_bytes < arena.capacity_bytes
+            arena._find_allocated()
             if header.has_generations:
                 arena.generations = Generations(directory, arena.capacity_bytes, calls)
         return arena
@@ -134,27 +151,61 @@ class Arena:
             self.not_shared_because = f"{error.strerror}: no space for the generations in {self.directory}"
             log.warning("clients cannot read in place: %s", self.not_shared_because)
 
-    def truncate(self) -> None:
-        """Cut off what is beyond `wanted_bytes`, and free its memory. No block may be there. Before `prepare`.
+    @property
+    def is_too_large(self) -> bool:
+        return self.wanted_bytes < self.capacity_bytes
 
-        The file keeps its length, because a client may still have all of it mapped: its reads there end with zeros,
-        and the generations tell it that the bytes were replaced.
+    def create_smaller(self) -> Arena:
+        """Create a second, empty arena of the wanted size in the same folder. It takes this one's place with
+        `replace_old`; until then a start deletes it, unless the index is of it. Both hold the folder's lock.
+
+        Clients may have this arena mapped, so its file is never cut, and it has no holes: reading or writing one would
+        allocate memory, and end the process with SIGBUS where there is none. Raises OSError.
         """
-        if self.generations is not None:
-            self.generations.bump_from(self.wanted_bytes)
-        header = ArenaHeader.decode(os.pread(self._fd, HEADER_BYTES, 0))
-        os.pwrite(self._fd, header._replace(capacity_bytes=self.wanted_bytes).encode(), 0)
-        self.capacity_bytes = self.wanted_bytes
-        self.ready_bytes = min(self.ready_bytes, self.capacity_bytes)
-        self._limit_bytes = min(self._limit_bytes, self.capacity_bytes)
-        self.data = self.data[: self.capacity_bytes]
-        self._free_beyond_end()
+        store_id = ArenaHeader.decode(os.pread(self._fd, HEADER_BYTES, 0)).store_id
+        header = _create(self.directory / _NEW_NAME, store_id, self.wanted_bytes, self._calls)
+        fd = self._calls.open(self.directory / _NEW_NAME, os.O_RDWR)
+        lock_fd = os.dup(self._lock_fd)
+        try:
+            return Arena(self.directory, lock_fd, fd, header.capacity_bytes, header.arena_id, "", self._calls)
+        except BaseException:
+            os.close(fd)
+            os.close(lock_fd)
+            raise
 
-    def _free_beyond_end(self) -> None:
-        """Free the memory of the file beyond the arena's end."""
-        end, length = PAGE_BYTES + self.capacity_bytes, os.fstat(self._fd).st_size
-        if length > end and not free_pages(self._fd, end, length):
-            log.warning("the memory that the smaller arena does not use stays allocated: %s", self.directory)
+    def allocate(self, size_bytes: int) -> None:
+        """Allocate the first `size_bytes`, or as many as there is memory for: see `ready_bytes`. Before `prepare`."""
+        end = self.ready_bytes
+        while end < size_bytes and (grown := self._allocate(end, min(end + _STEP_BYTES, size_bytes))) > end:
+            end = grown
+        self.short_because = ""  # `prepare` tries again.
+
+    def replace_old(self) -> None:
+        """Take the place of the arena that created this one. Its file stays valid for those that have it mapped."""
+        _replace(self.directory)
+
+    def discard(self) -> None:
+        """Close and delete an arena that `create_smaller` made."""
+        (self.directory / _NEW_NAME).unlink(missing_ok=True)
+        self.close()
+
+    def _find_allocated(self) -> None:
+        """Set `ready_bytes` of an arena that existed before."""
+        # It is allocated from its start on, so its number of pages shows how much was allocated.
+        allocated = os.fstat(self._fd).st_blocks * 512 // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES
+        allocated = min(max(allocated, 0), self.capacity_bytes)
+        self._may_have_holes = allocated < self.capacity_bytes
+        if self._may_have_holes and self._has_data_after(allocated):  # A client wrote where nothing was allocated.
+            self.allocate(allocated)
+        else:
+            self.ready_bytes = allocated
+
+    def _has_data_after(self, offset_bytes: int) -> bool:
+        try:
+            os.lseek(self._fd, PAGE_BYTES + offset_bytes, os.SEEK_DATA)
+        except OSError:  # ENXIO: there is none. EINVAL: the file system does not say.
+            return False
+        return True
 
     def limit(self, size_bytes: int, why: str) -> None:
         """Allocate at most `size_bytes`, for the reason `why`; pages that are allocated already stay.
@@ -167,14 +218,14 @@ class Arena:
     @property
     def missing_bytes(self) -> int:
         """Bytes of memory that it will still allocate, as far as the file system has them."""
-        return max(0, min(self._target_bytes - self.ready_bytes, self._free_bytes))
+        return max(0, min(self._target_bytes - self.ready_bytes, self.free_bytes))
 
     def prepare_first_step(self) -> None:
         """Allocate a first part that takes little time, so that the tier always has space.
 
         Leaves half of the file system's free space, because the index of the arena's blocks needs some.
         """
-        half_free = self._free_bytes // 2 // PAGE_BYTES * PAGE_BYTES
+        half_free = self.free_bytes // 2 // PAGE_BYTES * PAGE_BYTES
         if (size := min(_STEP_BYTES, self._target_bytes - self.ready_bytes, half_free)) > 0:
             self._allocate(self.ready_bytes, self.ready_bytes + size)
             self.short_because = ""  # `prepare` tries again.
@@ -198,7 +249,7 @@ class Arena:
         return min(self.capacity_bytes, self._limit_bytes)
 
     @property
-    def _free_bytes(self) -> int:
+    def free_bytes(self) -> int:
         """The free space of its file system."""
         file_system = os.fstatvfs(self._fd)
         return file_system.f_bavail * file_system.f_frsize
@@ -280,7 +331,7 @@ def examine(path: Path, store_id: bytes) -> tuple[ArenaHeader | None, str]:
     if header.store_id != store_id:
         return None, "it belongs to another store"
     expected = PAGE_BYTES + header.capacity_bytes
-    if size < expected:  # It is longer if the arena was larger before.
+    if size < expected:  # It is longer where a growth was interrupted.
         return None, f"it has {size} bytes instead of {expected}"
     if header.has_generations and (why := Generations.examine(path.parent, header.arena_id, header.capacity_bytes)):
         return None, why
@@ -303,22 +354,40 @@ def _read_header(path: Path) -> ArenaHeader:
         return ArenaHeader.decode(file.read(HEADER_BYTES))
 
 
-def _grow(path: Path, header: ArenaHeader, capacity_bytes: int, calls: FileCalls) -> ArenaHeader:
-    """The header after the growth. It is written last, so that a crash leaves the arena with its old size."""
+def _replace(directory: Path) -> None:
+    os.replace(directory / _NEW_NAME, directory / ARENA_NAME)
+    (directory / GENERATIONS_NAME).unlink(missing_ok=True)  # The old arena's. `share` makes new ones.
+
+
+def _end_replacement(directory: Path, store_id: bytes, has_index: Callable[[bytes], bool]) -> None:
+    """Finish what a start began that was killed, or undo it: the commit of the index decides."""
+    path = directory / _NEW_NAME
+    header, _ = examine(path, store_id)
+    if header is not None and has_index(header.arena_id):
+        _replace(directory)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _grow(path: Path, header: ArenaHeader, capacity_bytes: int, calls: FileCalls) -> tuple[ArenaHeader, str]:
+    """The header after the growth, or why there was none. It is written last, so that a crash leaves the arena with
+    its old size. Clients have mapped no more than that, so the new part is only the daemon's.
+    """
     grown = header._replace(capacity_bytes=capacity_bytes)
     try:
         if header.has_generations:
             Generations.grow(path.parent, capacity_bytes, calls)
         fd = calls.open(path, os.O_RDWR)
         try:
-            os.ftruncate(fd, max(os.fstat(fd).st_size, PAGE_BYTES + capacity_bytes))
+            os.ftruncate(fd, PAGE_BYTES + capacity_bytes)
             os.pwrite(fd, grown.encode(), 0)
         finally:
             os.close(fd)
     except OSError as error:
-        log.warning("the DRAM tier cannot grow, and keeps its size: %s", error.strerror)
-        return header
-    return grown
+        why = f"{error.strerror}: the arena in {path.parent} could not grow, and keeps its size"
+        log.warning("the DRAM tier stays smaller than configured: %s", why)
+        return header, why
+    return grown, ""
 
 
 def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) -> ArenaHeader:
@@ -329,6 +398,9 @@ def _create(path: Path, store_id: bytes, capacity_bytes: int, calls: FileCalls) 
         calls.posix_fallocate(fd, 0, PAGE_BYTES)
         os.ftruncate(fd, PAGE_BYTES + capacity_bytes)
         os.pwrite(fd, header.encode(), 0)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     finally:
         os.close(fd)
     return header

@@ -14,7 +14,6 @@ from kvservice.blocks import Extent
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
 from kvservice.tiers.files import on_thread
-from kvservice_api.image import PAGE_BYTES
 
 T = TypeVar("T")
 
@@ -46,26 +45,13 @@ class DramTier:
         self.arena.prepare(on_more)
 
     @property
-    def is_too_large(self) -> bool:
-        return self.arena.wanted_bytes < self.arena.capacity_bytes
-
-    def shrink(self) -> None:
-        """Reserve nothing beyond the new size any more. Before `start`."""
-        self._space.shrink(min(self._space.capacity_bytes, self.arena.wanted_bytes))
-
-    def truncate(self) -> None:
-        self.arena.truncate()
-
-    @property
     def capacity_bytes(self) -> int:
         return self._space.capacity_bytes
 
     @property
     def configured_bytes(self) -> int:
-        """Bytes that extents may take once the whole arena is prepared, without the limits that make the tier
-        smaller.
-        """
-        return self.arena.capacity_bytes
+        """Bytes that extents could take if nothing made the tier another size than the settings ask for."""
+        return self.arena.wanted_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -78,7 +64,7 @@ class DramTier:
     @property
     def short_because(self) -> str:
         """Why the tier is smaller than configured; empty if it is not."""
-        return self.arena.short_because
+        return self.arena.short_because or self.arena.not_grown_because
 
     def view(self, extent: Extent) -> memoryview:
         """The extent's own bytes, writable. Valid until its release."""
@@ -95,7 +81,7 @@ class DramTier:
 
     @property
     def _is_growing(self) -> bool:
-        return self._is_started and self.capacity_bytes < self.arena.capacity_bytes and not self.short_because
+        return self._is_started and self.capacity_bytes < self.arena.capacity_bytes and not self.arena.short_because
 
     def reserve(self, size_bytes: int) -> Extent:
         return Extent(0, self._space.reserve(size_bytes), extent_size(size_bytes))
@@ -118,13 +104,10 @@ class DramTier:
 
     def set_aside(self, offset_bytes: int, size_bytes: int) -> Extent | None:
         """Reserve a range that an earlier daemon's client may still be writing; None if a record has a part of it, or
-        if it is beyond the tier. A part of it may be beyond the tier, which was larger for the earlier daemon.
+        if it is beyond the tier.
         """
-        within = min(size_bytes, self.capacity_bytes - offset_bytes) if offset_bytes < self.capacity_bytes else 0
-        places = np.array([offset_bytes], np.uint64), np.array([max(within, 0)], np.uint64)
-        if not self.holds(np.zeros(1, np.uint64), *places).all() or size_bytes % PAGE_BYTES:
-            return None
-        if not self._space.take(offset_bytes, size_bytes):
+        places = np.array([offset_bytes], np.uint64), np.array([size_bytes], np.uint64)
+        if not self.holds(np.zeros(1, np.uint64), *places).all() or not self._space.take(offset_bytes, size_bytes):
             return None
         return Extent(0, offset_bytes, size_bytes)
 

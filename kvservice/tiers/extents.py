@@ -76,18 +76,15 @@ class SpaceMap:
         return start
 
     def take(self, offset: int, size: int) -> bool:
-        """Reserve exactly this range, whose end `shrink` may have cut off. Returns False, without a change, if a part
-        of it is in use.
-        """
+        """Reserve exactly this range. Returns False, without a change, if a part of it is in use."""
         assert size > 0 and offset % PAGE_BYTES == size % PAGE_BYTES == 0
-        kept_end = min(offset + size, self.capacity_bytes)
         place = bisect_right(self._starts, offset) - 1
-        if place < 0 or (end := self._starts[place] + self._size_at[self._starts[place]]) < kept_end:
+        if place < 0 or (end := self._starts[place] + self._size_at[self._starts[place]]) < offset + size:
             return False
         start = self._starts[place]
         self._take(place)
-        if end > kept_end:
-            self._put(place, kept_end, end - kept_end)
+        if end > offset + size:
+            self._put(place, offset + size, end - offset - size)
         if start < offset:
             self._put(place, start, offset - start)
         self.used_bytes += size

@@ -49,6 +49,7 @@ class Generations:
                 size = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             return "its generations are gone"
+        # It is longer where a growth was interrupted.
         if size < generations_file_bytes(capacity_bytes) or not are_generations_of(head, arena_id):
             return "its generations are another arena's, or damaged"
         return ""
@@ -86,10 +87,6 @@ class Generations:
         """Increment the generation of a released extent, before its space is reserved again."""
         index = generation_index(offset_bytes)
         self._words[index] = (int(self._words[index]) + 1) & _WORD_MAX
-
-    def bump_from(self, offset_bytes: int) -> None:
-        """Increment the generations of all pages from this one on."""
-        self._words[offset_bytes // PAGE_BYTES :] += np.uint32(1)  # Wraps.
 
     def bump_all_except(self, offsets: NDArray[np.int64]) -> None:
         """Increment every page's generation except at `offsets`, the extents that were recovered at start.

@@ -21,7 +21,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
@@ -61,14 +60,6 @@ class Mapping:
         """Collapse the small pages at byte `start` to one huge page. False if the kernel refuses."""
         assert start % HUGE_PAGE_BYTES == 0
         return not _libc.madvise(self._address + start, HUGE_PAGE_BYTES, _MADV_COLLAPSE)
-
-
-def free_pages(fd: int, start: int, end: int) -> bool:
-    """Free the memory of these bytes of a file, which read as zeros afterwards. Its length stays. False if the file
-    system cannot.
-    """
-    keep_size, punch_hole = 0x01, 0x02
-    return not _libc.fallocate(fd, keep_size | punch_hole, start, end - start)
 
 
 def _aligned_map(fd: int, size_bytes: int, protection: int) -> int:

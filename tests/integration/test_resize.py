@@ -17,11 +17,11 @@ from kvservice_api.layout import Shard
 from kvservice_client import BlockChain, Client, Durability
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.by_hand import InPlaceWriter
-from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, verify
+from tests.integration.known_blocks import LARGE, compare, new_chain, save
 from tests.integration.test_third_tier import counts
 from tests.integration.wire import Wire
 from tests.killed_starts import deaths
-from tests.mounts import read_only
+from tests.mounts import fill, read_only, tmpfs
 
 BLOCK = extent_size(block_geometry(LARGE, Shard.whole(LARGE), LARGE.block_tokens).image_bytes)
 BLOCKS = 12
@@ -414,41 +414,69 @@ def test_a_tier_below_ssd_shrinks_and_keeps_what_fits(new_daemon: NewDaemon, tmp
 
 
 class TestTheDramTier:
-    def test_grows_and_keeps_every_block(self, new_daemon: NewDaemon) -> None:
+    @pytest.mark.parametrize("kill_every", [0, pytest.param(1, marks=pytest.mark.slow)])
+    def test_grows_and_keeps_every_block(self, new_daemon: NewDaemon, kill_every: int) -> None:
         daemon = new_daemon(dram__capacity_bytes=16 * MIB, ssd__capacity_bytes=0)
         start(daemon)
         chains = filled(daemon, Durability.DRAM)
         with daemon.client() as client:  # It has the old arena mapped.
             assert stored(client, chains) == list(range(BLOCKS))
-            restart(daemon, dram__capacity_bytes=32 * MIB)
+            assert daemon.stop() == 0
+            if kill_every:
+                assert start_killed_often(daemon, step=kill_every, dram__capacity_bytes=32 * MIB) >= 10
+            else:
+                start(daemon, dram__capacity_bytes=32 * MIB)
             more = filled(daemon, Durability.DRAM, blocks=30)
             assert stored(client, chains + more) == list(range(BLOCKS + 30))
 
-    def test_leaves_the_space_alone_where_a_client_of_the_larger_tier_may_write(self, new_daemon: NewDaemon) -> None:
-        daemon = new_daemon(dram__capacity_bytes=48 * MIB, ssd__capacity_bytes=0)
+    def test_is_safe_from_a_client_of_the_larger_tier_that_still_writes(self, new_daemon: NewDaemon) -> None:
+        daemon = new_daemon(
+            dram__capacity_bytes=48 * MIB, ssd__capacity_bytes=0, mover__dram_free_low=0, mover__dram_free_high=0,
+            mover__policy="lru",
+        )  # fmt: skip
         start(daemon)
         with Wire(daemon.address) as wire:
             wire.attach()
             wire.open_layout(LARGE)
             writer = InPlaceWriter(wire, LARGE)
-            before, kept = writer.reserve(new_chain(LARGE, 80)), writer.reserve(new_chain(LARGE, 8))
+            before, kept = writer.reserve(new_chain(LARGE, 120)), writer.reserve(new_chain(LARGE, 8))
             before.abandon()
-            kept.scribble()  # It has the larger arena mapped.
-            daemon.kill()
-            start(daemon, dram__capacity_bytes=20 * MIB)
+            kept.scribble()  # It has the larger arena mapped, and holds the lock of a writer.
+            for size in (16 * MIB, 48 * MIB):
+                daemon.kill()
+                start(daemon, dram__capacity_bytes=size)
             with daemon.client() as client:
-                status = client.admin.status()
-                assert any(0 < status.dram.capacity_bytes - start < BLOCK for start in kept.offsets.values())
-                assert 0 < status.set_aside_extents < 8
-                small = new_chain(SMALL, 6)  # It fits into the rest of the divided extent.
-                assert save(client, SMALL, small).is_complete
-                chains = filled(daemon, Durability.DRAM, blocks=40)
+                until(lambda: client.admin.status().dram.capacity_bytes > 40 * MIB)
+                assert client.admin.status().set_aside_extents == 0
+                chains = filled(daemon, Durability.DRAM, blocks=200)
                 kept.scribble()
-                verify(client, SMALL, small)
-                assert stored(client, chains) == list(range(40))
-                assert writer.lock is not None
-                writer.lock.release()
-                until(lambda: client.admin.status().set_aside_extents == 0)
+                assert len(stored(client, chains)) == 200
+
+    def test_leaves_the_bytes_of_views_readable_when_the_memory_is_full(
+        self, new_daemon: NewDaemon, tmp_path: Path
+    ) -> None:
+        with tmpfs(tmp_path / "memory", 80 * MIB) as memory:
+            daemon = new_daemon(dram__capacity_bytes=48 * MIB, ssd__capacity_bytes=0, dram__path=memory)
+            start(daemon)
+            chains = filled(daemon, Durability.DRAM, blocks=150)
+            client = daemon.client()
+            views = [client.open_layout(LARGE).lookup(chain).view() for chain in chains]
+            arrays = [array for view in views for slices in view.slices(0) for array in slices]
+            daemon.kill()
+            start(daemon, dram__capacity_bytes=16 * MIB)
+            fill(memory)
+            reader = os.fork()
+            if not reader:
+                try:
+                    sum(array.sum() for array in arrays)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            assert os.waitpid(reader, 0)[1] == 0
+            with daemon.client() as other:
+                assert len(stored(other, chains)) >= 60
+            del arrays, views
+            daemon.kill()
 
     @pytest.mark.parametrize("kill_every", [0, 9, pytest.param(1, marks=pytest.mark.slow)])
     def test_shrinks_and_keeps_what_fits(self, new_daemon: NewDaemon, kill_every: int) -> None:

@@ -201,54 +201,93 @@ async def test_an_arena_grows_and_keeps_its_bytes(open_arena: Callable[..., Aren
     assert DramTier(second).view(extent) == data
 
 
-async def test_an_arena_that_is_to_be_smaller_keeps_its_size_until_it_is_truncated(
-    open_arena: Callable[..., Arena],
+def test_an_arena_that_cannot_grow_says_so(open_arena: Callable[..., Arena]) -> None:
+    first = open_arena()
+    first.share()
+    first.close()
+    calls = FaultyCalls()
+    calls.failing_once["posix_fallocate"] = errno.ENOSPC
+
+    tier = DramTier(open_arena(capacity_bytes=2 * CAPACITY, calls=calls))
+
+    assert tier.capacity_bytes == CAPACITY - PAGE
+    assert tier.configured_bytes == 2 * CAPACITY - PAGE
+    assert tier.short_because.startswith("No space left on device: the arena in ")
+
+
+def test_only_the_allocated_start_of_an_arena_is_ready_if_a_client_wrote_beyond_it(
+    open_arena: Callable[..., Arena], small_steps: None
 ) -> None:
+    first = open_arena()
+    DramTier(first)  # Allocates a part of it.
+    first.close()
+    mapped = np.memmap(first.directory / "arena", np.uint8, "r+")
+    mapped[4 * MIB : 6 * MIB] = 1
+
+    second = open_arena()
+
+    path = second.directory / "arena"
+    assert second.ready_bytes < 5 * MIB
+    allocated = path.stat().st_blocks
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, PAGE + second.ready_bytes)
+    assert path.stat().st_blocks == allocated
+
+
+async def test_a_smaller_arena_leaves_the_old_one_to_those_who_have_it_mapped(open_arena: Callable[..., Arena]) -> None:
     first = open_arena(capacity_bytes=2 * CAPACITY)
     first.share()
-    data = noise(PAGE)
-    extent = await stored(DramTier(first), data)
+    DramTier(first)
     mapped = np.memmap(first.directory / "arena", np.uint8, "r+", PAGE)  # As a client that has all of it mapped.
     mapped[-PAGE:] = 1
     first.close()
-    allocated = os.stat(first.directory / "arena").st_blocks * 512
-
-    for _ in range(2):  # A start that ends before `truncate` changes nothing.
-        second = open_arena()
-        assert DramTier(second).is_too_large
-        assert second.capacity_bytes == 2 * CAPACITY - PAGE
-        second.close()
-    third = open_arena()
-    tier = DramTier(third)
-    tier.adopt(*columns([extent]))
-    tier.shrink()
-    tier.truncate()
-
-    assert tier.capacity_bytes == third.capacity_bytes == CAPACITY - PAGE
-    assert not tier.is_too_large
-    assert tier.view(extent) == data
-    assert not mapped[-PAGE:].any()
-    assert os.stat(third.directory / "arena").st_blocks * 512 < allocated
-    third.close()
-    fourth = open_arena()
-    assert (fourth.why_new, fourth.capacity_bytes) == ("", CAPACITY - PAGE)
-    assert DramTier(fourth).view(extent) == data
-
-
-async def test_who_reads_in_place_beyond_the_new_end_of_an_arena_detects_it(open_arena: Callable[..., Arena]) -> None:
-    first = open_arena(capacity_bytes=2 * CAPACITY)
-    first.share()
-    generations = np.memmap(first.directory / "generations", "<u4", "r", PAGE)
-    before = generations.copy()
-    first.close()
 
     second = open_arena()
-    tier = DramTier(second)
-    tier.shrink()
-    tier.truncate()
+    assert second.is_too_large
+    smaller = second.create_smaller()
+    smaller.allocate(MIB)
+    smaller.data[:PAGE] = data = noise(PAGE)
+    with pytest.raises(StoreMismatch, match="another daemon"):
+        open_arena()
+    smaller.replace_old()
+    second.close()
+    with pytest.raises(StoreMismatch, match="another daemon"):
+        open_arena()
+    smaller.close()
 
-    beyond = second.capacity_bytes // PAGE
-    assert (generations[beyond : 2 * beyond] != before[beyond : 2 * beyond]).all()
+    third = open_arena()
+    assert (third.arena_id, third.why_new) == (smaller.arena_id, "")
+    assert (third.capacity_bytes, third.ready_bytes) == (CAPACITY - PAGE, MIB)
+    assert third.data[:PAGE] == data
+    third.share()
+    mapped[:PAGE] = 2
+    assert mapped[-1] == 1
+    assert third.data[:PAGE] == data
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_replacement_that_was_interrupted_is_undone_or_finished_as_the_index_says(
+    open_arena: Callable[..., Arena], shm: Path, is_committed: bool
+) -> None:
+    first = open_arena(capacity_bytes=2 * CAPACITY)
+    first.close()
+    second = open_arena()
+    smaller = second.create_smaller()
+    smaller.close()
+    second.close()
+    asked: list[bytes] = []
+
+    def has_index(arena_id: bytes) -> bool:
+        asked.append(arena_id)
+        return is_committed
+
+    third = Arena.open(shm, STORE, CAPACITY, has_index=has_index)
+
+    assert asked == [smaller.arena_id]
+    assert third.arena_id == (smaller if is_committed else first).arena_id
+    assert third.is_too_large is not is_committed
+    assert not (third.directory / "arena.new").exists()
+    third.close()
 
 
 def test_two_daemons_do_not_share_an_arena(open_arena: Callable[..., Arena]) -> None:
