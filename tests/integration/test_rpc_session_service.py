@@ -174,7 +174,7 @@ def test_GetSession_tells_how_much_of_the_history_is_stored_and_where(wire: Wire
     assert (answer.stored_slices, answer.stored_tokens) == (2, 32)
     with refused(SessionNotFound, "unknown"):
         wire.get_session("unknown", SMALL)
-    with refused(UnknownLayout, "OpenLayout"):
+    with refused(UnknownLayout, "was opened here"):
         wire.sessions.GetSession(pb.GetSessionRequest(session_id=session_id, layout_fingerprint=bytes(32)))
     request = pb.GetSessionRequest(session_id=session_id, layout_fingerprint=SMALL.fingerprint)
     request.shard.layer_end = 99
@@ -417,6 +417,9 @@ def test_RestoreSession_refuses_a_manifest_that_contradicts_itself(
         ("a position is too large", lambda of: of.slices.stored_position.__setitem__(0, 2**62)),
         ("positions of slice 9", lambda of: of.slices.positions.add(slice=9, positions=[1])),
         ("one position", lambda of: of.slices.positions.add(slice=2, positions=[1, 2, 3, 4, 5])),
+        ("created_at is no time", lambda of: setattr(of.created_at, "seconds", 2**62)),
+        ("created_at is no time", lambda of: setattr(of.created_at, "seconds", -(2**62))),
+        ("created_at is no time", lambda of: setattr(of.created_at, "nanos", -1)),
     ]
     with unharmed(daemon.address):
         for why, change in changes:
@@ -431,6 +434,6 @@ def test_RestoreSession_refuses_a_manifest_that_contradicts_itself(
             restore(wire, whole)
         whole.layout_fingerprint = bytes(32)
         whole.session_id = session_id
-        with refused(UnknownLayout, "OpenLayout"):
+        with refused(UnknownLayout, "was opened here"):
             restore(wire, whole)
     assert not wire.admin.ListSessions(admin_pb2.ListSessionsRequest(session_id=f"{session_id}/other")).sessions
