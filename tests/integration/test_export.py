@@ -347,6 +347,19 @@ def test_a_chain_is_exported_up_to_a_block(daemon: DaemonProcess, tmp_path: Path
     assert [each.name.key for each in blocks if isinstance(each, BlockRecord)] == list(chain.keys[:4])
 
 
+def test_a_chain_without_a_beginning_is_named(daemon: DaemonProcess, tmp_path: Path) -> None:
+    one, other = os.urandom(32), os.urandom(32)
+    with daemon.client() as client:
+        blocks = client.open_layout(LAYOUT)
+        for key, parent in ((one, other), (other, one)):
+            chain = BlockChain(parent, (key,), (LAYOUT.block_tokens,))
+            blocks.save(chain, layers_of(blocks, chain))
+
+    done = kvctl("export", tmp_path / "chain.kvx", "--chain", one.hex(), "--address", daemon.address, code=1)
+
+    assert f"block {one.hex()} continues itself, over 2 blocks" in done.stderr
+
+
 def test_engines_of_another_key_generation_are_not_surprised(
     daemon: DaemonProcess, new_daemon: NewDaemon, tmp_path: Path
 ) -> None:
