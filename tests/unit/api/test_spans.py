@@ -48,7 +48,7 @@ def request_span(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         yield made
 
 
-def test_a_processor_that_raises_is_logged_once_and_work_goes_on(
+def test_a_processor_that_raises_is_logged_once_and_the_work_is_done(
     request_span: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     trace = spans.current()
