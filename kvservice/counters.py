@@ -99,6 +99,7 @@ class Counters:
     misses: Counter[tuple[int, str]] = field(default_factory=Counter)  # By layout id and reason.
     tier_read_bytes: Counter[str] = field(default_factory=Counter)  # By tier.
     tier_written_bytes: Counter[str] = field(default_factory=Counter)
+    tier_written_behind_blocks: Counter[str] = field(default_factory=Counter)
     lookup_times: Durations = field(default_factory=Durations)
     first_layer_times: DurationsBy = field(default_factory=DurationsBy)  # Of loads, by path and the slowest tier.
     load_times: DurationsBy = field(default_factory=DurationsBy)

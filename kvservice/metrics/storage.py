@@ -189,11 +189,19 @@ WRITES = (
         "write_queue_blocks",
         "gauge",
         "Blocks that are queued or written to a tier.",
-        "The time of a drain: these blocks over the rate of `written_behind_blocks_total`.",
+        "The time of a drain: these blocks over the rate of the tier's `written_behind_blocks_total`.",
         ("tier",),
         lambda from_: {(tier,): count for tier, count in from_.gauges.write_queue.items()},
     ),
-    total("written_behind_blocks_total", "Blocks copied to the next slower tier.", "The rate of write-behind."),
+    Metric(
+        "written_behind_blocks_total",
+        "counter",
+        "Blocks copied to a tier from the one above it.",
+        "The rate of write-behind.",
+        ("tier",),
+        lambda from_: {(tier,): from_.counters.tier_written_behind_blocks[tier] for tier in from_.tiers[1:]},
+        ("written_behind_blocks",),
+    ),
     total("written_behind_bytes_total", "Bytes copied to the next slower tier.", "The same in bytes."),
 )
 PROMOTIONS = (

@@ -15,7 +15,19 @@ from google.protobuf.message import DecodeError
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.store import BlockStore
 from kvservice_api import spans
-from kvservice_api.errors import InvalidRequest, KVError, Overloaded, UnknownClient
+from kvservice_api.errors import (
+    ChecksumMismatch,
+    DeadlineExceeded,
+    IndexFull,
+    InvalidRequest,
+    KVError,
+    Overloaded,
+    PinsFull,
+    SessionsFull,
+    StorageFailed,
+    TierFull,
+    UnknownClient,
+)
 from kvservice_api.status import grpc_code, to_status
 
 log = logging.getLogger(__name__)
@@ -24,6 +36,24 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Unary = Callable[[Any, Context], Awaitable[Any]]
 
 _INTERNAL = "INTERNAL"
+_LOADS = ("LoadBlocks", "LocateBlocks")
+_TIER_USERS = (*_LOADS, "SaveBlocks", "ReserveBlocks", "CommitBlocks", "Prefetch", "Pin")
+_SESSION_WRITERS = ("AppendTurn", "TruncateSession", "ForkSession", "RestoreSession")
+_INDEX_WRITERS = (
+    *(*_SESSION_WRITERS, "EndSession", "OpenLayout", "BeginGeneration"),
+    *("SaveBlocks", "CommitBlocks", "Prefetch", "Evict", "Discard", "Drain", "Pin", "Unpin"),
+)
+# Reasons that the alert KVServiceCallsFail is about, and the methods that can end with them. INTERNAL and OVERLOADED
+# are reasons of all methods.
+ALERTED: Mapping[str, tuple[str, ...]] = {
+    ChecksumMismatch.reason: _TIER_USERS,
+    DeadlineExceeded.reason: _LOADS,
+    IndexFull.reason: _INDEX_WRITERS,
+    PinsFull.reason: ("Pin",),
+    SessionsFull.reason: _SESSION_WRITERS,
+    StorageFailed.reason: tuple(dict.fromkeys((*_TIER_USERS, *_INDEX_WRITERS))),
+    TierFull.reason: _TIER_USERS,
+}
 _DETAILS_KEY = "grpc-status-details-bin"
 _LOCAL = "local"
 _ANONYMOUS = "anonymous"
@@ -68,9 +98,11 @@ class CallCounts:
         self.errors: Counter[tuple[str, str]] = Counter()
 
     def add_method(self, method: str) -> None:
-        """Count it from now on, from zero."""
+        """Count it from now on, from zero. Prometheus sees no increase in the first value of a series."""
         self.running[method] = self.ended[method, "OK"] = 0
-        self.errors[method, _INTERNAL] = self.errors[method, Overloaded.reason] = 0  # Alerts are about these.
+        reasons = (reason for reason, methods in ALERTED.items() if method in methods)
+        for reason in (_INTERNAL, Overloaded.reason, *reasons):
+            self.errors[method, reason] = 0
 
     def end(self, method: str, code: str, reason: str) -> None:
         """Without a `reason` it was no error."""

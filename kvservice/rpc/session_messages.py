@@ -67,7 +67,7 @@ def _slices(manifest: Manifest, layout: Layout) -> pb.SessionSlices:
 
 
 def session_content(message: pb.Session, slices_max: int) -> SessionContent:
-    """The manifest in a message with slices. Raises InvalidRequest if columns differ in length."""
+    """The manifest in a message with slices. Raises InvalidRequest, for example if columns differ in length."""
     if len(message.tip) != KEY_BYTES:
         raise InvalidRequest(f"tip has {len(message.tip)} bytes, not {KEY_BYTES}", field="tip")
     columns = message.slices
@@ -94,7 +94,10 @@ def session_content(message: pb.Session, slices_max: int) -> SessionContent:
     tokens = int(slices["token_count"].sum(dtype=np.uint64))
     if (message.token_count, message.slice_count) != (tokens, len(keys)):
         raise InvalidRequest(f"the slices are {len(keys)} with {tokens} tokens", field="token_count")
-    created_at_ms = max(0, message.created_at.ToMilliseconds())
+    try:
+        created_at_ms = max(0, message.created_at.ToMilliseconds())
+    except ValueError as error:
+        raise InvalidRequest(f"created_at is no time: {error}", field="created_at") from error
     content = np.array(positions, np.uint64)
     return SessionContent(
         message.revision, message.tip, message.tail_tokens, message.cuts, created_at_ms, slices, content

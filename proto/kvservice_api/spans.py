@@ -3,7 +3,8 @@ the API of OpenTelemetry.
 
 A trace begins in the engine. A span is made only below a span that is recorded: without one all of this costs a look
 into `sys.modules`, because a process in which no other code has imported OpenTelemetry has no such span. Any thread may
-call it.
+call it. Nothing here raises: OpenTelemetry calls the engine's own processors of spans, and what they raise is logged
+once, and costs no more than spans.
 
     with span("kvservice.lookup", blocks=3) as lookup:      # None if the request is not traced
         ...
@@ -13,16 +14,20 @@ call it.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from functools import partial
-from typing import Any, Literal, Self, TypeVar
+from functools import partial, wraps
+from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 from kvservice_api.errors import KVError
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+log = logging.getLogger(__name__)
 
 TraceContext = Any  # OpenTelemetry's Context: the span below which new spans are made.
 Kind = Literal["client", "internal", "server"]
@@ -30,8 +35,26 @@ Kind = Literal["client", "internal", "server"]
 _PARENT_HEADER = "traceparent"  # W3C Trace Context, in HTTP headers and in gRPC metadata.
 _SERVER_FAULTS = ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
 _NO_SPAN: AbstractContextManager[None] = nullcontext()
+_failures: list[str] = []  # The first failure of OpenTelemetry in this process, which is logged.
 
 
+def _contained(call: Callable[P, T]) -> Callable[P, T | None]:
+    """`call`, which returns None instead of raising what OpenTelemetry, or a processor of spans, raises."""
+
+    @wraps(call)
+    def contained(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            if not _failures:
+                _failures.append(repr(error))
+                log.warning("OpenTelemetry failed: spans may be missing; this is logged once", exc_info=True)
+            return None
+
+    return contained
+
+
+@_contained
 def current() -> TraceContext | None:
     """The caller's trace, for spans that are made later, or on another thread. None if it is not recorded."""
     api = sys.modules.get("opentelemetry.trace")
@@ -44,6 +67,7 @@ def current() -> TraceContext | None:
     return get_current()
 
 
+@_contained
 def of_headers(headers: Mapping[str, str] | None) -> TraceContext | None:
     """The trace that W3C headers name. None if they name none, if it is not recorded, or without OpenTelemetry."""
     if not headers or _PARENT_HEADER not in headers:
@@ -57,6 +81,7 @@ def of_headers(headers: Mapping[str, str] | None) -> TraceContext | None:
     return trace if get_current_span(trace).get_span_context().trace_flags.sampled else None
 
 
+@_contained
 def headers() -> tuple[tuple[str, str], ...] | None:
     """The caller's trace as gRPC metadata. None if it is not recorded."""
     if current() is None:
@@ -131,17 +156,16 @@ class OpenSpan:
         begun_s_ago: float = 0.0,
     ) -> None:
         """The names of `attributes` get the prefix ``kvservice.``."""
-        from opentelemetry.trace import SpanKind, get_tracer, set_span_in_context
-
         begun_ns = time.time_ns() - int(begun_s_ago * 1e9)
-        self._span = get_tracer("kvservice").start_span(name, trace, SpanKind[kind.upper()], start_time=begun_ns)
-        self.context: TraceContext = set_span_in_context(self._span, trace)
+        self._span: Any  # None if it could not begin.
+        self.context: TraceContext
+        self._span, self.context = _begun(name, trace, kind, begun_ns) or (None, trace)
         self._attached: AbstractContextManager[None] = _NO_SPAN
         self.set(**attributes)
 
     def set(self, **attributes: Any) -> None:
         """Attributes whose value is None are left out."""
-        self._span.set_attributes({f"kvservice.{name}": each for name, each in attributes.items() if each is not None})
+        self._set({f"kvservice.{name}": each for name, each in attributes.items() if each is not None})
 
     def attached(self) -> AbstractContextManager[None]:
         """Make the block's spans part of this one."""
@@ -150,28 +174,40 @@ class OpenSpan:
     def end(self, error: BaseException | None = None) -> None:
         """An iteration that its caller ends early has not failed."""
         if error is not None and not isinstance(error, GeneratorExit):
-            self._fail(error.reason if isinstance(error, KVError) else type(error).__name__, str(error))
-        self._span.end()
+            self._fail(error.reason if isinstance(error, KVError) else type(error).__name__, error)
+        self._end()
 
     def begin_call(self, method: str) -> None:
         """The span is that of a call of a gRPC method, and the current one until `end_call`."""
-        self._span.set_attributes({"rpc.system.name": "grpc", "rpc.method": method})
+        self._set({"rpc.system.name": "grpc", "rpc.method": method})
         self.__enter__()
 
     def end_call(self, code: str, reason: str) -> None:
         """The end of a call that a server has answered with this status, and this reason of an error or none."""
-        self._span.set_attribute("rpc.response.status_code", code)
+        self._set({"rpc.response.status_code": code})
         if reason and code in _SERVER_FAULTS:
             self._fail(reason, reason)
         elif reason:
-            self._span.set_attribute("error.type", reason)
+            self._set({"error.type": reason})
         self.__exit__(None, None, None)
 
-    def _fail(self, reason: str, text: str) -> None:
+    @_contained
+    def _set(self, attributes: Mapping[str, object]) -> None:
+        if self._span is not None:
+            self._span.set_attributes(attributes)
+
+    @_contained
+    def _fail(self, reason: str, text: object) -> None:
         from opentelemetry.trace import Status, StatusCode
 
-        self._span.set_attribute("error.type", reason)
-        self._span.set_status(Status(StatusCode.ERROR, text))
+        self._set({"error.type": reason})
+        if self._span is not None:
+            self._span.set_status(Status(StatusCode.ERROR, str(text)))
+
+    @_contained
+    def _end(self) -> None:
+        if self._span is not None:
+            self._span.end()
 
     def __enter__(self) -> Self:
         self._attached = self.attached()
@@ -193,6 +229,15 @@ def of_call(method: str, metadata: Iterable[tuple[str, str | bytes]]) -> OpenSpa
     return made
 
 
+@_contained
+def _begun(name: str, trace: TraceContext, kind: Kind, begun_ns: int) -> tuple[Any, TraceContext]:
+    """A new span, and the context below it."""
+    from opentelemetry.trace import SpanKind, get_tracer, set_span_in_context
+
+    made = get_tracer("kvservice").start_span(name, trace, SpanKind[kind.upper()], start_time=begun_ns)
+    return made, set_span_in_context(made, trace)
+
+
 def _run_within(trace: TraceContext, work: Callable[[], T]) -> T:
     with _attached(trace):
         return work()
@@ -200,10 +245,23 @@ def _run_within(trace: TraceContext, work: Callable[[], T]) -> T:
 
 @contextmanager
 def _attached(trace: TraceContext) -> Iterator[None]:
-    from opentelemetry.context import attach, detach
-
-    token = attach(trace)
+    token = _attach(trace)
     try:
         yield
     finally:
-        detach(token)
+        if token is not None:
+            _detach(token)
+
+
+@_contained
+def _attach(trace: TraceContext) -> Any:
+    from opentelemetry.context import attach
+
+    return attach(trace)
+
+
+@_contained
+def _detach(token: Any) -> None:
+    from opentelemetry.context import detach
+
+    detach(token)

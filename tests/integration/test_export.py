@@ -159,8 +159,9 @@ def test_a_cut_history_arrives_with_its_positions_and_bytes(
         blocks.save(chain, layers_of(blocks, chain))
         assert session.append(chain, state.revision).revision == state.revision + 1
     again = imported(empty, file, code=1)
-    assert (again["blocks"], again["sessions"], list(again["conflicts"])) == (1, 1, ["cut"])  # The tail was replaced.
-    assert imported(empty, file, "--replace")["conflicts"] == {}
+    assert (again["blocks"], again["sessions"], len(again["conflicts"])) == (1, 1, 1)  # The tail was replaced.
+    assert (again["conflicts"][0]["session"], again["conflicts"][0]["layout"]) == ("cut", LAYOUT.fingerprint.hex())
+    assert imported(empty, file, "--replace")["conflicts"] == []
     assert same_history(daemon, empty, "cut")
 
 
@@ -312,7 +313,7 @@ def test_an_export_may_flow_into_an_import(daemon: DaemonProcess, empty: DaemonP
         )
         assert exporting.wait(60) == 0
 
-    assert json.loads(done.stdout)["incomplete"] == {}
+    assert json.loads(done.stdout)["incomplete"] == []
     assert same_history(daemon, empty, "of-ranks", layout)
     assert same_history(daemon, empty, "other-layout")
     with daemon.client() as client, empty.client() as other:
@@ -330,9 +331,26 @@ def test_blocks_that_are_gone_are_listed(daemon: DaemonProcess, empty: DaemonPro
 
     assert answer["missing"] == [{"key": chain.keys[2].hex(), "session": "with-a-gap"}]
     arrived = imported(empty, tmp_path / "chats.kvx", code=1)
-    assert (arrived["missing"], arrived["incomplete"]) == (1, {"with-a-gap": "its first 16 of 40 tokens are stored"})
+    (incomplete,) = arrived["incomplete"]
+    assert (arrived["missing"], incomplete["session"]) == (1, "with-a-gap")
+    assert incomplete["why"] == "its first 16 of 40 tokens are stored"
     with empty.client() as client:
         assert client.session(LAYOUT, "with-a-gap").get().stored_tokens == 16
+
+
+def test_sessions_of_one_id_and_two_layouts_are_both_named(
+    daemon: DaemonProcess, empty: DaemonProcess, tmp_path: Path
+) -> None:
+    layouts = [small_layout(f"{name} of one id") for name in ("one", "other")]
+    for each in (daemon, empty):
+        with each.client() as client:
+            for layout in layouts:
+                talk(client, "same-id", 24 if each is daemon else 8, layout)
+
+    exported(daemon, tmp_path / "chats.kvx", "same-id")
+    arrived = imported(empty, tmp_path / "chats.kvx", code=1)
+
+    assert {each["layout"] for each in arrived["conflicts"]} == {each.fingerprint.hex() for each in layouts}
 
 
 def test_a_chain_is_exported_up_to_a_block(daemon: DaemonProcess, tmp_path: Path) -> None:
@@ -345,6 +363,19 @@ def test_a_chain_is_exported_up_to_a_block(daemon: DaemonProcess, tmp_path: Path
         layout, *blocks, _ = ExportReader(stream)
     assert isinstance(layout, LayoutRecord)
     assert [each.name.key for each in blocks if isinstance(each, BlockRecord)] == list(chain.keys[:4])
+
+
+def test_a_chain_without_a_beginning_is_named(daemon: DaemonProcess, tmp_path: Path) -> None:
+    one, other = os.urandom(32), os.urandom(32)
+    with daemon.client() as client:
+        blocks = client.open_layout(LAYOUT)
+        for key, parent in ((one, other), (other, one)):
+            chain = BlockChain(parent, (key,), (LAYOUT.block_tokens,))
+            blocks.save(chain, layers_of(blocks, chain))
+
+    done = kvctl("export", tmp_path / "chain.kvx", "--chain", one.hex(), "--address", daemon.address, code=1)
+
+    assert f"block {one.hex()} continues itself, over 2 blocks" in done.stderr
 
 
 def test_engines_of_another_key_generation_are_not_surprised(
@@ -368,7 +399,7 @@ def test_engines_of_another_key_generation_are_not_surprised(
     target.start()
     with target.client() as client:
         assert client.open_layout(layout).generation() == generation
-    assert imported(target, file)["conflicts"] == {}
+    assert imported(target, file)["conflicts"] == []
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_stalls_of_the_event_loop_are_alerted(site: Site) -> None:
     with site.client() as client:
         for _ in range(10):
             with site.daemon.stopped():
-                time.sleep(0.1)  # A stall: the event loop is due at least once each 50 ms.
+                time.sleep(0.1)  # A stall: a heartbeat is due at least once each 40 ms.
             client.admin.status()  # The loop has run, so the next stall is another one.
     site.prometheus.wait_for_alert("KVServiceEventLoopStalls")
 

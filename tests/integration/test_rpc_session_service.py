@@ -417,6 +417,9 @@ def test_RestoreSession_refuses_a_manifest_that_contradicts_itself(
         ("a position is too large", lambda of: of.slices.stored_position.__setitem__(0, 2**62)),
         ("positions of slice 9", lambda of: of.slices.positions.add(slice=9, positions=[1])),
         ("one position", lambda of: of.slices.positions.add(slice=2, positions=[1, 2, 3, 4, 5])),
+        ("created_at is no time", lambda of: setattr(of.created_at, "seconds", 2**62)),
+        ("created_at is no time", lambda of: setattr(of.created_at, "seconds", -(2**62))),
+        ("created_at is no time", lambda of: setattr(of.created_at, "nanos", -1)),
     ]
     with unharmed(daemon.address):
         for why, change in changes:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
 
+from kvservice_api.image import checksum
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import sessions_pb2
 from kvservice_client.exports.export_file import (
@@ -101,6 +103,22 @@ def test_a_damaged_record_is_named_by_its_offset() -> None:
     with pytest.raises(DamagedFile, match=f"the record at byte {offset} is damaged") as caught:
         list(ExportReader(io.BytesIO(damaged)))
     assert caught.value.offset == offset
+
+
+@pytest.mark.parametrize(("kind", "size"), [(1, 2**27), (2, 112 + 144 + 1), (2, 2**39), (3, 2**27), (4, 33), (5, 1)])
+def test_a_record_that_promises_more_than_its_kind_has_is_refused_before_it_is_read(kind: int, size: int) -> None:
+    stream = io.BytesIO()
+    ExportWriter(stream).layout(LayoutRecord(LAYOUT, 0))
+    offset = len(stream.getvalue())
+    head = struct.pack("<IIQ", kind, 0, size)
+    stream.write(head + struct.pack("<Q", checksum(head)))
+    end = stream.tell()
+    stream.write(bytes(100))
+    stream.seek(0)
+
+    with pytest.raises(DamagedFile, match=f"the record at byte {offset} contradicts itself: .* {size} bytes"):
+        list(ExportReader(stream))
+    assert stream.tell() == end
 
 
 def test_records_out_of_order_are_refused() -> None:

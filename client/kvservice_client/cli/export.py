@@ -26,7 +26,7 @@ from kvservice_client.cli.options import (
 )
 from kvservice_client.client import DEFAULT_ADDRESS, Client
 from kvservice_client.exports.export_file import ExportWriter, ResumedFile
-from kvservice_client.exports.exporter import Exporter
+from kvservice_client.exports.exporter import CyclicChain, Exporter
 
 
 def export(
@@ -91,7 +91,10 @@ def export(
                 for session in wanted.sessions:
                     exporter.session(session.session_id, session.layout_fingerprint)
                 for key in wanted.keys:
-                    exporter.chain(key)
+                    try:
+                        exporter.chain(key)
+                    except CyclicChain as error:
+                        transfer.fail(f"{error}: such a chain has no beginning. Export the other ones to another file.")
                 for each in wanted.layouts:
                     exporter.layout(each.fingerprint)
             exporter.end()

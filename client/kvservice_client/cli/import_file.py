@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, BinaryIO
 
@@ -102,15 +102,26 @@ def _report(imported: Imported, as_json: bool) -> None:
                 "blocks": imported.blocks,
                 "already_stored": imported.already_stored,
                 "missing": imported.missing,
-                "conflicts": imported.conflicts,
-                "incomplete": imported.incomplete,
+                "conflicts": _named(imported.conflicts),
+                "incomplete": _named(imported.incomplete),
             }
         )
         return
-    for session_id, why in imported.conflicts.items():
-        print(f"kvctl: not imported: session {session_id}: {why}; --replace replaces it", file=sys.stderr)
-    for session_id, why in imported.incomplete.items():
-        print(f"kvctl: incomplete: session {session_id}: {why}", file=sys.stderr)
+    for (fingerprint, session_id), why in imported.conflicts.items():
+        print(
+            f"kvctl: not imported: session {session_id} of layout {fingerprint.hex()}: {why}; --replace replaces it",
+            file=sys.stderr,
+        )
+    for (fingerprint, session_id), why in imported.incomplete.items():
+        print(f"kvctl: incomplete: session {session_id} of layout {fingerprint.hex()}: {why}", file=sys.stderr)
     missing = f"; the export lacked {imported.missing} blocks" if imported.missing else ""
     stored = f"{imported.blocks} blocks ({imported.already_stored} were stored already)"
     print(f"imported {imported.sessions} sessions and {stored}{missing}")
+
+
+def _named(sessions: Mapping[tuple[bytes, str], str]) -> list[dict[str, str]]:
+    """One id may name a session of each of several layouts."""
+    return [
+        {"session": session_id, "layout": fingerprint.hex(), "why": why}
+        for (fingerprint, session_id), why in sessions.items()
+    ]

@@ -46,7 +46,7 @@ assert (_HEAD.size, _RECORD.size, _LAYOUT.size, _BLOCK.size, _END.size) == (16, 
 
 HEAD_BYTES = _HEAD.size + _SUM.size
 _RECORD_BYTES_MIN = _RECORD.size + 2 * _SUM.size
-_PAYLOAD_BYTES_MAX = 2**40  # More is no block.
+_MESSAGE_BYTES_MAX = 64 * 2**20  # Of a layout or session.
 _READ_BYTES = 64 * 2**20
 
 
@@ -180,6 +180,12 @@ class ExportReader:
         self.offset = 0  # Where the next record begins; all before it is whole.
         self.contents = Contents()
         self._layouts: dict[bytes, Layout] = {}
+        self._payload_bytes_max: dict[int, int] = {
+            _Kind.LAYOUT: _MESSAGE_BYTES_MAX,
+            _Kind.BLOCK: 0,  # Until a layout says how large its blocks are.
+            _Kind.SESSION: _MESSAGE_BYTES_MAX,
+            _Kind.END: _END.size,
+        }
         head = self._read(HEAD_BYTES)
         if head[: len(_MAGIC)] != _MAGIC[: len(head)] or not len(head):
             raise UnusableFile("it is not a file of `kvctl export`")
@@ -208,8 +214,10 @@ class ExportReader:
         kind, _, size = _RECORD.unpack_from(head) if len(head) >= _RECORD.size else (0, 0, 0)
         if len(head) < _RECORD.size + _SUM.size:
             raise DamagedFile(start, "is cut off")
-        if checksum(head[: _RECORD.size]) != _SUM.unpack_from(head, _RECORD.size)[0] or size > _PAYLOAD_BYTES_MAX:
+        if checksum(head[: _RECORD.size]) != _SUM.unpack_from(head, _RECORD.size)[0]:
             raise DamagedFile(start, "is damaged")
+        if size > self._payload_bytes_max.get(kind, 0):
+            raise DamagedFile(start, f"contradicts itself: no record of kind {kind} has {size} bytes here")
         body = self._read(size + _SUM.size)
         if len(body) < size + _SUM.size:
             raise DamagedFile(start, "is cut off")
@@ -230,6 +238,8 @@ class ExportReader:
             message = types_pb2.Layout.FromString(bytes(payload[_LAYOUT.size :]))
             record = LayoutRecord(Layout.from_proto(message, fingerprint), generation)
             self._layouts[fingerprint] = record.layout
+            block_bytes = _BLOCK.size + _largest_block_bytes(record.layout)
+            self._payload_bytes_max[_Kind.BLOCK] = max(self._payload_bytes_max[_Kind.BLOCK], block_bytes)
             self.contents.add(record)
         elif kind == _Kind.BLOCK:
             record = self._block(payload)
@@ -276,6 +286,10 @@ def slice_sizes(layout: Layout, name: BlockName) -> list[int]:
     """The bytes of each layer's slice of a block."""
     first, end = name.shard.layer_begin, name.shard.layer_end
     return [layout.shard_slice_bytes(name.shard, layer, name.token_count) for layer in range(first, end)]
+
+
+def _largest_block_bytes(layout: Layout) -> int:
+    return sum(group.layers * group.slice_bytes(group.kv_heads, layout.block_tokens) for group in layout.groups)
 
 
 class ResumedFile(NamedTuple):

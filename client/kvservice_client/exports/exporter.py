@@ -23,6 +23,10 @@ _SLICES_MAX = 2**20
 _ATTEMPTS = 3
 
 
+class CyclicChain(Exception):
+    """Each of these blocks continues another of them, so none is the first. No hash makes such keys."""
+
+
 class Exporter:
     """One export. What `writer` has already is left out, so an export can be continued."""
 
@@ -46,11 +50,13 @@ class Exporter:
         self._write_session(session)
 
     def chain(self, key: bytes) -> None:
-        """A block, and before it the stored blocks that it continues. Raises BlockNotFound."""
-        keys: list[bytes] = []
+        """A block, and before it the stored blocks that it continues. Raises BlockNotFound, CyclicChain."""
+        keys: dict[bytes, None] = {}
         shards = self._client.admin.inspect(key).shards
         while shards:
-            keys.append(shards[0].key)
+            if shards[0].key in keys:
+                raise CyclicChain(f"block {shards[0].key.hex()} continues itself, over {len(keys)} blocks")
+            keys[shards[0].key] = None
             try:
                 shards = self._client.admin.inspect(shards[0].parent_key).shards
             except BlockNotFound:  # The root, or a block that is gone.

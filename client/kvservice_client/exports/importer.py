@@ -47,7 +47,7 @@ class BlockRefused(Exception):
 @dataclass(slots=True)
 class Imported:
     """Counts; `conflicts` are sessions that exist in the target with other content, `incomplete` those of which blocks
-    are missing in the target after the import: session id -> why.
+    are missing in the target after the import: fingerprint of the layout, and session id -> why.
     """
 
     layouts: int = 0
@@ -55,8 +55,8 @@ class Imported:
     already_stored: int = 0
     sessions: int = 0
     missing: int = 0  # In the daemon of the export.
-    conflicts: dict[str, str] = field(default_factory=dict)
-    incomplete: dict[str, str] = field(default_factory=dict)
+    conflicts: dict[tuple[bytes, str], str] = field(default_factory=dict)
+    incomplete: dict[tuple[bytes, str], str] = field(default_factory=dict)
 
 
 class Importer:
@@ -156,25 +156,25 @@ class Importer:
         return new
 
     def _restore(self, session: sessions_pb2.Session) -> None:
-        admin = self._client.admin
+        admin, name = self._client.admin, (session.layout_fingerprint, session.session_id)
         try:
             admin.restore_session(session)
         except SessionChanged as error:
             if not self._replace:
-                self.imported.conflicts[session.session_id] = error.message
+                self.imported.conflicts[name] = error.message
                 return
             now = admin.get_session(session.session_id, session.layout_fingerprint).session
             admin.restore_session(session, now.revision)
         self.imported.sessions += 1
-        self._sessions.append((session.layout_fingerprint, session.session_id))
+        self._sessions.append(name)
 
     def _check_session(self, fingerprint: bytes, session_id: str) -> None:
         """Whether the target has all blocks of a session: it may be too small, or the export may have lacked some."""
         try:
             found = self._client.admin.get_session(session_id, fingerprint)
         except SessionNotFound as error:
-            self.imported.incomplete[session_id] = error.message
+            self.imported.incomplete[fingerprint, session_id] = error.message
             return
         if found.stored_slices < found.session.slice_count:
             tokens = f"{found.stored_tokens} of {found.session.token_count} tokens"
-            self.imported.incomplete[session_id] = f"its first {tokens} are stored"
+            self.imported.incomplete[fingerprint, session_id] = f"its first {tokens} are stored"

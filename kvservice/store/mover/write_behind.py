@@ -292,6 +292,7 @@ class WriteBehind:
                 copied.set()
             await self._record(row, extent, flush_failures)
             self._counters.written_behind_blocks += 1
+            self._counters.tier_written_behind_blocks[self._below] += 1
             self._counters.written_behind_bytes += geometry.image_bytes
         except ChecksumMismatch as error:
             await self._lifecycle.quarantine(row, generation, self._above, error.message)

@@ -6,36 +6,57 @@ import asyncio
 
 import pytest
 
-from kvservice.metrics.heartbeat import Heartbeat, next_beat_s
+from kvservice.clock import SystemClock
+from kvservice.metrics.heartbeat import BEAT_S, IDLE_BEAT_S, Heartbeat, next_beat_s
 from tests.clock import FakeClock
 from tests.stores import until
 
 
-class _BusyLoop(FakeClock):
-    """The time of a loop that wakes each sleeper so many seconds late, a number of times, and then on time."""
-
-    def __init__(self, *late_s: float) -> None:
-        super().__init__()
-        self.late_s = list(late_s)
-
-    async def sleep(self, seconds: float) -> None:
-        self.advance(seconds=seconds + (self.late_s.pop() if self.late_s else 0.0))
-        await asyncio.sleep(0)
-
-
-async def test_a_late_beat_counts_for_ever_and_for_a_while() -> None:
-    clock = _BusyLoop(0.5)
+def test_a_late_beat_counts_for_ever_and_for_a_while() -> None:
+    clock = FakeClock()
     heartbeat = Heartbeat(clock)
-    beating = asyncio.create_task(heartbeat.run())
-    await until(lambda: not clock.late_s and heartbeat.recent_ms > 0)
+    clock.advance(seconds=heartbeat.beat() + 0.5)
+    due_s = heartbeat.beat()
     assert heartbeat.recent_ms == heartbeat.latest_ms == pytest.approx(500)
-    await until(lambda: heartbeat.recent_ms < 1)
+    for _ in range(2000):
+        clock.advance(seconds=due_s)
+        due_s = heartbeat.beat()
+    assert heartbeat.recent_ms < 1
     assert heartbeat.latest_ms == pytest.approx(500)
-    beating.cancel()
 
 
 def test_the_loop_is_measured_often_only_while_it_works() -> None:
-    idle_s = next_beat_s(0.005, used_s=0.0001)
+    assert next_beat_s(BEAT_S, used_s=0.0001) == IDLE_BEAT_S
+    assert next_beat_s(IDLE_BEAT_S, used_s=0.0001) == IDLE_BEAT_S, "a beat of its own does not keep the loop awake"
+    assert next_beat_s(IDLE_BEAT_S, used_s=0.02) == next_beat_s(BEAT_S, used_s=0.004) == BEAT_S
 
-    assert next_beat_s(idle_s, used_s=0.0001) == idle_s, "a beat of its own does not keep the loop awake"
-    assert next_beat_s(idle_s, used_s=0.02) == next_beat_s(0.005, used_s=0.004) == idle_s / 20
+
+@pytest.mark.parametrize("begins_after_s", [0.0, 0.001, 0.02, 0.039])
+def test_a_stall_of_61_ms_of_an_idle_loop_is_seen_at_any_time(begins_after_s: float) -> None:
+    clock = FakeClock()
+    heartbeat = Heartbeat(clock)
+    due_s = heartbeat.beat()
+    assert due_s == IDLE_BEAT_S, "a loop is idle at first"
+
+    clock.advance(seconds=max(due_s, begins_after_s + 0.061))
+    heartbeat.beat()
+
+    assert heartbeat.latest_ms > 20, "what the alert KVServiceEventLoopStalls counts"
+    assert sum(heartbeat.delays.counts()) == 1
+
+
+async def test_it_beats_until_it_is_cancelled() -> None:
+    heartbeat = Heartbeat(SystemClock())
+    beating = asyncio.create_task(heartbeat.run())
+    await until(lambda: sum(heartbeat.delays.counts()) > 3)
+    beating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await beating
+
+
+async def test_a_beat_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat = Heartbeat(SystemClock())
+    beats = [0.0]
+    monkeypatch.setattr(heartbeat, "beat", lambda: beats.pop())
+    with pytest.raises(IndexError):
+        await asyncio.wait_for(heartbeat.run(), 60)

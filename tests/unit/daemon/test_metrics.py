@@ -82,13 +82,11 @@ def test_durations_have_a_histogram_for_each_of_their_labels() -> None:
     }
 
 
-async def test_health_is_bad_before_the_first_beat_and_when_beats_stop() -> None:
+def test_health_is_bad_before_the_first_beat_and_when_beats_stop() -> None:
     clock = FakeClock()
     heartbeat = Heartbeat(clock)
     assert health(heartbeat, "serving") == (False, "starting")
-    beating = heartbeat.run()
-    beating.send(None)
+    heartbeat.beat()
     assert health(heartbeat, "draining") == (True, "draining")
     clock.advance(seconds=11)
     assert health(heartbeat, "serving") == (False, "the event loop has not run for 11 s")
-    beating.close()

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from kvservice.metrics.rows import PREFIX
+from kvservice.rpc.calls import ALERTED, CallCounts
+from kvservice_api.v1 import admin_pb2, blocks_pb2, hints_pb2, sessions_pb2
 from tests.prometheus import program
 from tools.generate_monitoring import LABELS, expanded
 
@@ -52,6 +54,22 @@ def test_every_alert_asks_for_metrics_and_labels_that_exist() -> None:
         for name, matchers in re.findall(rf"({PREFIX}\w+)(?:\{{(.*?)\}})?", rule["expr"]):
             labels = LABELS[name.removeprefix(PREFIX)]
             assert {*re.findall(r"(\w+)[=!]", matchers)} <= labels, rule["alert"]
+
+
+def test_the_first_error_of_each_alerted_reason_is_an_increase() -> None:
+    (rule,) = (rule for rule in rules() if rule["alert"] == "KVServiceCallsFail")
+    alerted = set(re.findall(r'reason=~"(.*?)"', rule["expr"])[0].split("|"))
+    calls = CallCounts()
+    for file in (admin_pb2, blocks_pb2, hints_pb2, sessions_pb2):
+        for service in file.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                calls.add_method(method.name)
+
+    assert {reason for _, reason in calls.errors} == alerted
+    for reason, methods in ALERTED.items():
+        assert all(calls.errors.get((method, reason)) == 0 for method in methods), reason
+        assert {*methods} <= calls.running.keys(), reason
+    assert len(calls.errors) < 200, "each is a series"
 
 
 def test_every_alert_has_a_page_and_says_what_a_user_notices() -> None:
