@@ -17,7 +17,7 @@ from kvservice_api.layout import Shard
 from kvservice_client import BlockChain, Client, Durability
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.by_hand import InPlaceWriter
-from tests.integration.known_blocks import LARGE, compare, new_chain, save
+from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, verify
 from tests.integration.test_third_tier import counts
 from tests.integration.wire import Wire
 from tests.killed_starts import deaths
