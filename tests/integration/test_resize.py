@@ -306,7 +306,7 @@ class TestADrive:
         assert daemon.stop() == 0
         file = tmp_path / "two" / "ssd-001.kv"
         seen = set()
-        for event in range(20, 90, 3):
+        for event in range(20, 90, 7):
             daemon.settings |= {"ssd.paths": drives_in(tmp_path, "one", "two"), "ssd.capacity_bytes": ssd_bytes(40)}
             daemon.launch(environment={"TEST_DIES_AT": str(event)})
             if daemon.serves():
