@@ -221,6 +221,8 @@ def test_a_drive_that_stays_away_is_given_up_by_repair_and_the_daemon_starts(tmp
         assert repaired.returncode == 1
         assert f"given up {drives[1] / 'ssd-001.kv'} and the 4 blocks in it" in repaired.stdout
 
+        assert f"ssd.paths: there is no folder {drives[1]}" in refuses(daemon)
+        drives[1].mkdir()  # Another drive is mounted there.
         daemon.start()
         with daemon.client() as client:
             assert client.admin.status().ssd.blocks == 4
