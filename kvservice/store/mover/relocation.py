@@ -130,7 +130,7 @@ class _Run:
                 readable.append(row)
             else:
                 self._space.release(places[row])
-        if len(places) > 1 and not readable:
+        if len(places) > 1 and not readable and not self.moved:
             raise StorageFailed(f"no block of {self._tier} can be read: is its drive away? See docs/resizing.md")
         await self._lifecycle.relocate(readable, self._tier, [places[row] for row in readable])
         self.moved += len(readable)
