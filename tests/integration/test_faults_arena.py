@@ -86,11 +86,6 @@ def truncate_to_nothing(folder: Path) -> None:
     (folder / "arena").write_bytes(b"")
 
 
-def lengthen(folder: Path) -> None:
-    with (folder / "arena").open("ab") as file:
-        file.write(bytes(4096))
-
-
 def overwrite_with_noise(folder: Path) -> None:
     arena = folder / "arena"
     arena.write_bytes(random.Random(1).randbytes(arena.stat().st_size))
@@ -111,7 +106,6 @@ def damage_its_index(folder: Path) -> None:
         (delete_its_index_alone, "its index: there is none"),
         (truncate, f"it has {5 * MIB + 123} bytes instead of"),
         (truncate_to_nothing, "its header is cut off"),
-        (lengthen, "bytes instead of"),
         (overwrite_with_noise, "it is not an arena"),
         (damage_its_index, "its index: "),
     ],
