@@ -34,8 +34,8 @@ class Tracing:
 
             exporter: Any = import_module(f"{_MODULES[protocol]}.trace_exporter").OTLPSpanExporter()
         except ImportError as error:
-            package = "KVService's extra otel" if protocol == "grpc" else "opentelemetry-exporter-otlp-proto-http"
-            raise ConfigError(f"tracing.enabled: {error}; pip install {package}") from error
+            needed = "KVService's extra otel" if protocol == "grpc" else "opentelemetry-exporter-otlp-proto-http"
+            raise ConfigError(f"tracing.enabled: {error}; install {needed}") from error
         ours = Resource({"service.name": "kvservice", "service.version": version})
         resource = Resource.create().merge(ours).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)

@@ -13,7 +13,7 @@ from kvservice.tracing import Tracing
 def test_without_the_package_the_setting_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
 
-    with pytest.raises(ConfigError, match=r"tracing\.enabled: .* pip install kvservice\[otel\]"):
+    with pytest.raises(ConfigError, match=r"tracing\.enabled: .* install KVService's extra otel"):
         Tracing("1")
 
 
