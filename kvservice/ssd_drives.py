@@ -57,7 +57,9 @@ def find_drives(index: BlockIndex, folders: Sequence[Path], drained: Sequence[Pa
             if not is_missing(path):
                 files[number] = path
                 leaving.append(number)
-    creatable = sorted(index.ssd_files_changing & files.keys())
+    # A drained file whose drive is away has its blocks still, if the start that was to move them did not end.
+    interrupted = index.ssd_files_changing & files.keys()
+    creatable = [number for number in sorted(interrupted) if is_missing(files[number]) and not _count(index, number)]
     for folder in new:
         number = next(each for each in range(len(files) + 1) if each not in files)
         files[number] = folder / file_name(number)
@@ -108,9 +110,13 @@ def _is_copy(path: Path, number: int, known: dict[int, Path], store_id: bytes) -
     return header is not None and (header.store_id, header.number) == (store_id, number)
 
 
+def _count(index: BlockIndex, number: int) -> int:
+    """The blocks in a file."""
+    return int(np.count_nonzero(index.load(TierName.SSD).records["segment"] == number))
+
+
 def _expect_unused(index: BlockIndex, number: int, path: Path) -> None:
-    count = int(np.count_nonzero(index.load(TierName.SSD).records["segment"] == number))
-    if count:
+    if count := _count(index, number):
         raise StoreMismatch(
             f"{path} has {count} blocks, and ssd.paths does not name its folder: name it there; or in "
             "ssd.drained_paths, and its blocks move to the other drives; or if the drive is lost, drop its blocks with "

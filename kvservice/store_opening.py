@@ -99,7 +99,7 @@ async def open_store(settings: Settings, clock: Clock, files: FileCalls, opening
     drives: Drives | None = None
     if not has_ssd:
         leave_ssd(index, settings.ssd.drained_paths)
-    if has_ssd:
+    else:
         drives = find_drives(index, settings.ssd_directories, settings.ssd.drained_paths)
         index.remember_ssd_files(drives.files, changing=[*drives.creatable, *drives.leaving])
         try:

@@ -40,7 +40,6 @@ class SsdTier:
         self,
         files: dict[int, _File],
         headers: dict[int, FileHeader],
-        store_id: bytes,
         io_threads: int,
         name: TierName,
         calls: FileCalls,
@@ -49,7 +48,6 @@ class SsdTier:
         self._name = name
         self._files = files
         self._headers = headers  # As they are to be; none for a file that leaves.
-        self._store_id = store_id
         self._calls = calls
         self._pool = IoPool(io_threads)
         self._touched: set[int] = set()  # Files that were written since their last flush.
@@ -117,7 +115,7 @@ class SsdTier:
             for file in opened.values():
                 file.close()
             raise
-        tier = cls(opened, headers, store_id, io_threads, name, calls)
+        tier = cls(opened, headers, io_threads, name, calls)
         if capacity_bytes is not None and not tier.is_too_large:
             tier.truncate()
         return tier

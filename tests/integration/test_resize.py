@@ -341,6 +341,31 @@ class TestADrive:
         start(daemon, ssd__paths=both, ssd__drained_paths="")
         assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
 
+    def test_that_is_away_after_a_drain_was_interrupted_is_not_made_again(
+        self, new_daemon: NewDaemon, tmp_path: Path
+    ) -> None:
+        both = drives_in(tmp_path, "one", "two")
+        daemon = new_daemon(ssd__paths=both, ssd__capacity_bytes=ssd_bytes(40))
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        faults = tmp_path / "faults"
+        faults.mkdir()
+        (faults / "pwritev").write_text("EIO")
+        daemon.program = ("-m", "tests.faulty_daemon")
+        daemon.settings |= {"ssd.paths": tmp_path / "one", "ssd.drained_paths": tmp_path / "two"}
+        daemon.launch(environment={"TEST_FAULTS": str(faults)})
+        assert daemon.wait_for_end() == 1
+        (tmp_path / "two").rename(tmp_path / "unmounted")
+        (tmp_path / "two").mkdir()
+        daemon.program = ("-m", "tests.dying_daemon")
+        daemon.settings |= {"ssd.paths": both, "ssd.drained_paths": ""}
+        assert f"{tmp_path / 'two' / 'ssd-001.kv'} is missing, and the store has blocks in it" in refuses(daemon)
+        (tmp_path / "two").rmdir()
+        (tmp_path / "unmounted").rename(tmp_path / "two")
+        start(daemon)
+        assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+
     @pytest.mark.parametrize("fault", ["pwritev", "fdatasync", "preadv"])
     def test_whose_replacement_fails_keeps_its_blocks(self, new_daemon: NewDaemon, tmp_path: Path, fault: str) -> None:
         daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one"), ssd__capacity_bytes=ssd_bytes(20))

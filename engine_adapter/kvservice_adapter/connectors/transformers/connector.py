@@ -117,7 +117,7 @@ class TransformersConnector:
         if rates is not None:
             arguments.instance(rates, Rates, "rates")
         if device is not None:
-            arguments.instance(device, Device, "device")  # type: ignore[type-abstract]  # It is only compared.  # type: ignore[type-abstract]  # It is not made.
+            arguments.instance(device, Device, "device")  # type: ignore[type-abstract]  # It is not made.
         self._generation = forks.generation
         self._lines = RateLimitedLog(log)
         self._model, self._lora_id = model, lora_id
