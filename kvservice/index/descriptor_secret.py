@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from zlib import crc32
 
-from kvservice.index.durable_files import write_durably
+from kvservice.durable_files import write_durably
 from kvservice.index.identity import SCHEMA_KEY
 
 log = logging.getLogger(__name__)

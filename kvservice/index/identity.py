@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kvservice.index.durable_files import write_durably
+from kvservice.durable_files import write_durably
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice_api.errors import StorageFailed

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from zlib import crc32
 
-from kvservice.index.durable_files import write_durably
+from kvservice.durable_files import write_durably
 from kvservice_api.errors import StorageFailed
 
 log = logging.getLogger(__name__)

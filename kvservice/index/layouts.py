@@ -13,7 +13,7 @@ from zlib import crc32
 
 from google.protobuf.message import DecodeError
 
-from kvservice.index.durable_files import write_durably
+from kvservice.durable_files import write_durably
 from kvservice.index.environment import LAYOUTS, META, Environment
 from kvservice_api.errors import IndexFull, KVError
 from kvservice_api.layout import Layout

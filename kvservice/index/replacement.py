@@ -24,7 +24,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from kvservice.index.durable_files import sync_folder
+from kvservice.durable_files import sync_folder
 
 _UNFINISHED_NAME, _COMPLETE_NAME = "unfinished", "complete"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

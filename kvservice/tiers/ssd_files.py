@@ -14,6 +14,7 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
+from kvservice.durable_files import sync_folder
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.files import FileCalls
 from kvservice_api.image import PAGE_BYTES
@@ -87,7 +88,7 @@ def create(path: Path, header: FileHeader, calls: FileCalls) -> None:
         os.pwrite(fd, _encode(header), 0)
         calls.fdatasync(fd)
         partial.rename(path)
-        _sync_directory(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         text = f"{error.strerror}: an SSD file of {PAGE_BYTES + header.size_bytes} bytes cannot be made"
@@ -130,7 +131,7 @@ def resize(path: Path, header: FileHeader, calls: FileCalls) -> None:
 def delete(path: Path) -> None:
     """Delete a file that has no block any more, durably. Raises OSError."""
     path.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_folder(path.parent)
 
 
 def partial_of(path: Path) -> Path:
@@ -150,12 +151,3 @@ def files_in(folder: Path, store_id: bytes) -> dict[int, Path]:
 
 def _encode(header: FileHeader) -> bytes:
     return _HEADER.pack(_MAGIC, *header)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a new name in the folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

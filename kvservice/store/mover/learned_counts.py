@@ -11,7 +11,7 @@ import logging
 import struct
 from pathlib import Path
 
-from kvservice.index.durable_files import write_durably
+from kvservice.durable_files import write_durably
 
 log = logging.getLogger(__name__)
 
