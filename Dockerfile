@@ -9,16 +9,16 @@ ARG PYTHON_IMAGE=python:3.13.14-slim-trixie@sha256:6771159cd4fa5d9bba1258caf0b82
 FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /src
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt hatch_build.py pyproject.toml README.md LICENSE ./
 COPY kvservice kvservice
 COPY proto proto
 COPY client client
 COPY engine_adapter engine_adapter
 # With --secret id=pip,src=pip.conf, pip uses the mirror of that file. It does not get into the image.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf python -m pip install -c constraints.txt hatchling \
-    && python -m pip wheel --no-build-isolation -c constraints.txt -w /wheels '.[cli,daemon]'
+    && python -m pip wheel --no-build-isolation -c constraints.txt -w /wheels '.[cli,daemon,otel]'
 RUN python -m venv --without-pip /opt/kvservice \
-    && python -m pip --python /opt/kvservice/bin/python install --no-index -f /wheels 'kvservice[cli,daemon]'
+    && python -m pip --python /opt/kvservice/bin/python install --no-index -f /wheels 'kvservice[cli,daemon,otel]'
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/kvservice /opt/kvservice
@@ -32,7 +32,7 @@ ENV PATH=/opt/kvservice/bin:$PATH \
     KVSERVICE_SERVER__UNIX_SOCKET=/run/kvservice/kvservice.sock \
     KVCTL_ADDRESS=/run/kvservice/kvservice.sock
 VOLUME ["/var/lib/kvservice", "/run/kvservice"]
-EXPOSE 7070 9464
+EXPOSE 7070 7071 9464
 USER 10001:10001
 WORKDIR /var/lib/kvservice
 STOPSIGNAL SIGTERM

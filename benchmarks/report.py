@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 from pathlib import Path
+
+from kvservice import __version__
 
 
 def parser_of(program: str, about: str | None, known: Iterable[str], quick: str) -> argparse.ArgumentParser:
@@ -23,14 +25,44 @@ def parser_of(program: str, about: str | None, known: Iterable[str], quick: str)
 
 
 def checked(parser: argparse.ArgumentParser, what: str, known: Sequence[str]) -> argparse.Namespace:
-    """The arguments of this process. Ends it with code 2 for an unknown name, and for a page without a folder."""
+    """The arguments of this process. Ends it with code 2 for an unknown name, and for a page that cannot be written."""
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(known):
         parser.error(f"no {what} is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if arguments.write is not None and not arguments.write.parent.is_dir():
-        parser.error(f"--write: there is no folder {arguments.write.parent}")  # Now, not after the measurements.
+    check_page(parser, "--write", arguments.write)
     arguments.names = arguments.names or list(known)
     return arguments
+
+
+def check_page(parser: argparse.ArgumentParser, name: str, path: Path | None) -> None:
+    """End the program with code 2 if this argument names a file that cannot be written.
+
+    Called before the measurements, because afterwards they would be lost.
+    """
+    if path is not None and (why := why_not_writable(path)):
+        parser.error(f"{name}: {why}")
+
+
+def why_not_writable(path: Path) -> str:
+    """Why no file can be written there; empty if one can."""
+    if path.is_dir():
+        return f"{path} is a folder: name a file"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}: create it, or name another file"
+    place = path if path.exists() else path.parent
+    return "" if os.access(place, os.W_OK) else f"{place} may not be written by this user: name another file"
+
+
+def check_folder(parser: argparse.ArgumentParser, name: str, path: Path) -> None:
+    """End the program with code 2 if this argument is no folder."""
+    if not path.is_dir():
+        parser.error(f"{name}: {path} is no folder")
+
+
+def check_least(parser: argparse.ArgumentParser, name: str, value: int) -> None:
+    """End the program with code 2 if this argument is not at least 1."""
+    if value < 1:
+        parser.error(f"{name} must be at least 1")
 
 
 def write_section(path: Path, name: str, markdown: str, *, title: str = "Benchmarks") -> None:
@@ -64,7 +96,7 @@ def commit() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return f"version {metadata.version('kvservice')}"
+        return f"version {__version__}"
 
 
 def cpu() -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from kvservice import __version__
+from kvservice_api.interrupts import end_at_interrupts
 
 _USAGE = """\
 usage: kvservice COMMAND [OPTIONS]
@@ -28,7 +29,13 @@ To look at a running daemon: kvctl --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 failed (or `check` found problems), 2 used wrongly."""
+    """Exit codes: 0 done, 1 failed (or `check` found problems), 2 used wrongly.
+
+    Without `argv` it is the program: Ctrl-C ends the process at once. Every command may be killed. A daemon that
+    serves ends as at SIGTERM.
+    """
+    if argv is None:
+        end_at_interrupts()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     try:
@@ -59,7 +66,10 @@ def _run(command: str, rest: list[str]) -> int:
         from kvservice import arenas
 
         return arenas.main(rest)
-    if command == "completion" and not rest:
+    if command == "completion":
+        if rest:
+            print("kvservice completion: it has no arguments", file=sys.stderr)
+            return 2
         from kvservice import completion
 
         print(completion.script(), end="")
@@ -79,6 +89,10 @@ def _serve(argv: Sequence[str]) -> int:
     # a stranger could fill the log.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
+    from kvservice import process
+
+    process.open_standard_files()
+
     import uvloop
 
     from kvservice import daemon, logs
@@ -96,10 +110,11 @@ def _serve(argv: Sequence[str]) -> int:
         return 2
     logs.set_up(settings.log.level, settings.log.format)
     try:
-        raise_open_files_limit(len(settings.ssd_directories))  # Before the event loop and gRPC open files.
-        expect_threads(settings.ssd.io_threads + sum(tier.io_threads for tier in settings.tiers.below_ssd))
+        bulk_connections = 0 if settings.server.bulk_address == "off" else settings.server.bulk_connections_max
+        raise_open_files_limit(len(settings.ssd_directories), bulk_connections)  # Before others open files.
+        expect_threads(settings.ssd_threads + sum(tier.io_threads for tier in settings.tiers.below_ssd))
         expect_address_space(int(settings.dram.capacity_bytes) + settings.durable_map_bytes)
-        uvloop.run(daemon.run(settings))
+        uvloop.run(daemon.run(settings), loop_factory=process.EventLoop)
     except ConfigError as error:  # A path or an address in the settings cannot be used.
         print(f"kvservice serve: {error}", file=sys.stderr)
         return 2
@@ -109,6 +124,8 @@ def _serve(argv: Sequence[str]) -> int:
     except (StoreError, StoreMismatch, KVError, OSError, RuntimeError) as error:
         print(f"kvservice serve: {error}", file=sys.stderr)
         return 1
+    finally:
+        process.end_within(process.CLOSE_TIMEOUT_S)  # gRPC and the interpreter end after this.
     return 0
 
 

@@ -1,9 +1,9 @@
 """``kvservice arenas``: lists the arenas in shared memory with their stores, and removes those that no store needs.
 
 An arena takes memory until the host restarts, also when its store was deleted by hand or moved to another `dram.path`.
-The folder of the arena has a note of its store. An arena is removed only if that note proves that the store is gone:
-not if the store's drive is not mounted, its folder is another container's, or there is no note, as in arenas
-of older versions. An arena whose daemon runs is never removed.
+The folder of the arena has a note of its store. An arena is removed only if that note proves that no store needs it:
+the store is gone, or has another arena now. It stays if the store's drive is not mounted, its folder is another
+container's, or there is no note, as in arenas of older versions. An arena whose daemon runs is never removed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
         prog="kvservice arenas", description="List the arenas in shared memory, and the store of each."
     )
     parser.add_argument("folder", type=Path, nargs="*", help=f"`dram.path` of the daemons; by default {_SHARED_MEMORY}")
-    parser.add_argument("--remove-orphans", action="store_true", help="delete those whose store is gone")
+    unneeded = "delete those whose store is gone, or uses another dram.path"
+    parser.add_argument("--remove-orphans", action="store_true", help=unneeded)
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--json", action="store_true", help="print one JSON object; to remove, needs --yes")
     options = parser.parse_args(argv)
@@ -143,7 +144,7 @@ def _state(arena: Path, found: FoundArena) -> tuple[str, str]:
     if store_id and store_id.startswith(found.store_id):
         arenas = arenas_of(store)
         if arenas and arena.resolve() != arenas[-1].resolve():
-            return ORPHAN, f"its store {store} uses {arenas[-1]} now"
+            return ORPHAN, f"of an earlier dram.path: its store {store} is there, and uses {arenas[-1]} now"
         return NEEDED, f"its store {store} is stopped"
     if store_id and note.is_visible_place() and store.stat().st_dev == note.device and not store.is_mount():
         return ORPHAN, f"{store} has another store now"
@@ -179,7 +180,7 @@ def _is_confirmed(orphans: Sequence[FoundArena]) -> bool:
     print("\n".join(_lines(orphans)))
     try:
         return input("Delete them, with the blocks in them? [y/N] ").strip().lower() in {"y", "yes"}
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         print()
         return False
 

@@ -16,12 +16,13 @@ import json
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kvservice.blocks import Extent, TierName
+from kvservice.check_report import Problem, Report, TierReport
 from kvservice.clock import SystemClock
 from kvservice.index import replacement
 from kvservice.index.block_index import BlockIndex
@@ -34,7 +35,7 @@ from kvservice.index.store_lock import StoreLock
 from kvservice.store import image_check
 from kvservice.store.repair import salvage
 from kvservice.store.repair.rebuild import Progress, Search, SearchResult
-from kvservice.tiers.arena import Arena, examine
+from kvservice.tiers.arena import NEW_ARENA_NAME, Arena, examine
 from kvservice.tiers.base import StoreMismatch, Tier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.ssd import SsdTier
@@ -48,41 +49,6 @@ _PIECE_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 8
 _DELETES_AT_ONCE = 4096
 _MAP_BYTES_MIN = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """`key` is an object's (block key and shard), a layout's fingerprint, a session's name in the index, or empty."""
-
-    tier: str
-    key: str
-    what: str
-
-
-@dataclass(slots=True)
-class TierReport:
-    """`not_checked` says why a tier was skipped; the other fields are then zero."""
-
-    not_checked: str = ""
-    blocks: int = 0
-    bytes_checked: int = 0
-    capacity_bytes: int = 0
-    used_bytes: int = 0
-    free_bytes: int = 0
-
-
-@dataclass(slots=True)
-class Report:
-    store: str
-    store_id: str = ""
-    layouts: int = 0
-    sessions: int = 0
-    tiers: dict[str, TierReport] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    repaired: int = 0
-    given_up: list[str] = field(default_factory=list)  # What was lost with the missing SSD files.
-    made_anew: list[str] = field(default_factory=list)  # What was replaced by its salvaged content.
-    notes: list[str] = field(default_factory=list)  # What a new index lacks, and what an interrupted repair left.
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     except (StoreError, StoreMismatch, KVError, OSError) as error:
         print(f"kvservice check: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(asdict(report), indent=2) if options.json else "\n".join(_lines(report)))
+    print(json.dumps(asdict(report), indent=2) if options.json else "\n".join(report.lines()))
     return 1 if report.problems or report.made_anew else 0
 
 
@@ -471,12 +437,22 @@ class _Check:
         header, why_not = examine(path, self._index.store_id)
         if header is not None:
             why_not = self._index.adopt_volatile(directory, header.arena_id, map_bytes=_map_bytes(directory))
+        if why_not and self._index_is_of(path.with_name(NEW_ARENA_NAME), directory):
+            return "a start that made the tier smaller was interrupted: the next start completes it"
         if header is None or why_not:
             return f"the arena is not this store's any more: {why_not}"
         arena = Arena.open(path.parent.parent, self._index.store_id, PAGE_BYTES + header.capacity_bytes)
         self._opened.callback(arena.close)
         assert not arena.why_new, "what was examined is opened as it is"
         return DramTier(arena)
+
+    def _index_is_of(self, arena: Path, directory: Path) -> bool:
+        """Whether the index in the folder `directory` is that of the arena. It is not open, and stays so."""
+        header, _ = examine(arena, self._index.store_id)
+        if header is None or self._index.adopt_volatile(directory, header.arena_id, map_bytes=_map_bytes(directory)):
+            return False
+        self._index.close_volatile()
+        return True
 
 
 def _by_number(files: Collection[Path]) -> list[Path | None]:
@@ -510,33 +486,3 @@ def _map_bytes(directory: Path) -> int:
         return max((directory / DATA_NAME).stat().st_size, _MAP_BYTES_MIN)
     except (FileNotFoundError, NotADirectoryError):
         return _MAP_BYTES_MIN
-
-
-def _lines(report: Report) -> Iterator[str]:
-    """The report for people."""
-    yield f"store    {report.store}, id {report.store_id or 'unknown'}"
-    yield f"layouts  {report.layouts}, sessions {report.sessions}"
-    for name, tier in report.tiers.items():
-        if tier.not_checked:
-            yield f"{name:<8} not checked: {tier.not_checked}"
-            continue
-        yield (
-            f"{name:<8} {tier.blocks} blocks, {_mib(tier.bytes_checked)} verified; {_mib(tier.used_bytes)} of "
-            f"{_mib(tier.capacity_bytes)} used, {_mib(tier.free_bytes)} free"
-        )
-    for problem in report.problems:
-        yield f"problem  {problem.tier} {problem.key}{': ' if problem.key else ''}{problem.what}"
-    for what in report.given_up:
-        yield f"given up {what}"
-    for what in report.made_anew:
-        yield f"made new {what}"
-    for what in report.notes:
-        yield f"note     {what}"
-    if not report.problems:
-        yield "clean" if not report.made_anew else "a new index was made; what it has is clean"
-    else:
-        yield f"{len(report.problems)} problems found, {report.repaired} repaired"
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:,.1f} MiB"

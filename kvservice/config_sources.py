@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ByteSize, ValidationError
 
-from kvservice.config import GIB, KIB, MIB, ConfigError, Settings
+from kvservice.config import ConfigError, Settings
+from kvservice.config_values import GIB, KIB, MIB
 
 ENVIRONMENT_PREFIX = "KVSERVICE_"
 CONFIG_VARIABLE = "KVSERVICE_CONFIG"

@@ -55,6 +55,12 @@ class Counters:
     located_blocks: int = 0
     located_bytes: int = 0
     located_tokens: int = 0
+    device_blocks: int = 0
+    device_bytes: int = 0
+    device_tokens: int = 0
+    bulk_blocks: int = 0
+    bulk_bytes: int = 0
+    bulk_tokens: int = 0
     loads_failed: int = 0
     save_blocks_stored: int = 0
     save_blocks_already_stored: int = 0

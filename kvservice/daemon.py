@@ -10,17 +10,21 @@ import signal
 import sys
 from contextlib import ExitStack
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 
-from kvservice import __version__
+from kvservice import __version__, process
+from kvservice.bulk.port import BulkPort
 from kvservice.clock import Clock, SystemClock
 from kvservice.config import Settings
+from kvservice.device.cuda_ipc import ArenaMemory, CudaIpc, why_cuda_is_off
 from kvservice.metrics.heartbeat import Heartbeat
 from kvservice.metrics.rows import Sources
 from kvservice.metrics.server import MetricsServer, health
-from kvservice.rpc.addresses import SocketLock
+from kvservice.rpc.addresses import SocketLock, listen_for_bulk
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
+from kvservice.rpc.devices import DeviceService
 from kvservice.rpc.hints import HintService
 from kvservice.rpc.server import Server, UnixSocket
 from kvservice.rpc.sessions import SessionService
@@ -29,7 +33,7 @@ from kvservice.service_manager import ServiceManager
 from kvservice.start_checks import check_start
 from kvservice.store.tasks import Tasks
 from kvservice.store_opening import StoreParts, open_store
-from kvservice.tiers.files import FileCalls, executor_of
+from kvservice.tiers.files import FileCalls
 from kvservice.tracing import Tracing
 from kvservice_api.malloc import keep_large_buffers, return_free_memory
 
@@ -41,6 +45,7 @@ log = logging.getLogger(__name__)
 _COLLECT_AFTER = (5_000, 10, 100)
 
 _KEPT_FREE_BYTES = 512 << 20
+_BULK_THREADS_MAX = 4  # More would not help: each moves GB/s.
 
 _SOCKET_MODES = {"user": 0o600, "group": 0o660, "all": 0o666}
 
@@ -60,7 +65,15 @@ class Daemon:
         self._clock = clock
         self.settings = settings
         self._certificates = certificates
-        self.store, self.counters, self.directory, self._executor = parts
+        self.store, self.counters, self.directory, self._executor, dram = parts
+        self.cuda_ipc = CudaIpc(
+            self.store,
+            ArenaMemory(np.frombuffer(dram.arena.data, np.uint8), lambda: dram.arena.ready_bytes, dram.grown),
+            self._executor,
+            refused_because=why_cuda_is_off(settings.cuda.enabled),
+            staging_bytes=int(settings.cuda.staging_bytes),
+            registrations_max=settings.cuda.registrations_max,
+        )
         self._tasks = Tasks()
         self._resources = resources
         self.boot_epoch = self.store.boot_epoch
@@ -70,11 +83,26 @@ class Daemon:
         path = settings.unix_socket_path
         if path is not None:
             resources.callback(SocketLock(path).release)  # Removed last: until then the socket belongs to this daemon.
+        self.bulk = BulkPort(
+            self.store,
+            clock,
+            (lambda: certificates.latest.context) if certificates else None,
+            connections_max=server.bulk_connections_max,
+            idle_s=server.transfer_idle_s,
+            threads=min(_BULK_THREADS_MAX, len(os.sched_getaffinity(0))),
+        )
         self._server = Server(
-            BlockService(self.store, version=__version__, residency_directory=lambda: self.directory.path),
+            BlockService(
+                self.store,
+                version=__version__,
+                residency_directory=lambda: self.directory.path,
+                cuda_ipc_refused_because=lambda: self.cuda_ipc.refused_because,
+                bulk=self.bulk,
+            ),
             SessionService(self.store),
             HintService(self.store),
-            AdminService(self.store, version=__version__, counters=self._counters),
+            DeviceService(self.store, self.cuda_ipc),
+            AdminService(self.store, self.cuda_ipc, version=__version__, counters=self._counters),
             [server.address],
             frame_bytes=int(server.frame_bytes),
             unix_socket=UnixSocket(path, _SOCKET_MODES[server.unix_socket_access]) if path is not None else None,
@@ -92,6 +120,9 @@ class Daemon:
                 certificates,
             )
         self.metrics_port = self._metrics.port if self._metrics else 0
+        listener = listen_for_bulk(server.bulk_address, server.address, self.port)  # Last: it may do without.
+        if listener is not None:
+            self.bulk.listen(listener)
 
     @classmethod
     async def open(cls, settings: Settings, *, clock: Clock | None = None, files: FileCalls | None = None) -> Daemon:
@@ -113,6 +144,7 @@ class Daemon:
     async def serve(self) -> None:
         """Start the background tasks, and then the servers."""
         self.store.start()
+        self.bulk.start()
         await self._server.start()
         # Objects of the start are never freed, so the garbage collector can skip them.
         gc.collect()
@@ -124,7 +156,7 @@ class Daemon:
             self._tasks.start(self._certificates.watch(self.counters, self._clock), "TLS files")
         self._tasks.start(self.directory.keep(), "residency directory")
         facts, server = self.store.status.facts(), self.settings.server
-        ports = {"port": self.port, "metrics_port": self.metrics_port}
+        ports = {"port": self.port, "bulk_port": self.bulk.port, "metrics_port": self.metrics_port}
         known = {
             "version": __version__,
             "store": str(self.settings.store.path.absolute()),
@@ -164,6 +196,8 @@ class Daemon:
     async def close(self) -> None:
         """Stop the servers, write pending records, and close all files."""
         await self._server.stop(0.5)
+        await self.bulk.close()
+        await self.cuda_ipc.close()
         await self.store.stop()
         await self._tasks.stop()
         if self._metrics is not None:
@@ -176,7 +210,15 @@ class Daemon:
         """What the metrics read, on their threads."""
         facts, gauges = self.store.status.facts(), self.store.gauges.read()
         return Sources(
-            __version__, self.counters, facts, gauges, self._server.calls, self.heartbeat, self._certificates
+            __version__,
+            self.counters,
+            facts,
+            gauges,
+            self._server.calls,
+            self.heartbeat,
+            self._certificates,
+            self.cuda_ipc,
+            self.bulk,
         )
 
     def _counters(self) -> dict[str, float]:
@@ -190,13 +232,17 @@ class Daemon:
 async def run(settings: Settings) -> None:
     """A daemon's whole life: open, serve until SIGTERM or SIGINT, drain, close. The service manager learns of each."""
     tune_process()
-    threads = min(16, (os.cpu_count() or 1) + 4)
-    asyncio.get_running_loop().set_default_executor(executor_of(threads, "asyncio"))
     manager, tasks = ServiceManager(SystemClock()), Tasks()
     daemon = await Daemon.open(settings)
-    stop = asyncio.Event()
+    stop, server = asyncio.Event(), settings.server
+
+    def begin_stop() -> None:
+        if not stop.is_set():
+            stop.set()  # First: a bound that cannot be set prevents no stop.
+            process.end_within(server.drain_timeout_s + server.write_timeout_s + process.CLOSE_TIMEOUT_S)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, begin_stop)
     try:
         await daemon.serve()
         await manager.notify("READY=1", "STATUS=serving")

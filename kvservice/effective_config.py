@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ByteSize
 
 from kvservice import __version__
-from kvservice.config import GIB, KIB, MIB, ConfigError
+from kvservice.config import ConfigError
 from kvservice.config_sources import SETTINGS, read_settings
+from kvservice.config_values import GIB, KIB, MIB
 
 _HELP = """\
 usage: kvservice config [--json] [--config FILE] [--SECTION.SETTING VALUE ...]

@@ -25,6 +25,7 @@ _RESERVE_SHARE = 16  # Of a large limit, one part in so many: a larger limit all
 # where its poller gets none, so the start is refused well above that.
 _OPEN_FILES_MIN = 64
 _OPEN_FILES_PER_DRIVE = 2
+_OPEN_FILES_ADVISED = 65_536  # Enough for most settings and for thousands of clients.
 
 # An idle daemon on two cores has 27 threads, and on more cores up to 22 more, beside those that read and write drives.
 # Where there are none, gRPC ends the process and Python's calls fail, so the start is refused above that.
@@ -69,8 +70,11 @@ def available_memory_bytes(proc: Path = Path("/proc")) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def raise_open_files_limit(drives: int) -> None:
-    """Raise the soft limit of open files to the hard limit. Raises HostLimit if that is too low."""
+def raise_open_files_limit(drives: int, bulk_connections: int) -> None:
+    """Raise the soft limit of open files to the hard limit. Raises HostLimit if that is too low.
+
+    `bulk_connections` is how many connections the bulk port may have, 0 without one: strangers may open all of them.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -78,11 +82,13 @@ def raise_open_files_limit(drives: int) -> None:
             soft = hard
         except (OSError, ValueError):
             pass  # The present limit may be enough.
-    needed = _OPEN_FILES_MIN + _OPEN_FILES_PER_DRIVE * drives
+    needed = _OPEN_FILES_MIN + _OPEN_FILES_PER_DRIVE * drives + bulk_connections
     if soft != resource.RLIM_INFINITY and soft < needed:
+        enough = max(_OPEN_FILES_ADVISED, 2 * needed)
         raise HostLimit(
-            f"too few open files are allowed: {soft} (RLIMIT_NOFILE), and the daemon needs at least {needed}, and "
-            "two more per client; raise the limit with `ulimit -n 65536`, or LimitNOFILE=65536 in the systemd unit"
+            f"too few open files are allowed: {soft} (RLIMIT_NOFILE), and the daemon needs at least {needed}, with "
+            f"{bulk_connections} for server.bulk_connections_max, and two more per client; raise the limit with "
+            f"`ulimit -n {enough}`, or LimitNOFILE={enough} in the systemd unit, or lower server.bulk_connections_max"
         )
 
 

@@ -35,6 +35,7 @@ from kvservice.tiers.ssd_files import read_header
 from kvservice_api.errors import KVError
 
 _LOCK_NAME = "lock"
+_NOTE_NAME = "removed"  # Of a removal that is not complete: the files outside the store's folder that it has deleted.
 _MAP_BYTES_MIN = 1 << 20
 _IN_FOLDER = (
     LAYOUTS_NAME,
@@ -122,10 +123,14 @@ def _plan(store: Path, held: ExitStack) -> Removal:
         if arena.is_dir():
             _lock_arena(arena, held)
             _add(removal, arena)
+    note = store / _NOTE_NAME
+    gone = set(note.read_bytes().splitlines()) if note.exists() else set()
     for file in dict.fromkeys([*known.ssd_files, *sorted(store.glob("ssd-*.kv"))]):
         try:
             header = read_header(file)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and (file.parent == store or os.fsencode(file) in gone):
+                continue  # A removal that was killed has deleted it.
             removal.not_deleted.append(f"{file}: {error.strerror}; if its drive is away, delete it once it is back")
             continue
         if header is None or (known.store_id and header.store_id != known.store_id):
@@ -140,7 +145,7 @@ def _plan(store: Path, held: ExitStack) -> Removal:
     for path in [*ours, *(store / name for name in (*_IN_FOLDER, IDENTITY_NAME, _LOCK_NAME))]:
         if os.path.lexists(path):
             _add(removal, path)
-    listed = set(removal.paths)
+    listed = {*removal.paths, str(note)}
     for path in sorted(store.iterdir()):
         if str(path) not in listed:
             removal.not_deleted.append(f"{path}: a store makes no such file")
@@ -215,18 +220,24 @@ def _is_confirmed(removal: Removal) -> bool:
     print("\n".join(_lines(removal)))
     try:
         return input("Delete all of it, with every block? [y/N] ").strip().lower() in {"y", "yes"}
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         print()
         return False
 
 
 def _carry_out(store: Path, removal: Removal) -> None:
+    note = store / _NOTE_NAME
     for text in removal.paths:
         path = Path(text)
+        if path == store / IDENTITY_NAME:
+            note.unlink(missing_ok=True)  # The index is gone, which names the files in it.
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+        if path.parent != store:
+            with suppress(OSError), note.open("ab") as file:  # A full disk prevents no removal.
+                file.write(os.fsencode(path) + b"\n")
     with suppress(OSError):  # It has other files, is a mount point or a link, or lies in a folder of another user.
         store.rmdir()
     removal.removed = True

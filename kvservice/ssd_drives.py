@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import combinations, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,14 @@ import numpy as np
 from kvservice.blocks import TierName
 from kvservice.index.block_index import BlockIndex
 from kvservice.tiers.base import StoreMismatch
-from kvservice.tiers.ssd_files import file_name, files_in, is_missing, partial_of, read_header
+from kvservice.tiers.ssd_files import (
+    file_name,
+    files_in,
+    is_missing,
+    partial_of,
+    read_header,
+    remove_partial_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +43,9 @@ def find_drives(index: BlockIndex, folders: Sequence[Path], drained: Sequence[Pa
     files: dict[int, Path] = {}
     leaving: list[int] = []
     new: list[Path] = []
+    _expect_different(folders)
     for folder in (each.absolute() for each in folders):
+        remove_partial_files(folder, index.store_id)
         if (found := _find(folder, known, files, index.store_id)) is not None:
             files[found[0]] = found[1]
         elif folder.is_dir():
@@ -59,12 +69,21 @@ def find_drives(index: BlockIndex, folders: Sequence[Path], drained: Sequence[Pa
                 leaving.append(number)
     # A drained file whose drive is away has its blocks still, if the start that was to move them did not end.
     interrupted = index.ssd_files_changing & files.keys()
-    creatable = [number for number in sorted(interrupted) if is_missing(files[number]) and not _count(index, number)]
+    creatable = [
+        number for number in sorted(interrupted) if is_missing(files[number]) and not _block_count(index, number)
+    ]
+    stale = index.stale_ssd_files
     for folder in new:
-        number = next(each for each in range(len(files) + 1) if each not in files)
+        number = next(each for each in count() if each not in files and each not in stale)
         files[number] = folder / file_name(number)
         creatable.append(number)
     return Drives([files.get(number) for number in range(max(files) + 1)], creatable, leaving)
+
+
+def left_behind(drives: Drives) -> set[int]:
+    """The numbers of files that have left, and are still there: a failing drive is often read-only."""
+    leaving = {number: drives.files[number] for number in drives.leaving}
+    return {number for number, path in leaving.items() if path is not None and not is_missing(path)}
 
 
 def leave_ssd(index: BlockIndex, drained: Sequence[Path]) -> None:
@@ -92,6 +111,18 @@ def leave_ssd(index: BlockIndex, drained: Sequence[Path]) -> None:
     index.remember_ssd_files(kept)
 
 
+def _expect_different(folders: Sequence[Path]) -> None:
+    """Raises StoreMismatch if two names are of one folder, as a symbolic link and its target: one drive would hold two
+    files, and its failure would cost both.
+    """
+    for one, other in combinations((each for each in folders if each.is_dir()), 2):
+        if one.samefile(other):
+            raise StoreMismatch(
+                f"ssd.paths: {one} and {other} are the same folder: name it once. If the store has two files in it, "
+                "name the folder in ssd.drained_paths too, by its other name"
+            )
+
+
 def _find(folder: Path, known: dict[int, Path], taken: dict[int, Path], store_id: bytes) -> tuple[int, Path] | None:
     """The store's file in this folder that no other folder has taken, with its number. It may be missing there."""
     for number, path in sorted(files_in(folder, store_id).items()):
@@ -110,15 +141,15 @@ def _is_copy(path: Path, number: int, known: dict[int, Path], store_id: bytes) -
     return header is not None and (header.store_id, header.number) == (store_id, number)
 
 
-def _count(index: BlockIndex, number: int) -> int:
+def _block_count(index: BlockIndex, number: int) -> int:
     """The blocks in a file."""
     return int(np.count_nonzero(index.load(TierName.SSD).records["segment"] == number))
 
 
 def _expect_unused(index: BlockIndex, number: int, path: Path) -> None:
-    if count := _count(index, number):
+    if blocks := _block_count(index, number):
         raise StoreMismatch(
-            f"{path} has {count} blocks, and ssd.paths does not name its folder: name it there; or in "
+            f"{path} has {blocks} blocks, and ssd.paths does not name its folder: name it there; or in "
             "ssd.drained_paths, and its blocks move to the other drives; or if the drive is lost, drop its blocks with "
             "`kvservice check --repair`"
         )

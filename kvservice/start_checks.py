@@ -10,7 +10,8 @@ import stat
 from collections import defaultdict
 from pathlib import Path
 
-from kvservice.config import GIB, MIB, ConfigError, Settings
+from kvservice.config import ConfigError, Settings
+from kvservice.config_values import GIB, MIB
 from kvservice.index.environment import DATA_NAME
 from kvservice.index.identity import traces_of_store
 from kvservice.rpc.addresses import AddressUnusable, expect_no_listener, expect_usable
@@ -30,6 +31,8 @@ def check_start(settings: Settings) -> None:
     for name, address in addresses.items():
         if address:
             expect_usable(f"server.{name}", address)
+    if settings.server.bulk_address not in ("", "off"):
+        expect_usable("server.bulk_address", settings.server.bulk_address)
     listens, shows = (parse_listen_address(text) if text else None for text in addresses.values())
     if listens == shows and listens is not None and listens.port:
         raise AddressUnusable("server.metrics_address", addresses["metrics_address"], "server.address is the same")

@@ -30,7 +30,7 @@ from kvservice.index.block_index import BlockIndex
 from kvservice.index.identity import SCHEMA_WITH_FREE_FILE_NUMBERS
 from kvservice.index.store_lock import StoreLock
 from kvservice.policy import daemon_policy
-from kvservice.ssd_drives import Drives, find_drives, leave_ssd
+from kvservice.ssd_drives import Drives, find_drives, leave_ssd, left_behind
 from kvservice.start_checks import NotThere
 from kvservice.store.directory import ResidencyDirectory
 from kvservice.store.hints.exchange import HintLimits
@@ -40,7 +40,7 @@ from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.mover.learned_counts import LEARNED_NAME, LearnedCounts
 from kvservice.store.recovery import recover
 from kvservice.store.sessions.sessions import SessionLimits
-from kvservice.store.smaller_arena import replaced_by_smaller
+from kvservice.store.smaller_arena import SmallerArena
 from kvservice.store.store import BlockStore, StoreLimits
 from kvservice.tiers.arena import Arena, arena_directory, without_generations
 from kvservice.tiers.arena_notes import note_arena, write_arena_note
@@ -64,6 +64,7 @@ class StoreParts(NamedTuple):
     counters: Counters
     directory: ResidencyDirectory
     executor: ThreadPoolExecutor
+    dram: DramTier
 
 
 async def open_store(settings: Settings, clock: Clock, files: FileCalls, opening: ExitStack) -> StoreParts:
@@ -178,6 +179,7 @@ async def open_store(settings: Settings, clock: Clock, files: FileCalls, opening
         tier.truncate()
         log.info("%s was made smaller", name, extra={"tier": name, **found._asdict()})
     if drives is not None and drives.leaving:
+        index.remember_stale_ssd_files(index.stale_ssd_files | left_behind(drives))
         index.remember_ssd_files(
             [None if number in drives.leaving else file for number, file in enumerate(drives.files)]
         )
@@ -192,7 +194,7 @@ async def open_store(settings: Settings, clock: Clock, files: FileCalls, opening
         calls=files,
     )
     opening.callback(directory.close)
-    return StoreParts(store, counters, directory, executor)
+    return StoreParts(store, counters, directory, executor, dram)
 
 
 async def _open_arena(
@@ -216,8 +218,7 @@ async def _open_arena(
             room.append(available)
         if (limit := memory_limit()) is not None:
             room.append(limit.size_bytes - reserve_bytes(limit.size_bytes) - arena.ready_bytes - map_bytes)
-    return await replaced_by_smaller(
-        arena,
+    smaller = SmallerArena(
         index,
         folder,
         tiers=[TierName.DRAM, *slower],
@@ -225,6 +226,7 @@ async def _open_arena(
         room_bytes=min(room) - map_bytes,
         now_ms=now_ms,
     )
+    return await smaller.replace(arena)
 
 
 def _note_arena(store: Path, arena: Path) -> None:
@@ -336,6 +338,9 @@ def _limits(settings: Settings) -> StoreLimits:
         transfer_slots=settings.server.transfer_slots,
         writes_in_flight=settings.mover.writes_in_flight,
         reads_in_flight=settings.mover.reads_in_flight,
+        ssd_drives=len(settings.ssd_directories),
+        read_bytes=int(settings.ssd.read_bytes),
+        write_bytes=int(settings.ssd.write_bytes),
         recency_flush_s=settings.index.recency_flush_s,
         scrub_bytes_per_second=int(settings.scrub.bytes_per_second),
         pin_ttl_max_s=settings.pins.ttl_max_s,

@@ -41,9 +41,15 @@ class Tracing:
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         trace.set_tracer_provider(self._provider)
+        self._closing = threading.Event()
+        self._ending = threading.Thread(target=self._end, name="tracing-end", daemon=True)
+        self._ending.start()  # Now, because later the process may get no thread.
 
     def close(self) -> None:
         """Send what is not sent yet. Blocks for two seconds at most: a collector that does not answer takes ten."""
-        ending = threading.Thread(target=self._provider.shutdown, name="tracing-end", daemon=True)
-        ending.start()
-        ending.join(_SENT_S)
+        self._closing.set()
+        self._ending.join(_SENT_S)
+
+    def _end(self) -> None:
+        self._closing.wait()
+        self._provider.shutdown()

@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, settings
 
 import kvservice_api.grpc_forks  # noqa: F401  # Before a test module imports gRPC by itself.
 
-# On a busy machine an example, or its generation, may take long, which is not a failure.
-settings.register_profile("kvservice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# On a busy machine an example, or its generation, may take long, which is not a failure. `make test-slow` runs the
+# property tests with the profile `thorough`.
+settings.register_profile("thorough", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("kvservice", settings.get_profile("thorough"), max_examples=25)
 settings.load_profile("kvservice")
 
 gc.disable()  # Collecting tests makes no garbage, and a search for it takes a sixth of the time.

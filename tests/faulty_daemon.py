@@ -3,7 +3,8 @@
 The environment variable TEST_FAULTS names a folder. A file in it that is named like one of the
 file calls makes that call fail with the errno whose name it holds; ``SHORT`` makes the call
 transfer less than requested, and ``HOLD`` makes it wait. ``EIO 8192`` makes only calls fail that begin at this offset
-in a file. Delete the file, and the call works again.
+in a file. Delete the file, and the call works again. A file ``policy`` does the same to the placement policy's choice
+of blocks that leave DRAM, and ``loop`` to the event loop when the daemon gets SIGUSR1.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kvservice import __main__, daemon
+from kvservice.placement.block_items import BlockItems
 from kvservice.tiers.files import FileCalls
 from kvservice_api.image import PAGE_BYTES
 
@@ -32,19 +36,19 @@ class FaultyFileCalls(FileCalls):
         return super().pwritev(fd, self._cut("pwritev", buffers, offset), offset)
 
     def fdatasync(self, fd: int) -> None:
-        self._fail("fdatasync")
+        self.fail("fdatasync")
         super().fdatasync(fd)
 
     def posix_fallocate(self, fd: int, offset: int, length: int) -> None:
-        self._fail("posix_fallocate")
+        self.fail("posix_fallocate")
         super().posix_fallocate(fd, offset, length)
 
     def _cut(self, call: str, buffers: Sequence[memoryview], offset: int) -> Sequence[memoryview]:
-        if self._fail(call, offset) == "SHORT" and len(buffers[0]) > PAGE_BYTES:
+        if self.fail(call, offset) == "SHORT" and len(buffers[0]) > PAGE_BYTES:
             return [buffers[0][:PAGE_BYTES]]
         return buffers
 
-    def _fail(self, call: str, offset: int = 0) -> str:
+    def fail(self, call: str, offset: int = 0) -> str:
         try:
             while (fault := (self._folder / call).read_text()) == "HOLD":
                 time.sleep(0.005)
@@ -60,6 +64,14 @@ class FaultyFileCalls(FileCalls):
 def main() -> int:
     files = FaultyFileCalls(Path(os.environ.pop("TEST_FAULTS")))
     daemon.Daemon.open = functools.partial(daemon.Daemon.open, files=files)  # type: ignore[method-assign]  # Otherwise the daemon under test is the real one.
+    lowest = BlockItems.lowest
+
+    def failing(*arguments: Any) -> Any:
+        files.fail("policy")
+        return lowest(*arguments)
+
+    BlockItems.lowest = failing  # type: ignore[assignment, method-assign]
+    signal.signal(signal.SIGUSR1, lambda number, frame: files.fail("loop"))
     return __main__.main()
 
 

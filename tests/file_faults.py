@@ -86,7 +86,7 @@ class FaultyCalls(FileCalls):
     def _shortened(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
         if self.most_bytes is None:
             return buffers
-        [buffer] = buffers
+        buffer, *_ = buffers
         return [buffer[: -(-self.most_bytes // PAGE_BYTES) * PAGE_BYTES]]  # O_DIRECT moves whole pages.
 
     def _reported(self, count: int) -> int:

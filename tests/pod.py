@@ -24,7 +24,7 @@ from tests.process_starter import python_path
 
 _PROGRAMS = {
     "kvservice": "import sys; from kvservice.__main__ import main; sys.exit(main())",
-    "kvctl": "from kvservice_client.cli import main; main()",
+    "kvctl": "from kvctl import main; main()",
 }
 
 

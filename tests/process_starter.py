@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import gc
 import importlib
 import json
 import os
@@ -29,7 +30,7 @@ from typing import IO, Any
 
 _ROOT = Path(__file__).resolve().parent.parent
 _IMPORTED = ("kvservice.check", "kvservice.config_sources", "kvservice.daemon", "kvservice.host_limits", "uvloop")
-_READ_BY_IMPORTS = ("GRPC_", "LD_", "MALLOC_", "OPENBLAS_", "PYTHON")  # Beginnings of variables.
+_READ_BY_IMPORTS = ("CUDASIM_", "GRPC_", "LD_", "MALLOC_", "OPENBLAS_", "PYTHON")  # Beginnings of variables.
 _REQUEST_BYTES_MAX, _FDS_MAX = 2**17, 16
 _NUMBER = struct.Struct("=i")  # A start is answered with two: the process's id, and its exit code in the end.
 
@@ -207,6 +208,7 @@ def main() -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
     os.environ.pop("OPENBLAS_NUM_THREADS")
+    gc.freeze()  # A fork's collections then leave the imports alone, whose pages it would have to copy.
     if (request := _serve(socket.socket(fileno=int(sys.argv[1])))) is None:
         return
     os.environ.clear()

@@ -45,7 +45,8 @@ from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice.store.tickets import Tickets
 from kvservice.store.transfers.admission import Claims
 from kvservice.store.transfers.in_place_uploads import InPlaceUploads
-from kvservice.store.transfers.reads import Part, Reads
+from kvservice.store.transfers.leased_bytes import Part
+from kvservice.store.transfers.reads import Reads
 from kvservice.store.transfers.upload import SaveOutcome, Upload, Uploads
 from kvservice.store.types import Located, NotInPlace, SaveChain, SaveHeader, Span
 from kvservice.tiers.arena import Arena

@@ -24,7 +24,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 CONFIGURATION_HEAD = """\
 # Configuration
 
-<!-- Generated from kvservice/config.py by `make docs`. -->
+<!-- Generated from kvservice/config_sections.py by `make docs`. -->
 
 A setting comes from, in this order: a flag of `kvservice serve`, the environment, a TOML file, its default. The file
 is named by `--config FILE` or by `KVSERVICE_CONFIG`. The setting `server.address` is written
@@ -165,7 +165,8 @@ def errors_page() -> str:
     rows = []
     for name, code, recovery in error_table():
         kind = getattr(errors, name)
-        rows.append(f"| {kind.reason} | {code} | {kind.__doc__} | {recovery} |\n")
+        meaning = (kind.__doc__ or "").partition("\n\n")[0]  # The rest is for callers in Python.
+        rows.append(f"| {kind.reason} | {code} | {meaning} | {recovery} |\n")
     return ERRORS_HEAD + "".join(rows)
 
 

@@ -271,6 +271,30 @@ SECTIONS: Mapping[str, Sequence[Panel]] = {
             },
         ),
     ),
+    "The bulk port: KV bytes between hosts": (
+        Panel(
+            "Bytes on the bulk port",
+            "Bps",
+            "Sent to clients and received from them. Compare it with the network's bandwidth. Nothing here while "
+            "loads run by `stream`: clients do not reach the port.",
+            {"{{direction}}": "sum by (direction) (rate(@bulk_socket_bytes_total[RATE]))"},
+        ),
+        Panel(
+            "Transfers and refusals of the bulk port",
+            "short",
+            "Loads and saves that ended, by their result, and connections and tickets that were refused, per second.",
+            {
+                "{{kind}} {{result}}": "sum by (kind, result) (rate(@bulk_transfers_total[RATE]))",
+                "refused: {{reason}}": "sum by (reason) (rate(@bulk_refusals_total[RATE]))",
+            },
+        ),
+        Panel(
+            "Connections of the bulk port",
+            "short",
+            "Open connections of each daemon. At server.bulk_connections_max new ones are refused.",
+            {"{{instance}}": "@bulk_connections"},
+        ),
+    ),
     "Clients, models and policy": (
         Panel(
             "Clients, leases, sessions",

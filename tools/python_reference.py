@@ -23,7 +23,7 @@ calls together, and the [glossary](../glossary.md) defines the words.
 """
 
 SUBJECTS = {
-    "Connecting": ("Client", "TlsFiles", "Clock", "DEFAULT_ADDRESS"),
+    "Connecting": ("Client", "TlsFiles", "Clock", "ArenaObserver", "DEFAULT_ADDRESS"),
     "Layouts and keys": ("Layout", "LayerGroup", "Rotary", "Shard", "block_chain", "BlockChain", "ChainBuilder"),
     "Finding and loading": (
         *("BlockCache", "Lease", "LoadedLayer", "View", "ResidencyRun", "LocalHit", "PendingLookup", "FoundPrefix"),

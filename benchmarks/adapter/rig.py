@@ -58,11 +58,11 @@ def some_tokens(model: Any, count: int, seed: int) -> torch.Tensor:
     return torch.randint(0, model.config.vocab_size, (1, count), generator=generator)
 
 
-class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
+class WatchedLayer(DynamicLayer):
     """Waits for its history at its first use, and queues the KV that the model computed."""
 
     def __init__(self, index: int, history_tokens: int, wait: Wait | None, hand_over: HandOver | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.
+        super().__init__()
         self._index = index
         self._history_tokens = history_tokens
         self._wait = wait

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import sys
-import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,16 +14,22 @@ import typer
 from google.protobuf import json_format
 from rich.progress import Progress
 
+from benchmarks import leftovers
 from benchmarks.client import limits, parts, rounds
 from benchmarks.client.memory import VIEW_BYTES, Memory
 from benchmarks.client.report import Report
 from benchmarks.client.wire import LAYOUT, Wire
-from kvservice_api.errors import KVError, NotShared
+from benchmarks.report import why_not_writable
+from kvservice_api.address import TcpAddress, parse_address
+from kvservice_api.errors import KVError, TierFull
 from kvservice_api.layout import Layout
 from kvservice_api.v1 import types_pb2
 from kvservice_client.cli import output
-from kvservice_client.cli.options import AsJson, checked_address, connect
+from kvservice_client.cli.options import AsJson, checked_address, connect, uses_tls
+from kvservice_client.client import Client
+from kvservice_client.tls import TlsFiles
 
+_FIRST_LAYERS = 9  # Loads whose first layer is timed.
 _BYTES_MOVED = 8 * LAYOUT.block_tokens * LAYOUT.bytes_per_token  # 256 MiB in each round.
 
 
@@ -30,7 +38,8 @@ def bench(
         str,
         typer.Option(
             "--address",
-            help="Measure this daemon's wire instead of one started for the purpose.",
+            help="Measure this daemon's wire instead of one started for the purpose. Its shares of TCP are measured "
+            "only if it is on this host and serves without TLS: the limit is TCP over this host's loopback.",
             callback=lambda address: checked_address(address) if address else "",
         ),
     ] = "",
@@ -58,14 +67,18 @@ def bench(
 ) -> None:
     """Measure loads, saves, the SSD tier, lookups and the index against the machine's own limits.
 
-    Each limit is the best of pieces of 256 KiB to 8 MiB and 1 to 2 threads, measured before and after
-    ours; where the two differ by more than 15 %, the round is repeated.
+    Each limit is the best of pieces of 256 KiB to 8 MiB and 1 to 2 threads (of disks, 4 to 16 MiB and 4 or 8
+    threads), measured before and after ours; where the two differ by more than 15 %, the round is repeated.
     """
-    if directory is not None and not directory.is_dir():
-        raise typer.BadParameter(f"{directory} is no folder", param_hint="--directory")
+    for hint, folder in (("--directory", directory), ("--dram-path", dram_path)):
+        if folder is not None and not folder.is_dir():
+            raise typer.BadParameter(f"{folder} is no folder", param_hint=hint)
+    if write is not None and (why := why_not_writable(write)):
+        raise typer.BadParameter(why, param_hint="--write")
     layout = LAYOUT if layout_file is None else _read_layout(layout_file)
     report = Report()
-    with ExitStack() as stack, output.progress() as progress:
+    leftovers.begin(directory, dram_path)
+    with output.progress() as progress, ExitStack() as stack:
         _Bench(report, stack, layout, quick, progress).run(address, directory, dram_path)
     report.describe_machine(" ".join(["kvctl", *sys.argv[1:]]))
     if write is not None:
@@ -86,6 +99,21 @@ def _read_layout(path: Path) -> Layout:
         raise typer.BadParameter(f"{path} is not a layout: {error}", param_hint="--layout") from error
 
 
+def why_no_shares_of_tcp(address: str, *, with_tls: bool) -> str:
+    """Why this daemon's speeds are not compared with TCP over loopback. Empty if they are."""
+    if with_tls:
+        return "not comparable: the daemon serves with TLS, and the limit is plain TCP"
+    found = parse_address(address)
+    if isinstance(found, TcpAddress) and not found.is_loopback:
+        try:
+            family, kind, _, _, place = socket.getaddrinfo(found.host, 0, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as tried:
+                tried.bind(place)  # Only an address of this host can be bound.
+        except OSError:
+            return "not comparable: the daemon is on another host, and the limit is TCP over this host's loopback"
+    return ""
+
+
 class _Bench:
     """One run: its measures, one after another, into the report."""
 
@@ -97,15 +125,28 @@ class _Bench:
         self._attempts_max = 3 if quick else 6
         self._progress = progress
         self._task = progress.add_task("", total=6)
+        self._without_shares = ""  # Why speeds are not compared with TCP.
 
     def _step(self, done: int, what: str) -> None:
         output.show_step(self._progress, self._task, done, what)
+
+    @contextmanager
+    def _figures(self, *beginnings: str) -> Iterator[None]:
+        """Those whose names begin so. If they cannot be measured in this block, the report says why."""
+        try:
+            yield
+        except TierFull as error:
+            self._report.explain(beginnings, f"the daemon needs a larger dram.capacity_bytes: {error.message}")
+        except (KVError, parts.MeasureFailed, OSError, subprocess.CalledProcessError) as error:
+            self._report.explain(beginnings, str(error) or type(error).__name__)
 
     def run(self, address: str, directory: Path | None, dram_path: Path) -> None:
         if address:
             with connect(address, 30, name="kvctl bench") as client:
                 client.capabilities()  # Fail before the first measurement if the daemon does not answer.
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kvctl-bench-", dir=directory)))
+            self._without_shares = why_no_shares_of_tcp(address, with_tls=uses_tls())
+            self._report.explain(("odirect", "ssd", "cold", "index", "tls", "bulk_tls"), "not with --address")
+        folder = self._stack.enter_context(leftovers.own_folder(directory))
         self._step(0, "measuring memory copies")
         self._memory()
         block_bytes = self._layout.block_tokens * self._layout.bytes_per_token
@@ -114,40 +155,123 @@ class _Bench:
         if not address:
             self._step(1, "starting a daemon")
             dram_bytes = (2 * blocks + 4) * block_bytes + max(VIEW_BYTES, block_bytes)
-            address, pid = self._stack.enter_context(parts.daemon(folder, dram_path, dram_bytes))
+            address, pid, _ = self._stack.enter_context(parts.daemon(folder, dram_path, dram_bytes))
         runs = 3 if self._quick else 5
         client = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="grpc"))
-        self._wire(Wire(client, self._layout, blocks=blocks, runs=runs, pid=pid))
-        self._step(3, "measuring shared memory")
-        sharing = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="shm"))
-        self._shared_memory(Memory(sharing, self._layout, blocks=2 * blocks, runs=runs))
+        bulk = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="bulk"))
+        of_bulk, of_grpc = (Wire(each, self._layout, blocks=blocks, runs=runs, pid=pid) for each in (bulk, client))
+        with limits.tcp() as tcp:
+            with self._figures("bulk_load", "bulk_save", "bulk_first"):
+                self._bulk(of_bulk, tcp)
+            with self._figures("tcp", "grpc"):
+                self._wire(of_grpc, tcp)
+        if not self._without_shares:
+            with limits.tcp(memory_bytes=self._tcp_bytes) as tcp:
+                found = max(tcp(self._tcp_bytes).items(), key=lambda item: item[1])
+                self._report.settings["tcp_memory_gbps"], self._report.tcp_memory_gbps = found
+        with self._figures("rpc", "lookup", "local_lookup"):
+            self._calls(of_grpc)
         if pid is not None:
-            with parts.parts(folder, quick=self._quick) as programs:
+            with self._figures("tls", "bulk_tls"):
+                self._bulk_with_tls(folder, dram_path, (blocks + 2) * block_bytes, blocks=blocks, runs=runs)
+        with self._figures("shm", "hit"):
+            self._step(3, "measuring shared memory")
+            sharing = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="shm"))
+            self._shared_memory(Memory(sharing, self._layout, blocks=2 * blocks, runs=runs))
+        if pid is not None:
+            with parts.parts(folder, dram_path, quick=self._quick) as programs:
                 self._step(4, "measuring the SSD tier")
-                self._ssd(programs)
+                with self._figures("odirect", "ssd"):
+                    self._ssd(programs)
+                self._step(4, "measuring loads that begin on SSD")
+                with self._figures("cold"):
+                    cold = programs.measure("cold")
+                    self._report.cold_first_layer_ms = cold["first_layer_ms"]
+                    self._report.cold_first_layer_ratio = cold["ratio"]
                 self._step(5, "measuring the index")
-                self._index(programs)
+                with self._figures("index"):
+                    self._index(programs)
 
     def _memory(self) -> None:
         size_bytes = (256 if self._quick else 1024) << 20
         found = max(limits.memcpy(size_bytes).items(), key=lambda item: item[1])
         self._report.settings["memcpy_gbps"], self._report.memcpy_gbps = found
 
-    def _wire(self, wire: Wire) -> None:
+    def _bulk(self, wire: Wire, tcp: Callable[[int], dict[str, float]]) -> None:
         report = self._report
-        size_bytes = (128 if self._quick else 512) << 20
-        with limits.tcp() as tcp:
-            self._step(2, "measuring loads over gRPC")
-            load = rounds.compare(lambda: tcp(size_bytes), wire.load, attempts_max=self._attempts_max)
-            self._step(2, "measuring saves over gRPC")
-            save = rounds.compare(lambda: tcp(size_bytes), wire.save, attempts_max=self._attempts_max)
-        self._note("tcp_gbps", load)
-        self._note("grpc_save_ratio", save)
-        report.tcp_gbps = load.limit.value
-        report.grpc_load_gbps, report.grpc_load_ratio = load.ours["gbps"], load.ours["gbps"] / load.limit.value
-        report.grpc_save_gbps, report.grpc_save_ratio = save.ours["gbps"], save.ours["gbps"] / save.limit.value
-        report.grpc_load_cpu_s_per_gb = load.ours["cpu_s_per_gb"]
-        report.grpc_save_cpu_s_per_gb = save.ours["cpu_s_per_gb"]
+        self._step(2, "measuring loads through the bulk port")
+        load, of_tcp = self._beside_tcp(wire.load, tcp)
+        self._step(2, "measuring saves through the bulk port")
+        save, of_tcp_too = self._beside_tcp(wire.save, tcp)
+        first_us = wire.first_layer_us(_FIRST_LAYERS)
+        wire.check("bulk")
+        report.bulk_load_ratio = self._share("bulk_load_ratio", load, of_tcp)
+        report.bulk_save_ratio = self._share("bulk_save_ratio", save, of_tcp_too)
+        report.bulk_load_gbps, report.bulk_save_gbps = load["gbps"], save["gbps"]
+        report.bulk_load_cpu_s_per_gb, report.bulk_save_cpu_s_per_gb = load["cpu_s_per_gb"], save["cpu_s_per_gb"]
+        report.bulk_first_layer_us_p50 = first_us
+
+    def _bulk_with_tls(self, folder: Path, dram_path: Path, dram_bytes: int, *, blocks: int, runs: int) -> None:
+        """Beside Python's own TLS sockets, with the same certificate and the same cipher."""
+        if (pair := limits.make_pair(folder)) is None:
+            raise parts.MeasureFailed("there is no program `openssl` to make a certificate with")
+        report, size_bytes = self._report, self._tcp_bytes // 4
+        self._step(2, "measuring loads through the bulk port with TLS")
+        flags = (f"--tls.certificate={pair.certificate}", f"--tls.key={pair.key}")
+        (folder / "tls").mkdir()
+        with (
+            parts.daemon(folder / "tls", dram_path, dram_bytes, 0, *flags) as (address, pid, _),
+            Client(address, timeout_s=30, tls=TlsFiles(pair.certificate), transport="bulk") as client,
+            limits.tcp(pair) as tls,
+        ):
+            wire = Wire(client, self._layout, blocks=blocks, runs=runs, pid=pid)
+            load = rounds.compare(lambda: tls(size_bytes), wire.load, attempts_max=self._attempts_max)
+            wire.check("bulk")
+        self._note("tls_gbps", load)
+        report.tls_gbps = load.limit.value
+        report.bulk_tls_load_gbps, report.bulk_tls_load_ratio = load.ours["gbps"], load.ours["gbps"] / load.limit.value
+        report.bulk_tls_load_cpu_s_per_gb = load.ours["cpu_s_per_gb"]
+
+    @property
+    def _tcp_bytes(self) -> int:
+        return (128 if self._quick else 512) << 20
+
+    def _wire(self, wire: Wire, tcp: Callable[[int], dict[str, float]]) -> None:
+        report = self._report
+        self._step(2, "measuring loads over gRPC")
+        load, of_tcp = self._beside_tcp(wire.load, tcp)
+        self._step(2, "measuring saves over gRPC")
+        save, of_tcp_too = self._beside_tcp(wire.save, tcp)
+        if of_tcp is None:
+            report.explain(("tcp",), self._without_shares)
+        else:
+            report.tcp_gbps = of_tcp.limit.value
+        report.grpc_load_ratio = self._share("tcp_gbps", load, of_tcp)
+        report.grpc_save_ratio = self._share("grpc_save_ratio", save, of_tcp_too)
+        report.grpc_load_gbps, report.grpc_save_gbps = load["gbps"], save["gbps"]
+        report.grpc_load_cpu_s_per_gb, report.grpc_save_cpu_s_per_gb = load["cpu_s_per_gb"], save["cpu_s_per_gb"]
+        report.grpc_first_layer_us_p50 = wire.first_layer_us(_FIRST_LAYERS)
+
+    def _beside_tcp(
+        self, ours: Callable[[], Mapping[str, float]], tcp: Callable[[int], dict[str, float]]
+    ) -> tuple[Mapping[str, float], rounds.Round | None]:
+        """Ours, and the round with the limit; None where the two have nothing to do with each other."""
+        if self._without_shares:
+            return ours(), None
+        found = rounds.compare(lambda: tcp(self._tcp_bytes), ours, attempts_max=self._attempts_max)
+        return found.ours, found
+
+    def _share(self, noted: str, ours: Mapping[str, float], found: rounds.Round | None) -> float | None:
+        """Of the limit, whose setting and spread stand beside the figure `noted`."""
+        if found is None:
+            self._report.explain(("bulk_load_ratio", "bulk_save_ratio", "grpc_load_ratio", "grpc_save_ratio"),
+                                 self._without_shares)  # fmt: skip
+            return None
+        self._note(noted, found)
+        return ours["gbps"] / found.limit.value
+
+    def _calls(self, wire: Wire) -> None:
+        report = self._report
         self._step(2, "lookups")
         count = 300 if self._quick else 1000
         calls = rounds.compare(
@@ -167,13 +291,12 @@ class _Bench:
         def limit() -> dict[str, float]:
             return limits.memcpy(size_bytes)
 
-        try:
-            load = rounds.compare(limit, memory.load, attempts_max=self._attempts_max)
-            save = rounds.compare(limit, memory.save, attempts_max=self._attempts_max)
-            report.shm_view_ms_1gib = memory.view_ms()
-            memory.check()
-        except NotShared:
-            return  # A daemon on another host, or one that does not share: there is nothing to measure.
+        load = rounds.compare(limit, memory.load, attempts_max=self._attempts_max)
+        save = rounds.compare(limit, memory.save, attempts_max=self._attempts_max)
+        view_ms, hit_us = memory.view_ms(), memory.hit_us(100 if self._quick else 300)
+        memory.check()
+        report.shm_view_ms_1gib = view_ms
+        report.hit_256_us_p50, report.hit_256_copy_us_p50 = hit_us
         self._note("shm_load_ratio", load)
         self._note("shm_save_ratio", save)
         report.shm_load_gbps, report.shm_load_ratio = load.ours["gbps"], load.ours["gbps"] / load.limit.value
@@ -183,16 +306,16 @@ class _Bench:
         report = self._report
         for way in ("read", "write"):
 
-            def limit(way: str = way) -> dict[str, float]:
-                return programs.measure(f"disk-{way}")
+            def turns(way: str = way) -> Iterator[rounds.Turn]:
+                while found := programs.measure("ssd"):
+                    before, after = found[way]
+                    # As of the limit, the best of each pass.
+                    ours = (max(before["ours"]) + max(after["ours"])) / 2
+                    yield before["limits"], {"gbps": ours}, after["limits"]
 
-            def ours(way: str = way) -> dict[str, float]:
-                return {"gbps": programs.measure("ssd")[f"{way}_gbps"]}
-
-            before = limit()
-            if not before:
-                return  # A tmpfs: there is no disk to compare with.
-            found = rounds.compare(limit, ours, attempts_max=self._attempts_max, before=before)
+            found = rounds.quietest(turns(), attempts_max=self._attempts_max)
+            if found is None:
+                raise parts.MeasureFailed("the folder's file system has no O_DIRECT: there is no disk to compare with")
             self._note(f"odirect_{way}_gbps", found)
             setattr(report, f"odirect_{way}_gbps", found.limit.value)
             setattr(report, f"ssd_{way}_gbps", found.ours["gbps"])

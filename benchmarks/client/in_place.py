@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -22,7 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import leftovers
 from benchmarks.client.parts import daemon
+from benchmarks.report import check_folder, check_least
 from kvservice_client import BlockCache, BlockChain, Client, Layout, block_chain
 
 _LAYOUT = Layout("in-place", "float32", layers=30, kv_heads=3, k_head_dim=64, v_head_dim=64, block_tokens=256)
@@ -116,14 +117,23 @@ def measure(client: Client, page_tokens: int, rounds: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dram-path", default="/dev/shm", help="a folder in shared memory; 1 GiB is used")
-    parser.add_argument("--page-tokens", type=int, nargs="+", default=[128, 64, 32])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.client.in_place",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--dram-path", type=Path, default=Path("/dev/shm"), help="a folder in shared memory; 1 GiB is used"
+    )
+    parser.add_argument("--page-tokens", type=int, nargs="+", default=[128, 64, 32], help="sizes of pages; %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, help="of which the medians are shown; %(default)s")
     arguments = parser.parse_args()
+    check_folder(parser, "--dram-path", arguments.dram_path)
+    check_least(parser, "--rounds", arguments.rounds)
+    leftovers.begin(None, arguments.dram_path)
     with (
-        tempfile.TemporaryDirectory() as folder,
-        daemon(Path(folder), Path(arguments.dram_path), _DRAM_BYTES) as running,
+        leftovers.own_folder(None) as folder,
+        daemon(folder, arguments.dram_path, _DRAM_BYTES) as running,
         Client(running.address, transport="shm", timeout_s=60) as client,
     ):
         _wait_for_arena(client)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 SPREAD_MAX = 0.15
@@ -24,6 +24,9 @@ class Round:
     attempts: int
 
 
+Turn = tuple[Mapping[str, float], Mapping[str, float], Mapping[str, float]]  # The limit's, ours, the limit's again.
+
+
 def compare(
     limit: Callable[[], Mapping[str, float]],
     ours: Callable[[], Mapping[str, float]],
@@ -36,19 +39,31 @@ def compare(
     `limit` measures by setting; the best setting counts, averaged over before and after.
     `before` is a measure of the limit that was made already.
     """
-    quietest: Round | None = None
-    before = limit() if before is None else before
-    for attempt in range(1, attempts_max + 1):
-        values = ours()
-        after = limit()
+
+    def turns() -> Iterator[Turn]:
+        last = limit() if before is None else before
+        while True:
+            values = ours()
+            after = limit()
+            yield last, values, after
+            last = after
+
+    found = quietest(turns(), attempts_max=attempts_max)
+    assert found is not None
+    return found
+
+
+def quietest(turns: Iterable[Turn], *, attempts_max: int) -> Round | None:
+    """The same for turns that are measured otherwise; None if there is none."""
+    best: Round | None = None
+    attempt = 0
+    for attempt, (before, values, after) in enumerate(turns, 1):
         found = Round(_limit(before, after), values, attempt)
-        if quietest is None or found.limit.spread < quietest.limit.spread:
-            quietest = found
-        if found.limit.spread <= SPREAD_MAX:
+        if best is None or found.limit.spread < best.limit.spread:
+            best = found
+        if found.limit.spread <= SPREAD_MAX or attempt == attempts_max:
             break
-        before = after
-    assert quietest is not None
-    return Round(quietest.limit, quietest.ours, attempt)
+    return None if best is None else Round(best.limit, best.ours, attempt)
 
 
 def _limit(before: Mapping[str, float], after: Mapping[str, float]) -> Limit:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.errors import DeadlineExceeded, TierFull
+from kvservice_api.errors import BulkUnavailable, DeadlineExceeded, TierFull
 from kvservice_api.image import layer_starts
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
@@ -68,6 +68,22 @@ class Wire:
             self._client.admin.discard(chain)
         return {"gbps": median(speeds), "cpu_s_per_gb": median(cpu)}
 
+    def first_layer_us(self, count: int) -> float:
+        """Median time from the begin of a load of stored blocks until its first layer is there."""
+        chain = self._save()
+        until_written(self._client, self._cache, chain)
+        times = []
+        for _ in range(count):
+            with self._cache.lookup(chain, lease_ttl_s=120) as lease:
+                load = lease.load(into=self._into, timeout_s=120)
+                started = time.perf_counter()
+                next(load)
+                times.append(time.perf_counter() - started)
+                for _ in load:  # To its end, so that the next one finds its connections as after any other load.
+                    pass
+        self._client.admin.discard(chain)
+        return median(times) * 1e6
+
     def empty_call_us(self, count: int) -> float:
         """Median time of an empty call."""
         return _median_us(self._client.capabilities, count)
@@ -102,6 +118,12 @@ class Wire:
         if result.refused:
             raise result.refused[0][1]
         return cache, chain
+
+    def check(self, transport: str) -> None:
+        """Raises BulkUnavailable if bytes were moved by another transport."""
+        stats = self._client.stats()
+        if set(stats.loaded_bytes) | set(stats.saved_bytes) != {transport}:
+            raise BulkUnavailable(f"not all of it went by {transport}: {stats.bulk_refused_because}")
 
     def _save(self) -> BlockChain:
         self._turn += 1

@@ -1,7 +1,8 @@
-"""Measures what needs the daemon's own parts: the disk, the SSD tier, and the index.
+"""Measures what needs the daemon's own parts: the SSD tier beside its disk, and the index; and loads that begin on SSD.
 
 ``python -m benchmarks.daemon DIRECTORY`` reads the name of one measure per line from standard input and answers
-each with one JSON object on standard output; ``kvctl bench`` drives it beside its own measures.
+each with one JSON object on standard output, or with one that has only `failed`, the reason; ``kvctl bench`` drives it
+beside its own measures.
 """
 
 from __future__ import annotations
@@ -9,24 +10,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.daemon import disk, index, tier
+from benchmarks import leftovers
+from benchmarks.client import cold
+from benchmarks.daemon import index, tier
+from benchmarks.report import check_folder
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.daemon", description=__doc__)
     parser.add_argument("directory", type=Path, help="a folder on the disk to measure; what is written is removed")
     parser.add_argument("--quick", action="store_true", help="less data per measure")
+    parser.add_argument("--dram-path", type=Path, default=leftovers.SHARED_MEMORY, help="a tmpfs for arenas")
     options = parser.parse_args()
+    check_folder(parser, "DIRECTORY", options.directory)
+    check_folder(parser, "--dram-path", options.dram_path)
+    leftovers.begin(options.directory, options.dram_path)
     size_bytes = (256 if options.quick else 1024) << 20
     measures: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "disk-read": lambda directory: disk.measure(directory, size_bytes, "read"),
-        "disk-write": lambda directory: disk.measure(directory, size_bytes, "write"),
-        "ssd": lambda directory: tier.measure(directory, size_bytes),
+        "ssd": lambda directory: tier.measure(directory, options.dram_path, size_bytes),
+        "cold": lambda directory: cold.measure(directory, runs=5 if options.quick else 9, dram_path=options.dram_path),
         "index": lambda directory: index.measure(directory),
     }
     for line in sys.stdin:
@@ -37,8 +43,12 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-        with tempfile.TemporaryDirectory(prefix="kvservice-bench-", dir=options.directory) as directory:
-            print(json.dumps(measures[name](Path(directory))), flush=True)
+        try:
+            with leftovers.own_folder(options.directory) as directory:
+                found = measures[name](directory)
+        except Exception as error:  # The other measures may work.
+            found = {"failed": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), flush=True)
     return 0
 
 

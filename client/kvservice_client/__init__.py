@@ -20,6 +20,7 @@ from kvservice_api.errors import KVError
 from kvservice_api.keys import BlockChain, ChainBuilder, block_chain
 from kvservice_api.layout import LayerGroup, Layout, Rotary, Shard
 from kvservice_client.admin import Admin, Tier
+from kvservice_client.arena_map import ArenaObserver
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.client import DEFAULT_ADDRESS, Client, EvictResult, PrefetchResult
 from kvservice_client.hints import EngineHints, QueuedRequest, Readiness, ReadyState
@@ -38,6 +39,7 @@ from kvservice_client.transports.reservation import Reservation
 __all__ = [
     "DEFAULT_ADDRESS",
     "Admin",
+    "ArenaObserver",
     "BlockCache",
     "BlockChain",
     "ChainBuilder",

@@ -206,6 +206,12 @@ class Admin:
         """Where a block is and why, or why it is missing."""
         return self._explain(pb.ExplainRequest(key=arguments.key(key)), timeout_s).block
 
+    def explain_remembered_block(self, key_prefix: str, timeout_s: float | None = None) -> pb.ExplainedBlock:
+        """The same for the only block in the daemon's history whose key begins with these hexadecimal digits, such as
+        one that was evicted or quarantined. Raises BlockNotFound; InvalidRequest if there are several.
+        """
+        return self._explain(arguments.message(pb.ExplainRequest, key_prefix=key_prefix), timeout_s).block
+
     def explain_request(self, request_id: str, timeout_s: float | None = None) -> pb.ExplainedRequest:
         """The lookups and loads with this request id, and their results. Raises RequestNotFound."""
         return self._explain(arguments.message(pb.ExplainRequest, request_id=request_id), timeout_s).request

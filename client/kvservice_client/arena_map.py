@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +32,42 @@ from kvservice_api.mapping import Mapping
 from kvservice_client import forks
 from kvservice_client.buffers import Bytes
 
+log = logging.getLogger(__name__)
+
 # Each step holds the lock of the process's memory map, and other threads that allocate memory wait.
 _FAULT_IN_BYTES = 2 << 20
 
+_REGISTERED_BYTES = 256 << 20  # At a time: what is allocated is of use while the rest is registered.
+
 _GROWS_EVERY_S = 0.1
 _GROWS_WITHIN_S = 2.0  # The daemon allocates a new arena in the background. It ends after this time without growth.
+
+
+class ArenaObserver(Protocol):
+    """What follows an arena's mappings in this process, such as to register them for DMA.
+
+    Called on a thread of its own for each arena, whose mappings exist until `forget` has returned. Nothing that it
+    raises is caught.
+    """
+
+    def alias(self, memory: Bytes, of: Bytes) -> None:
+        """`memory` is a read-only mapping of the same bytes as `of`, which is writable. Called first."""
+
+    def register(self, memory: Bytes, begin: int, end: int) -> None:
+        """These bytes of the writable mapping are allocated. Called with one part after another, in order."""
+
+    def forget(self, memory: Bytes) -> None:
+        """The writable mapping is not used any more: the daemon has replaced the arena, or the client has ended.
+
+        Not called when the process ends.
+        """
+
+
+class _Mapped(NamedTuple):
+    """A mapping of an arena's file, with its header."""
+
+    mapping: Mapping
+    data: Bytes  # The bytes after the header.
 
 
 class ArenaMap:
@@ -47,20 +81,23 @@ class ArenaMap:
         self.directory = directory
         self.arena_id = arena_id
         self._capacity_bytes = capacity_bytes
-        self._faulting_in = _FaultingIn()
+        self._threads = _Threads()
         self._lock = threading.Lock()
-        self._writable: Bytes | None = None
+        self._writable: _Mapped | None = None
         try:
             with _opened(directory / GENERATIONS_NAME, os.O_RDONLY) as fd:
                 size_bytes = generations_file_bytes(capacity_bytes)
                 if os.fstat(fd).st_size < size_bytes or not are_generations_of(os.pread(fd, PAGE_BYTES, 0), arena_id):
                     raise ValueError("its generations are another arena's")
                 generations = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
-            self.data = self._map(writable=False)
+            self._readable = self._map(writable=False)
+            self.data = self._readable.data
         except (OSError, ValueError) as error:
             raise NotShared(f"the arena in {directory} cannot be mapped: {error}") from error
         self._words: NDArray[np.uint32] = np.frombuffer(generations, "<u4", capacity_bytes // PAGE_BYTES, PAGE_BYTES)
-        weakref.finalize(self, self._faulting_in.end)
+        weakref.finalize(self, self._threads.end)
+        unused = weakref.finalize(self, self._threads.forget)
+        unused.atexit = False  # CUDA ends with the process too: calls of a thread beside that may crash it.
 
     def is_of(self, arena_id: bytes, capacity_bytes: int) -> bool:
         """Whether this is the whole of that arena: a restarted daemon may have resized it."""
@@ -73,6 +110,18 @@ class ArenaMap:
 
     def writable(self) -> Bytes:
         """As `data`, but writable; write only into extents that the daemon has reserved. Raises NotShared."""
+        return self._writable_map().data
+
+    def observe(self, observer: ArenaObserver) -> None:
+        """Have it follow this arena's mappings, if the arena can be written here."""
+        try:
+            writable = self._writable_map().mapping
+            with _opened(self.directory / ARENA_NAME, os.O_RDONLY) as fd:
+                self._threads.start(_observe, writable, fd, self._readable.mapping, observer)
+        except (NotShared, OSError) as error:
+            log.info("the daemon's memory is not registered for DMA: %s", error)
+
+    def _writable_map(self) -> _Mapped:
         with self._lock:
             if self._writable is None:
                 try:
@@ -81,21 +130,21 @@ class ArenaMap:
                     raise NotShared(f"the arena in {self.directory} cannot be written: {error}") from error
             return self._writable
 
-    def _map(self, *, writable: bool) -> Bytes:
-        """The bytes after the header. A background thread faults them in, because first accesses are slow."""
+    def _map(self, *, writable: bool) -> _Mapped:
+        """A background thread faults the mapping in, because first accesses are slow."""
         with _opened(self.directory / ARENA_NAME, os.O_RDWR if writable else os.O_RDONLY) as fd:
             _check(fd, self.arena_id, self._capacity_bytes)
             mapping = Mapping(fd, PAGE_BYTES + self._capacity_bytes, writable=writable)
-            self._faulting_in.start(mapping, fd)
-        return mapping.bytes[PAGE_BYTES:]
+            self._threads.start(_fault_in, mapping, fd)
+        return _Mapped(mapping, mapping.bytes[PAGE_BYTES:])
 
 
-class _FaultingIn:
-    """The threads that map an arena's pages in the background, and the files that they have open."""
+class _Threads:
+    """An arena's threads, which follow its file as its memory is allocated, and the files that they have open."""
 
     def __init__(self) -> None:
         self._files: set[int] = set()
-        self._closing = threading.Event()
+        self._closing, self._unused = threading.Event(), threading.Event()
         forks.register(self)
 
     def reset_in_child(self) -> None:
@@ -104,21 +153,26 @@ class _FaultingIn:
             with suppress(OSError):
                 os.close(file)
         self._files = set()
-        self._closing = threading.Event()
+        self._closing, self._unused = threading.Event(), threading.Event()
 
-    def start(self, mapping: Mapping, fd: int) -> None:
-        """`fd` may be closed afterwards."""
+    def start(self, work: Callable[..., None], mapping: Mapping, fd: int, *given: object) -> None:
+        """Call `work(mapping, file, closing, unused, *given)`. `fd` may be closed afterwards."""
         file = os.dup(fd)
         self._files.add(file)
-        thread = threading.Thread(target=self._run, args=(mapping, file), name="kvservice-arena", daemon=True)
-        thread.start()
+        run = partial(self._run, work, mapping, file, *given)
+        threading.Thread(target=run, name="kvservice-arena", daemon=True).start()
 
     def end(self) -> None:
+        """The arena is not used any more, or the process ends."""
         self._closing.set()
 
-    def _run(self, mapping: Mapping, file: int) -> None:
+    def forget(self) -> None:
+        """The arena is not used any more."""
+        self._unused.set()
+
+    def _run(self, work: Callable[..., None], mapping: Mapping, file: int, *given: object) -> None:
         try:
-            _fault_in(mapping, file, self._closing)
+            work(mapping, file, self._closing, self._unused, *given)
         finally:
             self._files.remove(file)
             os.close(file)
@@ -186,17 +240,44 @@ def _check(fd: int, arena_id: bytes, capacity_bytes: int) -> None:
         raise ValueError("it is shorter than its header says")
 
 
-def _fault_in(mapping: Mapping, fd: int, closing: threading.Event) -> None:
-    """Fault in the allocated pages, in small steps.
+def _fault_in(mapping: Mapping, fd: int, closing: threading.Event, unused: threading.Event) -> None:
+    """Fault in the allocated pages, in small steps."""
+    for begin, end in _allocated_parts(mapping, fd, closing):
+        for start in range(begin, end, _FAULT_IN_BYTES):
+            if closing.is_set() or not mapping.fault_in(start, min(start + _FAULT_IN_BYTES, end)):
+                return  # Kernels before 5.14 do not support it; the pages are then faulted in at their first use.
 
-    Only pages that the daemon has allocated: an access to others would allocate memory beyond the limit.
+
+def _observe(
+    mapping: Mapping,
+    fd: int,
+    closing: threading.Event,
+    unused: threading.Event,
+    readable: Mapping,
+    observer: ArenaObserver,
+) -> None:
+    """Keeps the mapping until the observer has forgotten it, or the process ends."""
+    memory = mapping.bytes
+    observer.alias(readable.bytes, memory)
+    for begin, end in _allocated_parts(mapping, fd, closing):
+        for start in range(begin, end, _REGISTERED_BYTES):
+            if closing.is_set():
+                break
+            observer.register(memory, start, min(start + _REGISTERED_BYTES, end))
+    unused.wait()
+    observer.forget(memory)
+
+
+def _allocated_parts(mapping: Mapping, fd: int, closing: threading.Event) -> Iterator[tuple[int, int]]:
+    """The parts [begin, end) of the file that the daemon has allocated, as it allocates them, until all are.
+
+    An access to other pages would allocate memory beyond the limit.
     """
     done, idle_s = 0, 0.0
     while done < mapping.size_bytes and idle_s < _GROWS_WITHIN_S:
         allocated = min(os.fstat(fd).st_blocks * 512, mapping.size_bytes)
-        for start in range(done, allocated, _FAULT_IN_BYTES):
-            if closing.is_set() or not mapping.fault_in(start, min(start + _FAULT_IN_BYTES, allocated)):
-                return  # Kernels before 5.14 do not support it; the pages are then faulted in at their first use.
+        if allocated > done:
+            yield done, allocated
         idle_s = 0.0 if allocated > done else idle_s + _GROWS_EVERY_S
         done = max(done, allocated)
         if done < mapping.size_bytes and closing.wait(_GROWS_EVERY_S):

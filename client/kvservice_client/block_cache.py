@@ -22,6 +22,7 @@ from kvservice_client.attach_stream import Attachment
 from kvservice_client.buffers import Bytes, Slices, Source, readable
 from kvservice_client.channel import BLOCKS, SESSIONS
 from kvservice_client.connection import Connection, RequestContext
+from kvservice_client.device_memory import DeviceMemory, ExportedPages
 from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.pending_lookup import LookupOrder, PendingLookup
@@ -49,7 +50,7 @@ class BlockCache:
         return f"BlockCache({self.layout.model_id!r}, {self.layout.fingerprint.hex()[:8]}, {self.shard})"
 
     def ping(self, timeout_s: float | None = None) -> None:
-        """Attach and open the layout if needed, and make a call that the daemon must answer.
+        """Attach, open the layout and map the daemon's memory if needed, and make a call that the daemon must answer.
 
         The next request then needs none of these steps. Raises DaemonUnavailable or DeadlineExceeded if the daemon is
         away.
@@ -58,6 +59,7 @@ class BlockCache:
         self._connection.retried(lambda: self._connection.session(self.layout, deadline), deadline)
         request = pb.GetCapabilitiesRequest()
         self._connection.channel.call(BLOCKS + "GetCapabilities", request, pb.GetCapabilitiesResponse, deadline)
+        self._transports.prepare(deadline)
 
     def generation(self, timeout_s: float | None = None) -> int:
         """The layout's key generation: a number for the `salt` of keys; 0 if none was ever begun.
@@ -224,7 +226,10 @@ class BlockCache:
         shard = self.shard if shard is None else arguments.instance(shard, Shard, "shard").check(self.layout)
         deadline, ttl_ms = self._connection.deadline(timeout_s), _ttl_ms(lease_ttl_s)
         request = pb.AdoptLeaseRequest(
-            ticket=bytes(ticket), layout_fingerprint=self.layout.fingerprint, shard=shard.to_proto()
+            ticket=bytes(ticket),
+            layout_fingerprint=self.layout.fingerprint,
+            shard=shard.to_proto(),
+            locate=self._wants_places,
         )
 
         def attempt() -> Lease:
@@ -239,6 +244,8 @@ class BlockCache:
                 lease_id=adopted.lease_id,
                 lease_ttl_ms=adopted.lease_ttl_ms,
                 runs=adopted.runs,
+                located=adopted.located if adopted.HasField("located") else None,
+                located_verified=adopted.located_verified,
             )
             counts = adopted.token_counts
             return Lease(self._connection, self._transports, self.layout, shard, counts, attachment, answer, asked_at_s)
@@ -342,6 +349,10 @@ class BlockCache:
             return self._transports.reserve(saved, deadline)
 
         return self._connection.retried(attempt, deadline)
+
+    def device_memory(self, pages: ExportedPages) -> DeviceMemory:
+        """The engine's pages in GPU memory, which the daemon may open to copy to and from them. Makes no call yet."""
+        return DeviceMemory(self._connection, self._transports, self.layout, self.shard, pages)
 
     def _blocks_max(self, limits: pb.GetCapabilitiesResponse) -> int:
         return max(1, min(limits.max_save_blocks, limits.max_save_slices // self.shard.layers))
@@ -476,9 +487,17 @@ class BlockCache:
             lease_ttl_ms=min(lease_ttl_ms, session.limits.max_lease_ttl_ms),
             request_id=request_id,
             parent_key=chain.parent if with_tails else b"",
+            locate=bool(lease_ttl_ms) and self._wants_places,
         )
         call = self._connection.channel.call
         return session, call(BLOCKS + "LookupPrefix", request, pb.LookupPrefixResponse, deadline)
+
+    @property
+    def _wants_places(self) -> bool:
+        """Whether an answer should have the places of its blocks. Not in a trace, which shows the daemon's part of the
+        load.
+        """
+        return self._transports.read_in_place and spans.current() is None
 
     def _tail_of_session(self, session_id: str, deadline: Deadline) -> list[pb.Tail]:
         """The last block of a session, if it is partial. Nothing if the session cannot be read."""
@@ -510,8 +529,8 @@ class BlockCache:
             name = f"layers[{index}]"
             whole = Slices.of(self.layout, self.shard, index, counts)
             if not isinstance(layer, (list, tuple)):
-                sizes = [whole.group.slice_bytes(whole.heads, count) for count in counts]
-                slices.append(_cut(readable(layer, name, whole), sizes))
+                size_of = {count: whole.group.slice_bytes(whole.heads, count) for count in set(counts)}
+                slices.append(_cut(readable(layer, name, whole), [size_of[count] for count in counts]))
                 continue
             if len(layer) != len(counts):
                 raise InvalidRequest(f"{name} has {len(layer)} buffers; the chain has {len(counts)} blocks", field=name)

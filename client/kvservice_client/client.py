@@ -15,6 +15,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import types_pb2
 from kvservice_client import arguments
 from kvservice_client.admin import Admin, Tier
+from kvservice_client.arena_map import ArenaObserver
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
@@ -64,17 +65,18 @@ class Client:
         timeout_s: float = 5.0,
         reconnect_wait_s: float = 0.5,
         tls: TlsFiles | None = None,
-        transport: Literal["auto", "shm", "grpc"] = "auto",
+        transport: Literal["auto", "shm", "bulk", "grpc"] = "auto",
         throttle_bytes_per_s: float = 0.0,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """`address` is host:port or the path of a UNIX socket; operators see `name`.
 
         With `tls`, connections to host:port use TLS. `transport` is how bytes are moved: through shared memory if
-        possible, else by gRPC ("auto"); never through shared memory ("grpc"); or as "auto", but with an error if the
-        daemon's arena is not on this host ("shm"). `throttle_bytes_per_s` limits the transfer rate of blocks, for
-        measurements and tests. Deadlines, pauses and the remaining time of leases use `clock`. Raises InvalidRequest,
-        TlsFileUnusable.
+        possible, else through the daemon's bulk port if there are a few MiB, else by gRPC ("auto"); always by gRPC
+        ("grpc"); through shared memory, with an error if the daemon's arena is not on this host ("shm"); or through the
+        bulk port, also a few bytes, with an error if there is none or it cannot be reached ("bulk"). gRPC carries what
+        these cannot. `throttle_bytes_per_s` limits the transfer rate of blocks, for measurements and tests. Deadlines,
+        pauses and the remaining time of leases use `clock`. Raises InvalidRequest, TlsFileUnusable.
         """
         arguments.client_name(name)
         self._name = name
@@ -82,8 +84,10 @@ class Client:
         arguments.seconds(reconnect_wait_s, "reconnect_wait_s")
         if tls is not None:
             arguments.instance(tls, TlsFiles, "tls")
-        if transport not in ("auto", "shm", "grpc"):
-            raise InvalidRequest(f"transport is {transport!r}; it must be 'auto', 'shm' or 'grpc'", field="transport")
+        if transport not in ("auto", "shm", "bulk", "grpc"):
+            raise InvalidRequest(
+                f"transport is {transport!r}; it must be 'auto', 'shm', 'bulk' or 'grpc'", field="transport"
+            )
         arguments.rate(throttle_bytes_per_s, "throttle_bytes_per_s")
         self._connection = Connection(address, name, timeout_s, reconnect_wait_s, tls, clock)
         self._transports = OrderedTransports(self._connection, transport, throttle_bytes_per_s)
@@ -112,6 +116,21 @@ class Client:
     def stats(self) -> Stats:
         """Which transports moved how many bytes so far."""
         return self._transports.stats()
+
+    def check_bulk(self, timeout_s: float | None = None) -> None:
+        """Whether this client can reach the daemon's bulk port: connects to it, with TLS if the client uses TLS.
+
+        Waits a second at most for the connection. Raises BulkUnavailable, with the reason.
+        """
+        self._transports.check_bulk(self._connection.deadline(timeout_s))
+
+    def observe_arenas(self, observer: ArenaObserver) -> None:
+        """Have it follow where the daemon's shared memory is in this process, from now on: to register it for DMA.
+
+        Nothing is called where that memory is on another host, or cannot be written by this process. Waits for nothing.
+        In a forked child it is over.
+        """
+        self._transports.observe_arenas(observer)
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from weakref import WeakSet
 
 from kvservice_api import spans
@@ -16,17 +16,19 @@ from kvservice_api.layout import LayerGroup, Layout, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import arguments, forks
 from kvservice_client.attach_stream import Attachment
-from kvservice_client.buffers import Bytes, Slices, Source, writable
+from kvservice_client.buffers import Bytes, Slices, Source, is_plain, writable
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
+from kvservice_client.device_memory import DeviceMemory, LoadPlace, WriteFence
 from kvservice_client.retry import Deadline, TransferDeadline
-from kvservice_client.transports.base import LoadOrder
-from kvservice_client.transports.in_place import VERIFY, Verify, View
+from kvservice_client.transports.base import KnownPlaces, LoadOrder
+from kvservice_client.transports.in_place import VERIFY, Verify, View, part_of
 from kvservice_client.transports.ordered import OrderedTransports
 
 # The time of a transfer beyond the client's timeout. Below this rate, recomputing is faster.
 TRANSFER_BYTES_PER_S_MIN = 128 * 2**20
 _RELEASE_S = 1.0
+_REPORTS_MAX = 64  # The most that the daemon accepts.
 _USE_MARGIN = 0.2  # The last part of a lease's time, not used for bytes in place: clocks differ in speed.
 
 
@@ -46,6 +48,7 @@ class LoadedLayer:
     index: int  # Counted from the shard's first layer.
     data: Bytes
     group: LayerGroup  # Its geometry.
+    transport: str = ""  # By which it came: "shm", "bulk" or "grpc".
 
 
 class Lease:
@@ -81,6 +84,9 @@ class Lease:
         self._lock = threading.Lock()
         self._is_cancelled = False
         self.trace: spans.TraceContext | None = None  # Of loads and views on threads that have none.
+        self._places = answer.located if answer.HasField("located") else None
+        self._are_verified = answer.located_verified
+        self._reports: list[pb.InPlaceLoad] = []  # For the daemon, with the release.
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
         self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
 
@@ -126,6 +132,7 @@ class Lease:
         *,
         layer_timeout_s: float | None = None,
         idle_timeout_s: float | None = None,
+        release: bool = False,
     ) -> Generator[LoadedLayer, None, None]:
         """The blocks' layers in order, each as soon as its last byte has arrived.
 
@@ -136,14 +143,16 @@ class Lease:
         nothing for that long, which means that it hangs. The daemon ends a load of which it could send nothing for
         `server.transfer_idle_s` (60 s).
 
-        The lease is renewed meanwhile if needed. Raises LeaseExpired, ChecksumMismatch, StorageFailed,
+        The lease is renewed meanwhile if needed. With `release` it ends with the last layer, which waits for no call.
+        Raises LeaseExpired, ChecksumMismatch, StorageFailed,
         DaemonUnavailable, DeadlineExceeded, Cancelled (after `cancel`); layers that were yielded before are still
         right. Closing the generator ends the load, and the call on the daemon's side.
         """
         order = self._order(first_block, block_count)
         if into is not None:
             order = replace(order, into=self._targets(order, into))
-        layers = self._layers(order, self._deadline(order, timeout_s, layer_timeout_s, idle_timeout_s))
+        deadline = self._deadline(order, timeout_s, layer_timeout_s, idle_timeout_s)
+        layers = self._layers(order, deadline, release=release)
         trace = spans.current() or self.trace
         if trace is None:
             return layers
@@ -195,6 +204,44 @@ class Lease:
             raise
         view.span = span
         return view
+
+    def copy_to(
+        self,
+        memory: DeviceMemory,
+        place: LoadPlace,
+        fence: WriteFence,
+        first_block: int,
+        block_count: int,
+        *,
+        layer_timeout_s: float,
+        idle_timeout_s: float,
+    ) -> Generator[int, None, None]:
+        """Have the daemon copy the blocks into GPU memory. Yields the number of each layer that is there, in order.
+
+        Times as in `load`. Once it has ended, or is closed, or the fence has ended, nothing is written to the pages any
+        more; not before. Raises as `load`;
+        DeviceUnavailable, RegistrationEnded, NotShared, Overloaded if another transport must carry the layers that it
+        has not yielded.
+        """
+        order = self._order(first_block, block_count)
+        deadline = self._deadline(order, None, layer_timeout_s, idle_timeout_s)
+        given = 0
+        deadline.begin_layer()
+        try:
+            self._keep(deadline)
+            with closing(memory.load(order, place, fence, deadline)) as counts:
+                for count in counts:
+                    if count == given:
+                        continue
+                    deadline.end_layer()
+                    yield from range(given, count)
+                    given = count
+                    deadline.begin_layer()
+                    with suppress(KVError):  # The daemon holds the blocks that it copies: the load needs no lease.
+                        self._keep(deadline)
+                    deadline.check_cancelled()
+        finally:
+            deadline.end_layer()
 
     def cancel(self) -> None:
         """End all running loads and views of this lease, and refuse later ones: they raise Cancelled.
@@ -255,36 +302,52 @@ class Lease:
             self._shard,
             self.token_counts[first_block:end],
             self._is_usable,
+            places=None if self._places is None else self._known_places(self._places, first_block, end),
         )
+
+    def _known_places(self, all_places: pb.LocateBlocksResponse, first_block: int, end: int) -> KnownPlaces:
+        def note_load(seconds: float) -> None:
+            if len(self._reports) < _REPORTS_MAX:
+                count, took_us = end - first_block, round(seconds * 1e6)
+                self._reports.append(pb.InPlaceLoad(first_block=first_block, block_count=count, took_us=took_us))
+
+        places = all_places if end - first_block == self.hit_blocks else part_of(all_places, first_block, end)
+        return KnownPlaces(places, self._are_verified, note_load)
 
     def _targets(self, order: LoadOrder, into: Sequence[Source]) -> list[Bytes]:
         if len(arguments.sequence(into, "into")) != order.layer_count:
             raise InvalidRequest(
                 f"into has {len(into)} buffers; it must have one per layer, {order.layer_count}", field="into"
             )
-        return [
-            writable(each, f"into[{layer}]", Slices.of(order.layout, order.shard, layer, order.token_counts))
-            for layer, each in enumerate(into)
-        ]
+        targets: list[Any] = list(into)
+        for layer, each in enumerate(targets):
+            if not is_plain(each, order.block_starts(layer)[-1]):
+                slices = Slices.of(order.layout, order.shard, layer, order.token_counts)
+                targets[layer] = writable(each, f"into[{layer}]", slices)
+        return targets
 
     def _is_usable(self) -> bool:
         """Whether bytes in place may still be used, by this client's own clock."""
         return bool(self._lease_id) and self._connection.clock.now_s() <= self._end_s - _USE_MARGIN * self._ttl_s
 
-    def _layers(self, order: LoadOrder, deadline: TransferDeadline) -> Generator[LoadedLayer, None, None]:
+    def _layers(
+        self, order: LoadOrder, deadline: TransferDeadline, *, release: bool
+    ) -> Generator[LoadedLayer, None, None]:
         deadline.begin_layer()
         try:
             self._keep(deadline)
             with closing(self._transports.load(order, deadline)) as layers:
-                for index, data in enumerate(layers):
+                for index, (transport, data) in enumerate(layers):
                     deadline.end_layer()
-                    yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index))
+                    yield LoadedLayer(index, data, self._layout.group_of(self._shard.layer_begin + index), transport)
                     if self._is_inherited:
                         raise self._ended()
                     deadline.begin_layer()
                     with suppress(KVError):  # The daemon holds the blocks that it sends: the load needs no lease.
                         self._keep(deadline)
                     deadline.check_cancelled()
+            if release:
+                self._release_later()
         finally:
             deadline.end_layer()
 
@@ -326,12 +389,24 @@ class Lease:
         if timeout_s is not None:
             arguments.seconds(timeout_s, "timeout_s")
         if self.remaining_s:
-            request = pb.ReleaseLeaseRequest(client_id=self._attachment.client_id, lease_id=self._lease_id)
-            deadline = self._connection.deadline(
-                min(_RELEASE_S, self._connection.timeout_s if timeout_s is None else timeout_s)
-            )
-            with suppress(KVError):
-                self._connection.channel.call(BLOCKS + "ReleaseLease", request, pb.ReleaseLeaseResponse, deadline)
+            wait_s = min(_RELEASE_S, self._connection.timeout_s if timeout_s is None else timeout_s)
+            self._send_release(self._release_request(), wait_s)
+        self._lease_id = 0
+
+    def _release_request(self) -> pb.ReleaseLeaseRequest:
+        client_id = self._attachment.client_id
+        return pb.ReleaseLeaseRequest(client_id=client_id, lease_id=self._lease_id, loads=self._reports)
+
+    def _send_release(self, request: pb.ReleaseLeaseRequest, timeout_s: float) -> None:
+        deadline = self._connection.deadline(timeout_s)
+        with suppress(KVError):
+            self._connection.channel.call(BLOCKS + "ReleaseLease", request, pb.ReleaseLeaseResponse, deadline)
+
+    def _release_later(self) -> None:
+        """End the lease for this client now, and at the daemon without a wait for its answer."""
+        if self.remaining_s:
+            request = self._release_request()
+            self._connection.background.submit(lambda: self._send_release(request, _RELEASE_S))
         self._lease_id = 0
 
     def __enter__(self) -> Self:

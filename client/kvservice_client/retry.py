@@ -64,6 +64,11 @@ class Deadline:
         return False
 
     @property
+    def idle_s(self) -> float | None:
+        """How long the daemon may send nothing; None if only the whole time counts."""
+        return None
+
+    @property
     def error(self) -> KVError:
         """The error to raise when no time remains."""
         return DeadlineExceeded(f"the {self.allowed_s:.3g} s allowed for this call have passed")
@@ -126,6 +131,10 @@ class TransferDeadline(Deadline):
     @property
     def was_cancelled(self) -> bool:
         return self._error is not None
+
+    @property
+    def idle_s(self) -> float | None:
+        return self._idle_s if self._watchdog is not None else None
 
     @property
     def error(self) -> KVError:

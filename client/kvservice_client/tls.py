@@ -37,17 +37,13 @@ class TlsFiles:
         """Raises TlsFileUnusable, naming file and reason."""
         if bool(self.certificate) != bool(self.key):
             raise TlsFileUnusable("a TLS certificate and its key go together, and only one of them is given")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        contents = TlsContents()
         try:
-            if self.ca:
-                ca = PemFile("the TLS CA", self.ca)
-                load_authorities(context, ca)
-                contents = contents._replace(ca=ca.content)
-            if self.certificate:
-                certificate, key = PemFile("the TLS certificate", self.certificate), PemFile("the TLS key", self.key)
-                load_pair(context, certificate, key)
-                contents = contents._replace(certificate=certificate.content, key=key.content)
+            contents = TlsContents(
+                PemFile("the TLS CA", self.ca) if self.ca else None,
+                PemFile("the TLS certificate", self.certificate) if self.certificate else None,
+                PemFile("the TLS key", self.key) if self.key else None,
+            )
+            contents.context()
         except PemError as error:
             raise TlsFileUnusable(str(error)) from error
         return contents
@@ -58,11 +54,31 @@ class TlsFiles:
 
 
 class TlsContents(NamedTuple):
-    """PEM, or None for what is not used."""
+    """The files when they were read, or None for what is not used."""
 
-    ca: bytes | None = None
-    certificate: bytes | None = None
-    key: bytes | None = None
+    ca: PemFile | None = None
+    certificate: PemFile | None = None
+    key: PemFile | None = None
+
+    @property
+    def pem(self) -> tuple[bytes | None, bytes | None, bytes | None]:
+        """CA, key and certificate, in gRPC's order."""
+        return _content(self.ca), _content(self.key), _content(self.certificate)
+
+    def context(self) -> ssl.SSLContext:
+        """For sockets that are not gRPC's. Without a CA it trusts those of the system. Raises PemError."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self.ca is None:
+            context.load_default_certs()
+        else:
+            load_authorities(context, self.ca)
+        if self.certificate is not None and self.key is not None:
+            load_pair(context, self.certificate, self.key)
+        return context
+
+
+def _content(file: PemFile | None) -> bytes | None:
+    return None if file is None else file.content
 
 
 class TlsWatch:
@@ -98,7 +114,7 @@ class TlsWatch:
                 log.warning("changed TLS files refused, the former ones stay in use: %s", error.message)
             return None
         self._stamps = stamps
-        if contents == self.latest:
+        if contents.pem == self.latest.pem:
             return None
         self.latest = contents
         return contents

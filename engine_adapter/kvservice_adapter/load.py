@@ -9,23 +9,25 @@
 
 Threads: the engine's thread calls the loader. The stream's thread calls the source, `pages_of_layer` and `release`, one
 layer at a time. So several loads take turns on one stream, and a load whose buffer is full occupies no thread.
+Layers are begun while those before are still being copied, as many as the device wants, so that it has no pause.
 The engine owns the arrays of a layer from `wait` on; before that only the stream may access them.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from typing import NamedTuple
 
-from kvservice_adapter.device.base import Device, Event, Pages, Stream, StreamClosed
+from kvservice_adapter.device.base import Device, Event, NotOrdered, Pages, Stream, StreamClosed
 from kvservice_adapter.layer_source import BegunLayer, LayerSource, PagesOfLayer
 from kvservice_adapter.schedule import ReadBuffer
 from kvservice_client.retry import SYSTEM_CLOCK, Clock
 
-_TURN_S = 0.01  # Of waiting on the stream's thread for an event of another stream.
+_TURN_S = 0.01  # Of waiting on the stream's thread for a copy that is under way.
 
 
 class LoadFailed(Exception):
@@ -84,11 +86,12 @@ class LayerLoader:
         self.cancel()
 
     def start(self) -> None:
-        """Begin to load, as far as the buffer goes. To be called once.
+        """Begin to load, as far as the buffer goes. To be called once, on the engine's thread: the pages are written
+        once what the engine's computing was given before is computed.
 
         A load that begins long before its request runs needs a lease and a timeout that last as long.
         """
-        self._load.load_next()
+        self._load.start()
 
     def request_runs(self) -> None:
         """The request is computed from now on: layers are taken one after another. The first `wait` implies it."""
@@ -116,8 +119,8 @@ class LayerLoader:
 
     @property
     def report(self) -> LoadReport:
-        """The load so far."""
-        return replace(self._load.report, waited_s=list(self._load.report.waited_s))
+        """The load so far: at least the layers that the host waited for in `wait`."""
+        return self._load.copy_of_report()
 
     @property
     def is_done(self) -> bool:
@@ -129,6 +132,12 @@ class LayerLoader:
         self._load.cancel()
 
     close = cancel
+
+
+class _UnderWay(NamedTuple):
+    event: Event
+    begin_s: float
+    size_bytes: int
 
 
 class _Loading:
@@ -157,11 +166,21 @@ class _Loading:
         self._awaited = -1  # The layer that the engine asked for last.
         self._on_stream = False  # Work of this load is queued on the stream: no second piece is queued.
         self._ended = False
-        self._started_s = 0.0
+        self._started_s = self._last_copied_s = 0.0
+        self._under_way: deque[_UnderWay] = deque()  # Layers whose copies are not counted in the report yet.
         self.is_done = False
         self.report = LoadReport(waited_s=[0.0] * buffer.layer_count)
 
     # On the engine's thread
+
+    def start(self) -> None:
+        try:
+            self._source.after(self._device.computed())
+        except NotOrdered as error:
+            self._stop(error)
+        except StreamClosed:
+            pass  # `load_next` finds the same.
+        self.load_next()
 
     def request_runs(self) -> None:
         if not self._buffer.is_running:
@@ -191,9 +210,14 @@ class _Loading:
 
     def took(self, layer: int) -> None:
         with self._changed:
+            self._count_copied()  # The stream's thread may see the layer's event later than this one.
             self._buffer.taken = max(self._buffer.taken, layer + 1)
             self._begun[layer] = None
         self.load_next()
+
+    def copy_of_report(self) -> LoadReport:
+        with self._changed:
+            return replace(self.report, waited_s=list(self.report.waited_s))
 
     def load_next(self) -> None:
         """Queue the next layer on the stream, if the buffer has room."""
@@ -203,7 +227,7 @@ class _Loading:
             self._on_stream = True
             self._started_s = self._started_s or self._clock.now_s()
         try:
-            self._stream.submit(self._next)
+            self._stream.submit(self._turn, waits=False)
         except StreamClosed as error:
             self._stop(error)
             with suppress(RuntimeError):  # No thread can be started when the interpreter ends.
@@ -215,11 +239,33 @@ class _Loading:
 
     # On the stream's thread
 
-    def _next(self) -> None:
-        """Have one more layer copied as soon as its bytes are here."""
+    def _turn(self) -> None:
+        """See which layers are copied, and have one more begun if it is time. Work of other loads may run before the
+        next turn.
+        """
+        with self._changed:
+            self._count_copied()
+            has_all = self.report.layers == self._buffer.layer_count
+            under_way = [each.event for each in self._under_way]
         if self._ended:
             self._end()
-            return
+        elif has_all:
+            assert self._iterator is not None
+            with suppress(Exception):
+                next(self._iterator, None)  # Runs the load to its end: closed before that, it would count as cancelled.
+            self._end()
+        elif len(under_way) < self._device.layers_under_way and self._buffer.may_load:
+            self._begin_next()
+        elif under_way:
+            under_way[0].wait(_TURN_S)
+            self._continue()
+        else:
+            with self._changed:
+                self._on_stream = False
+            self.load_next()  # The engine may have taken a layer meanwhile.
+
+    def _begin_next(self) -> None:
+        """Have one more layer copied as soon as its bytes are here."""
         begin_s = self._clock.now_s()
         try:
             if self._iterator is None:
@@ -227,44 +273,21 @@ class _Loading:
             begun = next(self._iterator, None)
             if begun is None:
                 raise ValueError(f"the load ended before layer {self._buffer.loaded} arrived")
-            self._stream.submit(partial(self._copied, begun.event, begin_s, begun.size_bytes))
         except Exception as error:
             self._end(error)
             return
         with self._changed:
+            self._under_way.append(_UnderWay(begun.event, begin_s, begun.size_bytes))
             self._buffer.loaded += 1
             self._begun.append(begun)
             self._changed.notify_all()
+        self._continue()
 
-    def _copied(self, event: Event, begin_s: float, size_bytes: int) -> None:
-        """A layer is in the engine's pages. Begin the next one, if it is time; work of others may run first."""
-        if not event.is_done and not self._ended:  # The event is of another stream. Other loads run meanwhile.
-            event.wait(_TURN_S)
-            try:
-                self._stream.submit(partial(self._copied, event, begin_s, size_bytes))
-            except StreamClosed as error:
-                self._end(error)
-            return
-        if event.error is not None or not event.is_done:
-            self._end(event.error)
-            return
-        report, now_s = self.report, self._clock.now_s()
-        report.busy_s += now_s - begin_s
-        report.total_s = now_s - self._started_s
-        report.first_layer_s = report.first_layer_s or report.total_s
-        report.size_bytes += size_bytes
-        report.layers += 1
-        if report.layers == self._buffer.layer_count:
-            assert self._iterator is not None
-            with suppress(Exception):
-                next(self._iterator, None)  # Runs the load to its end: closed before that, it would count as cancelled.
-            self._end()
-            return
-        with self._changed:
-            self._on_stream = False
-            if self._awaited >= report.layers - 1:  # The engine's thread wakes later.
-                self._buffer.taken = max(self._buffer.taken, report.layers)
-        self.load_next()
+    def _continue(self) -> None:
+        try:
+            self._stream.submit(self._turn, waits=False)
+        except StreamClosed as error:
+            self._end(error)
 
     def _end(self, error: Exception | None = None) -> None:
         """Close the load and release the lease. No work of this load is on the stream any more."""
@@ -279,6 +302,25 @@ class _Loading:
         with self._changed:
             self.is_done = True
             self._changed.notify_all()
+
+    # On either, with the lock held
+
+    def _count_copied(self) -> None:
+        """Count the layers that are in the engine's pages. One that could not be copied ends the load."""
+        report = self.report
+        while self._under_way and self._under_way[0].event.is_done:
+            layer, now_s = self._under_way.popleft(), self._clock.now_s()
+            if layer.event.error is not None:
+                self._stop(layer.event.error)
+                continue
+            report.busy_s += now_s - max(layer.begin_s, self._last_copied_s)
+            self._last_copied_s = now_s
+            report.total_s = now_s - self._started_s
+            report.first_layer_s = report.first_layer_s or report.total_s
+            report.size_bytes += layer.size_bytes
+            report.layers += 1
+            if self._awaited >= report.layers - 1:  # The engine's thread wakes later.
+                self._buffer.taken = max(self._buffer.taken, report.layers)
 
     def _stop(self, error: Exception | None) -> None:
         """Stop loading, and wake the engine's thread."""

@@ -17,9 +17,10 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 
-from kvservice_adapter.device.base import Device, Event, Pages, StreamClosed
+from kvservice_adapter.device.base import Computed, Device, Event, NotOrdered, Pages, StreamClosed
 from kvservice_api import spans
 from kvservice_api.errors import KVError
 from kvservice_api.image import layer_starts
@@ -61,6 +62,7 @@ class LayerSaver:
         on_dropped: OnDropped = lambda reason, blocks: None,
     ) -> None:
         """`on_dropped` is called on any thread, for saves without room, that failed, or that the daemon refused."""
+        self._device = device
         self._blocks = blocks
         self._on_dropped = on_dropped
         self._staging = device.staging(staging_bytes)
@@ -127,7 +129,11 @@ class LayerSaver:
 
     # A job's way through the threads
 
-    def _gather(self, pages: Pages, chain: BlockChain, into: Bytes) -> Event:
+    def _gather(self, pages: Pages, chain: BlockChain, into: Bytes, computed: Computed | None) -> Event:
+        try:
+            self._gathering.after(self._device.computed() if computed is None else computed)
+        except NotOrdered as error:
+            return self._gathering.submit(partial(_fail, error))
         return self._gathering.gather(pages, chain.token_counts, into)
 
     def _end(self, work: _Work) -> None:
@@ -221,8 +227,11 @@ class SaveJob:
     def chain(self) -> BlockChain:
         return self._work.chain
 
-    def layer(self, index: int, pages: Pages) -> Event:
+    def layer(self, index: int, pages: Pages, computed: Computed | None = None) -> Event:
         """Have a layer gathered: the chain's tokens are in `pages`. Takes no time; each layer once.
+
+        It is gathered once `computed` is; if that is None, what the engine's computing was given so far: call it on the
+        engine's thread then.
 
         The job refers to the tensors until the event is done. An engine that writes into the same pages again
         must not do so before; one whose tensors stay as they are need not look at it. Raises ValueError where
@@ -231,7 +240,7 @@ class SaveJob:
         if index in self._work.events:
             raise ValueError(f"layer {index} was given before")
         pages.check(self._saver.group_of(index))
-        event = self._saver._gather(pages, self._work.chain, self._work.layers[index])
+        event = self._saver._gather(pages, self._work.chain, self._work.layers[index], computed)
         self._work.events[index] = event
         return event
 
@@ -254,3 +263,7 @@ class SaveJob:
     def abandon(self) -> None:
         """Forget the save; nothing of it is sent. Once it has ended, nothing happens."""
         self._abandon()
+
+
+def _fail(error: Exception) -> None:
+    raise error

@@ -21,7 +21,7 @@ class Turn:
     answer_tokens: int
     reused_tokens: int
     tier: str  # "dram", "ssd", "mixed" or "none".
-    transport: str  # Of the load: "shm", "grpc", "grpc+shm" or "none".
+    transport: str  # Of the load: "shm", "bulk", "grpc", "grpc+shm" or "none".
     bytes: int
     ttft_recompute_s: float = 0.0  # Of the same answer without the daemon.
     ttft_reuse_s: float

@@ -64,6 +64,7 @@ _RECORDS_AT_ONCE = 4096
 
 _ARENA_KEY = b"arena_id"
 _SSD_FILES_KEY = b"ssd_files"
+_SSD_STALE_KEY = b"ssd_files_stale"  # Numbers of files that left the store and could not be deleted.
 _SSD_CHANGING_KEY = b"ssd_files_changing"  # Numbers of files that a start creates or deletes, until it has done so.
 _VOLATILE_DIRECTORY_KEY = b"volatile_directory"
 _EMPTIED_KEY = b"dram_emptied"
@@ -396,6 +397,15 @@ class BlockIndex:
 
         self._remember(_SSD_CHANGING_KEY, b" ".join(b"%d" % number for number in sorted(changing)))
         self._remember(_SSD_FILES_KEY, b"\0".join(map(name, files)))
+
+    @property
+    def stale_ssd_files(self) -> set[int]:
+        """The numbers of SSD files that left the store and may still exist: no other file may get such a number."""
+        return {int(number) for number in self._meta.get(_SSD_STALE_KEY, b"").split()}
+
+    def remember_stale_ssd_files(self, numbers: Iterable[int]) -> None:
+        """Call it while no change waits for a commit."""
+        self._remember(_SSD_STALE_KEY, b" ".join(b"%d" % number for number in sorted(numbers)))
 
     def require_schema(self, schema: int) -> None:
         """Record that older daemons than those that know `schema` may not open the store. Call it while no change waits

@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 import lmdb
+import numpy as np
 
 from kvservice.index import pages
 from kvservice.index.errors import StoreDamaged
@@ -44,6 +45,7 @@ _FREE_BYTES_FEW = 1 << 20
 _DELETE_PAGES_MIN = 32
 
 _NOTE = struct.Struct("<Q")  # The number of the last transaction.
+_ORDER = np.dtype(">u8")  # The first bytes of a key, as a number in LMDB's order.
 
 Encode = Callable[[], Sequence[bytes]]
 
@@ -375,8 +377,21 @@ def _apply(txn: lmdb.Transaction, handle: lmdb._Database, items: _Items) -> None
     for key in sorted(items.deletes):
         txn.delete(key, db=handle)
     if items.puts:
-        # In the order of their keys: neighbours share pages, which halves the time of a large batch.
-        txn.cursor(handle).putmulti(sorted(items.puts.items()))
+        txn.cursor(handle).putmulti(_in_key_order(items.puts))
+
+
+def _in_key_order(puts: dict[bytes, bytes]) -> Iterable[tuple[bytes, bytes]]:
+    """The items, ordered by the first bytes of their keys: neighbours share pages, so LMDB takes two thirds of the
+    time for a large batch. Any order is right, so keys that begin alike need none.
+    """
+    keys, packed = list(puts), b"".join(puts)
+    key_bytes = len(keys[0])
+    if key_bytes < _ORDER.itemsize or len(packed) != key_bytes * len(keys):
+        return sorted(puts.items())
+    heads = np.frombuffer(packed, np.uint8).reshape(len(keys), key_bytes)[:, : _ORDER.itemsize]
+    order = np.ascontiguousarray(heads).view(_ORDER)[:, 0].astype(np.uint64).argsort().tolist()
+    values = list(puts.values())
+    return zip(map(keys.__getitem__, order), map(values.__getitem__, order), strict=True)
 
 
 def _merge(batch: Sequence[_Change]) -> _Merged:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kvservice.bulk.port import BulkPort
 from kvservice.counters import Counters, Durations
+from kvservice.device.cuda_ipc import CudaIpc
 from kvservice.metrics.heartbeat import Heartbeat
 from kvservice.rpc.calls import CallCounts
 from kvservice.rpc.tls import Certificates
@@ -14,7 +16,7 @@ from kvservice.store.types import StoreFacts, StoreGauges
 from kvservice_api.layout import Layout
 
 PREFIX = "kvservice_"
-PATHS = ("stream", "in_place")
+PATHS = ("stream", "in_place", "cuda_ipc", "bulk")
 _LAYOUT_DIGITS = 16  # As `kvctl explain` shows fingerprints.
 
 Labels = tuple[str, ...]
@@ -32,6 +34,8 @@ class Sources:
     calls: CallCounts
     heartbeat: Heartbeat
     certificates: Certificates | None
+    cuda_ipc: CudaIpc
+    bulk: BulkPort
 
     @property
     def layouts(self) -> Mapping[int, str]:

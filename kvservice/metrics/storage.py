@@ -248,6 +248,26 @@ PROMOTIONS = (
         "Alert if it grows steadily: the log has the reason.",
     ),
 )
+CUDA = (
+    gauge(
+        "cuda_ipc_offered",
+        "1 while the daemon offers to copy to and from the GPU memory of engines (`cuda_ipc`).",
+        "0 on a host with a GPU: `kvctl status` says why. After an error of CUDA it is 0 until the next start: alert.",
+        lambda s: 0 if s.cuda_ipc.refused_because else 1,
+    ),
+    gauge(
+        "cuda_ipc_registrations",
+        "Workers of engines whose GPU memory is open in the daemon.",
+        "Fewer than workers on this host: their logs say why, and which transport they use.",
+        lambda s: s.cuda_ipc.registration_count,
+    ),
+    gauge(
+        "cuda_ipc_registered_bytes",
+        "Bytes of DRAM that GPUs copy from and to directly.",
+        "It stays below the tier's capacity: the rest is copied twice. The log says why.",
+        lambda s: s.cuda_ipc.arena_registered_bytes,
+    ),
+)
 DAEMON = (
     Metric(
         "build_info",
@@ -287,6 +307,18 @@ DAEMON = (
         "Small while `event_loop_delay_seconds` is large: the host has too few processors.",
         (),
         lambda from_: {(): from_.heartbeat.own_delays},
+    ),
+    Metric(
+        "event_loop_longest_delay_seconds",
+        "gauge",
+        "The longest delay of a heartbeat since the start. `all`: the whole delay; `own`: without the time for which "
+        "the loop's thread waited for a processor.",
+        "The longest stall of all calls. With `log.level` at `debug` the log has each of more than 10 ms.",
+        ("part",),
+        lambda from_: {
+            ("all",): from_.heartbeat.latest_ms / 1000,
+            ("own",): from_.heartbeat.own_latest_ms / 1000,
+        },
     ),
     Metric(
         "tls_certificate_expires_seconds",

@@ -12,6 +12,7 @@ SUBJECTS: Mapping[str, Sequence[Metric]] = {
     "Lookups": traffic.LOOKUPS,
     "Loads": traffic.LOADS,
     "Saves": traffic.SAVES,
+    "The bulk port": traffic.BULK,
     "Calls": traffic.CALLS,
     "Clients, leases, sessions and requests": traffic.CLIENTS,
     "Hints": traffic.HINTS,
@@ -19,6 +20,7 @@ SUBJECTS: Mapping[str, Sequence[Metric]] = {
     "Evictions and losses": storage.LOSSES,
     "Copies to the slower tier": storage.WRITES,
     "Copies to DRAM": storage.PROMOTIONS,
+    "GPUs": storage.CUDA,
     "The daemon": storage.DAEMON,
 }
 METRICS: Sequence[Metric] = tuple(chain.from_iterable(SUBJECTS.values()))

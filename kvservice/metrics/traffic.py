@@ -66,7 +66,7 @@ LOOKUPS = (
 LOADS = (
     histogram(
         "load_first_layer_seconds",
-        "From the start of a load until the first layer of all its blocks is verified, in memory.",
+        "From the start of a load until the first layer of all its blocks is verified, in memory; `bulk`: and sent.",
         "The part of the time to first token that a load adds. `tier` is the slowest one that the load needs: if `ssd` "
         "is slow, see `promoting_blocks` and the drive.",
         ("path", "tier"),
@@ -75,18 +75,22 @@ LOADS = (
     histogram(
         "load_seconds",
         "From the start of a load until the client has all of it: for `stream` the last byte is handed to gRPC, for "
-        "`in_place` the client ends the call. Loads that fail are not counted.",
-        "If `stream` is slow and its first layer is not, the network or the client is slow.",
+        "`bulk` to the kernel, for `in_place` the client ends the call. Not counted: loads that fail, and views that "
+        "needed no call of their own, because the answer of their lookup had the places.",
+        "If `stream` or `bulk` is slow and its first layer is not, the network or the client is slow.",
         ("path", "tier"),
         lambda from_: from_zero(product(PATHS, from_.tiers), from_.counters.load_times, Durations()),
     ),
     totals(
         "load_blocks_total",
-        "Blocks that loads gave to clients: sent as a `stream`, or read `in_place` in shared memory.",
+        "Blocks that loads gave to clients: sent as a `stream` of gRPC or on a socket (`bulk`), read `in_place` in "
+        "shared memory, or copied to their GPU (`cuda_ipc`).",
         "If `in_place` stays 0 with engines on this host, they do not map its memory: see `Client.stats().transports`.",
         "path",
         stream="load_blocks",
         in_place="located_blocks",
+        cuda_ipc="device_blocks",
+        bulk="bulk_blocks",
     ),
     totals(
         "load_bytes_total",
@@ -95,6 +99,8 @@ LOADS = (
         "path",
         stream="load_bytes",
         in_place="located_bytes",
+        cuda_ipc="device_bytes",
+        bulk="bulk_bytes",
     ),
     totals(
         "load_tokens_total",
@@ -104,6 +110,8 @@ LOADS = (
         "path",
         stream="load_tokens",
         in_place="located_tokens",
+        cuda_ipc="device_tokens",
+        bulk="bulk_tokens",
     ),
     total(
         "loads_failed_total",
@@ -157,7 +165,7 @@ SAVES = (
     Metric(
         "transfers_running",
         "gauge",
-        "Loads and saves that run, by kind and path.",
+        "Loads and saves that run, by kind and path. Those of the bulk port count as `stream`.",
         "Near `transfers_max`, calls are refused as `OVERLOADED`.",
         ("kind", "path"),
         lambda from_: from_.gauges.transfers,
@@ -169,6 +177,55 @@ SAVES = (
         "Over it, the share of the limit that is in use.",
         ("kind", "path"),
         lambda from_: from_.gauges.transfers_max,
+    ),
+)
+BULK = (
+    gauge(
+        "bulk_connections",
+        "Connections of the bulk port that are open: those that carry a load or a save, and idle ones of clients that "
+        "keep them for the next.",
+        "Near `server.bulk_connections_max`, new ones are refused, and clients use gRPC.",
+        lambda from_: from_.bulk.connection_count,
+    ),
+    Metric(
+        "bulk_connections_accepted_total",
+        "counter",
+        "Connections that the bulk port has accepted.",
+        "Many more than loads and saves: a program that is no client connects, or clients do not keep connections.",
+        (),
+        lambda from_: {(): from_.bulk.accepted},
+    ),
+    Metric(
+        "bulk_refusals_total",
+        "counter",
+        "Connections that the bulk port refused or closed, and tickets that it refused, by reason: too "
+        "many connections (`full`), no TLS (`handshake`), no message of this port (`garbage`), nothing said in time "
+        "(`timeout`), broken off in a transfer or in the first message (`lost`), a wrong message in a save (`frame`), "
+        "an error of the daemon (`internal`), and tickets that are `unknown`, `used`, `expired` or another client's "
+        "(`foreign`).",
+        "If `unknown`, `foreign`, `garbage` or `handshake` rises, find the program that connects, or the port that is "
+        "mapped to another daemon. For "
+        "`internal`, report the error in the log.",
+        ("reason",),
+        lambda from_: {(reason,): count for reason, count in from_.bulk.refused.copy().items()},
+    ),
+    Metric(
+        "bulk_transfers_total",
+        "counter",
+        "Loads and saves on the bulk port that ended: `OK`, or the reason of their error.",
+        "What to do about each reason: [errors](../errors.md).",
+        ("kind", "result"),
+        lambda from_: dict(from_.bulk.ended.copy()),
+    ),
+    Metric(
+        "bulk_socket_bytes_total",
+        "counter",
+        "Bytes that the bulk port has `received` and `sent`, with the headers of messages.",
+        "The bandwidth between hosts. Compare it with the network's.",
+        ("direction",),
+        lambda from_: {
+            (way,): count for way, count in zip(("received", "sent"), from_.bulk.moved_bytes(), strict=True)
+        },
     ),
 )
 CALLS = (

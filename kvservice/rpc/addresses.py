@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
 from pathlib import Path
 
 from kvservice_api.address import parse_listen_address
+
+log = logging.getLogger(__name__)
 
 
 class AddressUnusable(RuntimeError):
@@ -43,6 +46,48 @@ def _tried(address: str) -> str:
     except OSError as error:
         return reason(error)
     return ""
+
+
+def listen_for_bulk(setting: str, address: str, grpc_port: int) -> socket.socket | None:
+    """A bound socket for the bulk port: at `setting`, or beside gRPC's `address` if that is empty.
+
+    None if it is `off`, or if it is empty and something else listens there. Raises AddressUnusable.
+    """
+    if setting == "off":
+        return None
+    host, port = parse_listen_address(setting or address)
+    if not setting:
+        port = port and grpc_port + 1
+    elif host not in (parse_listen_address(address).host, "0.0.0.0", "::"):
+        log.warning(
+            "server.bulk_address %s: clients connect to the bulk port at the host of their gRPC address, and "
+            "server.address is %s; those that do not reach it there use gRPC for KV bytes too. Name the host of "
+            "server.address, 0.0.0.0 or [::]",
+            setting,
+            address,
+        )
+    try:
+        return _bound(host, port)
+    except (OSError, OverflowError) as error:
+        why = reason(error) if isinstance(error, OSError) else "there is no such port"
+        if setting:
+            raise AddressUnusable("server.bulk_address", setting, why) from error
+        log.warning("no bulk transport: port %d, beside server.address: %s; set server.bulk_address", port, why)
+        return None
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+        0
+    ]
+    listener = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        return listener
+    except BaseException:
+        listener.close()
+        raise
 
 
 def reason(error: OSError) -> str:

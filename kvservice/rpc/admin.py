@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
 from kvservice.blocks import TierName
+from kvservice.device.cuda_ipc import CudaIpc
 from kvservice.rpc import explained
 from kvservice.rpc.calls import Callers, Context
 from kvservice.rpc.explained import stored_block
@@ -23,8 +24,11 @@ _BLOCKS_A_TURN = 64  # Their messages take a millisecond of the event loop.
 
 
 class AdminService:
-    def __init__(self, store: BlockStore, *, version: str, counters: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self, store: BlockStore, cuda_ipc: CudaIpc, *, version: str, counters: Callable[[], dict[str, float]]
+    ) -> None:
         self._store = store
+        self._cuda_ipc = cuda_ipc
         self._operators = store.operators
         self._callers = Callers(store)
         self._version = version
@@ -71,6 +75,12 @@ class AdminService:
             set_aside_bytes=facts.set_aside_bytes,
             set_aside_extents=facts.set_aside_extents,
             recordings=facts.recordings,
+            cuda=pb.CudaStatus(
+                refused_because=self._cuda_ipc.refused_because,
+                registrations=self._cuda_ipc.registration_count,
+                arena_registered_bytes=self._cuda_ipc.arena_registered_bytes,
+                failed=self._cuda_ipc.has_failed,
+            ),
         )
 
     async def ListBlocks(self, request: pb.ListBlocksRequest, context: Context) -> pb.ListBlocksResponse:
@@ -135,8 +145,8 @@ class AdminService:
         return pb.UnpinResponse(**outcome._asdict())
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
-        if sum(map(bool, (request.key, request.request_id, request.session_id))) != 1:
-            raise InvalidRequest("give exactly one of key, request_id and session_id", field="key")
+        if sum(map(bool, (request.key, request.request_id, request.session_id, request.key_prefix))) != 1:
+            raise InvalidRequest("give exactly one of key, request_id, session_id and key_prefix", field="key")
         caller = self._callers.of(context)
         if request.session_id:
             sessions = await self._operators.explain_session(caller, request.session_id)
@@ -144,8 +154,9 @@ class AdminService:
         if request.request_id:
             found = self._operators.explain_request(caller, request.request_id)
             return pb.ExplainResponse(request=explained.request(request.request_id, found))
-        block = await self._operators.explain_block(caller, request.key)
-        return pb.ExplainResponse(block=explained.block(request.key, block))
+        key = request.key or await self._operators.remembered_key(caller, request.key_prefix)
+        block = await self._operators.explain_block(caller, key)
+        return pb.ExplainResponse(block=explained.block(key, block))
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> None:
         caller = self._callers.of(context)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.rpc.calls import Callers, Context
+from kvservice.bulk.port import BulkPort
+from kvservice.rpc.calls import Callers, Context, certificate_of
 from kvservice.rpc.messages import residency_runs, tier_of
 from kvservice.rpc.reports import report_record
 from kvservice.store.caller import Caller
@@ -17,6 +19,7 @@ from kvservice.store.types import (
     SAVE_BLOCKS_MAX,
     SAVE_SLICES_MAX,
     TAILS_MAX,
+    Lease,
     Located,
     NotInPlace,
     Part,
@@ -25,6 +28,7 @@ from kvservice.store.types import (
     SaveOutcome,
     Span,
 )
+from kvservice_api import spans
 from kvservice_api.errors import InvalidRequest, KVError
 from kvservice_api.frames import HEAD_BYTES_MAX, Frame, decode_save, encode_frame
 from kvservice_api.keys import split_keys
@@ -48,20 +52,33 @@ _ON_SSD: Mapping[int, bool] = {
 
 
 class BlockService:
-    def __init__(self, store: BlockStore, *, version: str, residency_directory: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        store: BlockStore,
+        *,
+        version: str,
+        residency_directory: Callable[[], str],
+        cuda_ipc_refused_because: Callable[[], str],
+        bulk: BulkPort,
+    ) -> None:
         """`residency_directory` returns the path of the file that clients on this host may read; empty if there is
-        none.
+        none. `cuda_ipc_refused_because` is empty while DeviceService can be used.
         """
         self._store = store
         self._callers = Callers(store)
         self._version = version
         self._residency_directory = residency_directory
+        self._cuda_ipc_refused_because = cuda_ipc_refused_because
+        self._bulk = bulk
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
         store, limits, arena = self._store, self._store.limits, self._store.status.arena
         shared = pb.GetCapabilitiesResponse(
             arena_directory=arena.directory, arena_id=arena.arena_id, arena_capacity_bytes=arena.capacity_bytes
         )
+        no_cuda = self._cuda_ipc_refused_because()
+        faster = {"cuda_ipc": not no_cuda, "shm": not arena.not_shared_because, "bulk": bool(self._bulk.port)}
+        transports = [*(name for name, is_offered in faster.items() if is_offered), "grpc"]
         answer = pb.GetCapabilitiesResponse() if arena.not_shared_because else shared
         answer.MergeFrom(
             pb.GetCapabilitiesResponse(
@@ -78,7 +95,9 @@ class BlockService:
                 restores_sessions=True,
                 max_save_chains=SAVE_BLOCKS_MAX,
                 max_lease_ttl_ms=int(limits.lease_ttl_max_s * 1000),
-                transports=["grpc"] if arena.not_shared_because else ["shm", "grpc"],
+                transports=transports,
+                cuda_ipc_refused_because=no_cuda,
+                bulk_port=self._bulk.port,
                 arena_writable=arena.is_writable,
                 arena_not_shared_because=arena.not_shared_because,
                 residency_directory=self._residency_directory(),
@@ -109,22 +128,28 @@ class BlockService:
     async def LookupPrefix(self, request: pb.LookupPrefixRequest, context: Context) -> pb.LookupPrefixResponse:
         only_tails = request.parent_key and not request.keys
         keys_max = self._store.limits.keys_max
+        caller = self._callers.of(context, request.client_id)
         hit = await self._store.lookups.lookup(
-            self._callers.of(context, request.client_id),
+            caller,
             request.layout_fingerprint,
             shard_of(request),
             [] if only_tails else split_keys(request.keys, field="keys", count_max=keys_max),
             request.lease_ttl_ms / 1000,
             request.request_id,
             request.parent_key,
+            # After the answer is sent. A span is recorded within that of its call.
+            asyncio.get_running_loop().call_soon if spans.current() is None else _at_once,
         )
-        return pb.LookupPrefixResponse(
+        answer = pb.LookupPrefixResponse(
             hit_blocks=hit.blocks,
             runs=residency_runs(hit.runs),
             tails=[pb.Tail(key=key, token_count=count) for key, count in hit.tails],
             lease_id=hit.lease.lease_id if hit.lease is not None else 0,
             lease_ttl_ms=round(hit.ttl_s * 1000),
         )
+        if request.locate and hit.lease is not None:
+            self._locate(caller, hit.lease, answer)
+        return answer
 
     async def LoadBlocks(self, request: pb.LoadBlocksRequest, context: Context) -> None:
         await self._store.loads.load(
@@ -144,6 +169,7 @@ class BlockService:
             raise InvalidRequest("the first message of a save must be its header", field="header")
         caller = self._callers.of(context, first.client_id)
         header, on_ssd = save_header(first)
+        self._bulk.supersede(caller, header.keys)
         async with self._store.saves.save(caller, header) as upload:
             while isinstance(message := decode_save(await incoming.next()), Frame):
                 await upload.put(message)
@@ -152,6 +178,36 @@ class BlockService:
             if not await incoming.ended():
                 raise InvalidRequest("nothing may follow the commit", field="commit")
             return save_response(await upload.commit(checksums_of(message.checksums), on_ssd=on_ssd))
+
+    # On sockets of their own
+
+    async def OpenTransfer(self, request: pb.OpenTransferRequest, context: Context) -> pb.OpenTransferResponse:
+        certificate = certificate_of(context)
+        if request.WhichOneof("transfer") == "load":
+            load = request.load
+            opened = await self._bulk.open_load(
+                self._callers.of(context, load.client_id),
+                certificate,
+                load.lease_id,
+                shard_of(load),
+                Span(load.first_block, load.block_count),
+                Span(load.first_layer, load.layer_count),
+                request.connections,
+            )
+            return pb.OpenTransferResponse(tickets=opened.tickets, ttl_ms=round(opened.ttl_s * 1000))
+        if request.WhichOneof("transfer") != "save":
+            raise InvalidRequest("a transfer is a load or a save", field="transfer")
+        caller = self._callers.of(context, request.save.client_id)
+        header, on_ssd = save_header(request.save)
+        opened, upload = await self._bulk.open_save(
+            caller, certificate, header, request.connections, _encode_result, on_ssd=on_ssd
+        )
+        return pb.OpenTransferResponse(
+            tickets=opened.tickets,
+            ttl_ms=round(opened.ttl_s * 1000),
+            blocks=[place.position for place in upload.places],
+            refused=refused_blocks(upload.refused),
+        )
 
     # For clients that map the arena: the places of blocks instead of bytes.
 
@@ -163,7 +219,8 @@ class BlockService:
             answer = pb.LocateBlocksResponse()
             async for step in steps:
                 if isinstance(step, Located):
-                    answer = self._places(step)  # They are sent with the first count of layers.
+                    answer = pb.LocateBlocksResponse()
+                    self._put_places(step, answer)  # They are sent with the first count of layers.
                     continue
                 if isinstance(step, NotInPlace):
                     answer.not_in_place_because = step.why
@@ -201,19 +258,23 @@ class BlockService:
         return pb.ExportLeaseResponse(ticket=ticket, ttl_ms=round(granted_s * 1000))
 
     async def AdoptLease(self, request: pb.AdoptLeaseRequest, context: Context) -> pb.AdoptLeaseResponse:
+        caller = self._callers.of(context, request.client_id)
         adopted = await self._store.tickets.adopt(
-            self._callers.of(context, request.client_id),
+            caller,
             request.ticket,
             request.layout_fingerprint,
             shard_of(request),
             request.lease_ttl_ms / 1000,
         )
-        return pb.AdoptLeaseResponse(
+        answer = pb.AdoptLeaseResponse(
             lease_id=adopted.lease.lease_id,
             lease_ttl_ms=round(adopted.ttl_s * 1000),
             token_counts=adopted.token_counts,
             runs=residency_runs(adopted.runs),
         )
+        if request.locate:
+            self._locate(caller, adopted.lease, answer)
+        return answer
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
         caller = self._callers.of(context, request.client_id)
@@ -221,7 +282,12 @@ class BlockService:
         return pb.RenewLeaseResponse(ttl_ms=round(granted_s * 1000))
 
     async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Context) -> pb.ReleaseLeaseResponse:
-        await self._store.leases.release(self._callers.of(context, request.client_id), request.lease_id)
+        caller = self._callers.of(context, request.client_id)
+        loads = [(Span(each.first_block, each.block_count), each.took_us / 1e6) for each in request.loads]
+        try:
+            self._store.loads.note_in_place(caller, request.lease_id, loads)
+        finally:
+            await self._store.leases.release(caller, request.lease_id)
         return pb.ReleaseLeaseResponse()
 
     async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
@@ -263,19 +329,32 @@ class BlockService:
         number = await self._store.layouts.begin_generation(self._callers.of(context), request.layout_fingerprint)
         return pb.BeginGenerationResponse(generation=number)
 
-    def _places(self, located: Located) -> pb.LocateBlocksResponse:
-        return pb.LocateBlocksResponse(
-            arena_id=self._store.status.arena.arena_id,
-            offsets=[extent.offset_bytes for extent in located.extents],
-            generations=located.generations,
-            trailer_checksums=located.trailer_checksums.tolist(),
-            token_counts=located.token_counts.tolist(),
-            shards=np.ascontiguousarray(located.shards).tobytes(),
-        )
+    def _locate(self, caller: Caller, lease: Lease, answer: pb.LookupPrefixResponse | pb.AdoptLeaseResponse) -> None:
+        """Add the places of all blocks of a new lease, if they are few, and can be read there now."""
+        if (places := self._store.loads.places_of(caller, lease.lease_id)) is not None:
+            located, answer.located_verified = places
+            self._put_places(located, answer.located)
+            answer.located.layers_ready = lease.shard.layers
+
+    def _put_places(self, located: Located, answer: pb.LocateBlocksResponse) -> None:
+        answer.arena_id = self._store.status.arena.arena_id
+        answer.offsets.extend(located.offsets.tolist())
+        answer.generations.extend(located.generations)
+        answer.trailer_checksums.extend(located.trailer_checksums.tolist())
+        answer.token_counts.extend(located.token_counts.tolist())
+        answer.shards = np.ascontiguousarray(located.shards).tobytes()
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
 def _encode(part: Part) -> bytes:
     return encode_frame(part.layer, part.first_block, part.first_offset_bytes, part.runs)
+
+
+def _encode_result(outcome: SaveOutcome) -> bytes:
+    return save_response(outcome).SerializeToString()
 
 
 def save_header(header: pb.SaveHeader) -> tuple[SaveHeader, bool]:

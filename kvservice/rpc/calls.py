@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import logging
+import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NoReturn
@@ -36,12 +38,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Unary = Callable[[Any, Context], Awaitable[Any]]
 
 _INTERNAL = "INTERNAL"
-_LOADS = ("LoadBlocks", "LocateBlocks")
-_TIER_USERS = (*_LOADS, "SaveBlocks", "ReserveBlocks", "CommitBlocks", "Prefetch", "Pin")
+_LOADS = ("LoadBlocks", "LocateBlocks", "LoadToDevice")
+_TIER_USERS = (*_LOADS, "SaveBlocks", "ReserveBlocks", "CommitBlocks", "SaveFromDevice", "Prefetch", "Pin")
 _SESSION_WRITERS = ("AppendTurn", "TruncateSession", "ForkSession", "RestoreSession")
 _INDEX_WRITERS = (
     *(*_SESSION_WRITERS, "EndSession", "OpenLayout", "BeginGeneration"),
-    *("SaveBlocks", "CommitBlocks", "Prefetch", "Evict", "Discard", "Drain", "Pin", "Unpin"),
+    *("SaveBlocks", "CommitBlocks", "SaveFromDevice", "Prefetch", "Evict", "Discard", "Drain", "Pin", "Unpin"),
 )
 # Reasons that the alert KVServiceCallsFail is about, and the methods that can end with them. INTERNAL and OVERLOADED
 # are reasons of all methods.
@@ -85,6 +87,12 @@ def principal(peer: str, auth_context: Mapping[str, Iterable[bytes]]) -> str:
             if value:
                 return value.decode("utf-8", "backslashreplace")
     return _LOCAL if peer.startswith("unix:") else _ANONYMOUS
+
+
+def certificate_of(context: Context) -> bytes:
+    """SHA-256 of the certificate that the client of this call has shown; empty if it needs none."""
+    pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.decode())).digest() if pem else b""
 
 
 class CallCounts:

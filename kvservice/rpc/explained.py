@@ -232,7 +232,8 @@ def _load(load: LoadRecord) -> pb.ExplainedLoad:
         sent_bytes=load.sent_bytes,
         took_ms=load.took_ms,
         outcome=load.outcome,
-        in_place=load.in_place,
+        in_place=load.path == "in_place",
+        path=load.path,
     )
 
 

@@ -21,10 +21,11 @@ from kvservice.rpc.addresses import AddressUnusable, why_unusable
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
 from kvservice.rpc.calls import CallCounts, guarded
+from kvservice.rpc.devices import DeviceService
 from kvservice.rpc.hints import HintService
 from kvservice.rpc.sessions import SessionService
 from kvservice_api.address import UnixAddress
-from kvservice_api.v1 import admin_pb2, blocks_pb2, hints_pb2, sessions_pb2
+from kvservice_api.v1 import admin_pb2, blocks_pb2, devices_pb2, hints_pb2, sessions_pb2
 
 _RAW_REQUESTS = {"SaveBlocks", "Exchange"}  # Exchange: a parse error inside grpc gives the client no reason.
 _RAW_RESPONSES = {"LoadBlocks"}
@@ -58,6 +59,7 @@ class Server:
         blocks: BlockService,
         sessions: SessionService,
         hints: HintService,
+        devices: DeviceService,
         admin: AdminService,
         addresses: Sequence[str],
         *,
@@ -72,6 +74,7 @@ class Server:
             blocks_pb2.DESCRIPTOR.services_by_name["BlockService"]: blocks,
             sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]: sessions,
             hints_pb2.DESCRIPTOR.services_by_name["HintService"]: hints,
+            devices_pb2.DESCRIPTOR.services_by_name["DeviceService"]: devices,
             admin_pb2.DESCRIPTOR.services_by_name["AdminService"]: admin,
         }
         for descriptor, servicer in services.items():
@@ -146,6 +149,8 @@ def _options(frame_bytes: int) -> list[tuple[str, int]]:
         ("grpc.http2.lookahead_bytes", 16 << 20),
         ("grpc.http2.write_buffer_size", 8 << 20),
         ("grpc.http2.bdp_probe", 0),
+        ("grpc.experimental.tcp_min_read_chunk_size", 65536),  # 512 keys are read in one piece, not in three.
+        ("grpc.experimental.tcp_read_chunk_size", 65536),
         ("grpc.so_reuseport", 0),  # Refuse to start if another daemon has the address; do not share it.
         ("grpc.keepalive_time_ms", 20_000),  # Detect a client whose host has failed within 30 seconds.
         ("grpc.keepalive_timeout_ms", 10_000),

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 import grpc
 
 from kvservice.clock import Clock
-from kvservice.config import ConfigError, TlsSettings
+from kvservice.config import ConfigError
+from kvservice.config_sections import TlsSettings
 from kvservice.counters import Counters
 from kvservice_api.pem_files import PemError, PemFile, file_stamps, load_authorities, load_pair, reason_of
 

@@ -17,6 +17,7 @@ from kvservice.simulate.notes import notes_of
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB, Machine
 from kvservice.simulate.workload import Workload
+from kvservice_api.interrupts import interruptible
 
 #: Factors on the capacity of the swept tier.
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -110,7 +111,7 @@ def _play(
     factors: tuple[float, ...],
 ) -> dict[tuple[str, float], Result]:
     found = {}
-    with output.Simulations(len(names) * len(factors)) as simulations:
+    with interruptible(), output.Simulations(len(names) * len(factors)) as simulations:
         for name in names:
             for factor in factors:
                 sized = scaled(machine, sweep, factor)

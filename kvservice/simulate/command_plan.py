@@ -15,6 +15,7 @@ from kvservice.simulate.notes import notes_of
 from kvservice.simulate.plan import Mix, footprint_tokens, mixes
 from kvservice.simulate.result import Result
 from kvservice.simulate.settings import GIB
+from kvservice_api.interrupts import interruptible
 
 Share = Literal["history", "on-time", "all"]
 
@@ -61,7 +62,7 @@ def plan(
     def share(result: Result) -> float:
         return float(getattr(result, _FIELDS[of]))
 
-    with output.Simulations(None) as simulations:
+    with interruptible(), output.Simulations(None) as simulations:
 
         @functools.cache
         def simulated(name: str, dram_gb: float, ssd_gb: float) -> Result:

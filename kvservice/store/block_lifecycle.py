@@ -15,13 +15,15 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Se
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvservice.blocks import BlockTable, Extent, Rows, Tails, TierName
+from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
 from kvservice.index.records import Records, new_records
 from kvservice.store.miss_reasons import Eviction, MissReasons, Reason
+from kvservice.store.tails import Tails
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import KVError, StorageFailed
@@ -33,6 +35,7 @@ _RETRY_S = 1.0
 _SETTLED_WITHIN_S = 5.0
 _FLUSHED_WITHIN_S = 5.0  # Each part of a tier. A tier below SSD may hang.
 _FLUSH_ROWS = 1024  # They take a few milliseconds of the event loop.
+_LINKS_A_TURN = 32  # They take two milliseconds of the event loop: listeners note each block.
 
 _COPIED = (
     "layout_id token_count hits trailer_checksum stored_at_ms used_at_ms access_seq parent_key pinned_until_ms tenant"
@@ -74,6 +77,16 @@ class BlockLifecycle:
         layout = self._layouts[int(self.blocks.layout_id[row])]
         return block_geometry(layout, self.blocks.shard_of(row), int(self.blocks.token_count[row]))
 
+    def geometries(self, rows: Sequence[int]) -> list[BlockGeometry]:
+        """The same for many rows, most of which have the same one."""
+        array, found = np.asarray(rows, np.int64), dict[Any, BlockGeometry]()
+        columns = (self.blocks.layout_id, self.blocks.shard, self.blocks.token_count)
+        kinds = list(zip(*(column[array].tolist() for column in columns), strict=True))
+        for row, kind in zip(rows, kinds, strict=True):
+            if kind not in found:
+                found[kind] = self.geometry(row)
+        return [found[kind] for kind in kinds]
+
     def is_free(self, row: int) -> bool:
         """Whether nothing keeps the row's bytes in place."""
         return not self.blocks.leases[row] and not self.blocks.holds[row]
@@ -93,11 +106,11 @@ class BlockLifecycle:
 
     def lease(self, rows: Rows) -> None:
         """Begin leases on the rows, one for each time that a row is named. Pair with `unlease`."""
-        np.add.at(self.blocks.leases, rows, 1)
+        _add(self.blocks.leases, rows, 1)
 
     def unlease(self, rows: Rows) -> None:
         """End leases on the rows, one for each time that a row is named."""
-        np.subtract.at(self.blocks.leases, rows, 1)
+        _add(self.blocks.leases, rows, -1)
         self._free_unreferenced(rows)
 
     # Placing
@@ -187,18 +200,31 @@ class BlockLifecycle:
         return found
 
     async def admit(self, rows: Sequence[int], extents: Sequence[Extent]) -> None:
-        """Record new objects, whose bytes are complete in the first tier, then make them visible.
+        """Record new objects, whose bytes are complete in the first tier, then make them visible, in order.
 
-        If the index refuses, rows and extents are released.
+        If the index refuses, rows and extents are released. A caller that is cancelled after the records were written
+        gets CancelledError once all rows are visible, because records name their extents.
         """
         self.hold(rows)
         try:
             await self.place(rows, self.blocks.first_tier, extents)
-            for row in rows:
-                self.blocks.link(row)
-            self.tails.add(rows)
+            linked = 0
+            try:
+                while linked < len(rows):
+                    if linked:
+                        await asyncio.sleep(0)
+                    linked += self._link(rows[linked : linked + _LINKS_A_TURN])
+            finally:
+                self._link(rows[linked:])
         finally:
             self.unhold(rows)  # Frees the rows that were not linked.
+
+    def _link(self, rows: Sequence[int]) -> int:
+        """Make the rows visible. Returns their number."""
+        for row in rows:
+            self.blocks.link(row)
+        self.tails.add(rows)
+        return len(rows)
 
     async def flush_recency(self) -> None:
         """Write use times and hit counts of the blocks used since the last flush into their records."""
@@ -378,6 +404,8 @@ class BlockLifecycle:
         """Release the bytes of forgotten rows that nothing holds any more. Their records are deleted already."""
         blocks = self.blocks
         array = np.asarray(rows, np.int64)
+        if blocks.live[array].all():
+            return
         over = array[~blocks.live[array] & (blocks.holds[array] == 0) & (blocks.leases[array] == 0)]
         for row in dict.fromkeys(over.tolist()):
             for tier in self.tiers:
@@ -440,3 +468,18 @@ class _Removal:
             if self._leaving.get(record) is self._done:
                 del self._leaving[record]
         self._done.set_result(None)
+
+
+def _add(counts: NDArray[np.int32], rows: Rows, change: int) -> None:
+    """Add to the counts of the rows, once for each time that a row is named.
+
+    Distinct rows, as nearly always, in a tenth of the time of ``np.add.at``.
+    """
+    is_distinct = len(rows) < 2 or bool((rows[1:] > rows[:-1]).all())  # Rows of one save often ascend.
+    if not is_distinct:
+        ordered = np.sort(rows)
+        is_distinct = bool((ordered[1:] != ordered[:-1]).all())
+    if is_distinct:
+        counts[rows] += change
+    else:
+        np.add.at(counts, rows, change)

@@ -24,19 +24,23 @@ class ImagePiece(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(geometry: BlockGeometry, piece_bytes: int) -> tuple[ImagePiece, ...]:
+def cut(geometry: BlockGeometry, piece_bytes: int, first_bytes: int = 0) -> tuple[ImagePiece, ...]:
     """The layers in order, in pieces of at least `piece_bytes`, except possibly the last.
 
+    With `first_bytes`, the first piece is at least so large, and each next one four times as large as the one before
+    it, up to `piece_bytes`: so the first layers do not wait for many others.
     Small slices do not start on pages, so neighbouring pieces may share a page; both carry the
     same bytes of it.
     """
     pieces = []
     begin, start = 0, 0
+    wanted = min(first_bytes or piece_bytes, piece_bytes)
     for layer in range(geometry.slice_count):
         is_last = layer + 1 == geometry.slice_count
         next_start = geometry.slices[-1].end if is_last else geometry.slices[layer + 1].start
-        if is_last or next_start - start >= piece_bytes:
+        if is_last or next_start - start >= wanted:
             pieces.append(ImagePiece(begin, layer + 1, *page_range(geometry, begin, layer + 1)))
+            wanted = min(4 * max(wanted, next_start - start), piece_bytes)
             begin, start = layer + 1, next_start
     return tuple(pieces)
 
@@ -68,16 +72,18 @@ def read_trailer(image_end: memoryview, geometry: BlockGeometry, key: bytes, exp
     return trailer if trailer.key == key and len(trailer.checksums) == geometry.slice_count else None
 
 
+def layer_checksums(pages: memoryview, start: int, geometry: BlockGeometry, layers: range) -> list[int]:
+    """The checksums of these layers as they are. `pages` begins at byte `start` of the image."""
+    ranges = map(geometry.slice_range, layers)
+    return [checksum(pages[begin - start : end - start]) for begin, end in ranges]
+
+
 def damaged_layers(
     pages: memoryview, start: int, geometry: BlockGeometry, layers: range, checksums: NDArray[np.uint64]
 ) -> list[int]:
     """Which of `layers` do not match their checksums. `pages` begins at byte `start` of the image."""
-    damaged = []
-    for layer in layers:
-        begin, end = geometry.slice_range(layer)
-        if checksum(pages[begin - start : end - start]) != int(checksums[layer]):
-            damaged.append(layer)
-    return damaged
+    found = layer_checksums(pages, start, geometry, layers)
+    return [layer for layer, actual in zip(layers, found, strict=True) if actual != int(checksums[layer])]
 
 
 def scratch(size_bytes: int) -> memoryview:

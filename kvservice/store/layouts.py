@@ -27,6 +27,10 @@ class Layouts:
         await self._index.put_layout(layout)
         return True
 
+    def find(self, caller: Caller, fingerprint: bytes) -> Layout:
+        """Raises UnknownLayout."""
+        return self._index.find_layout(fingerprint)[1]
+
     def generation(self, caller: Caller, fingerprint: bytes) -> int:
         """The key generation of a layout for the caller's tenant. Raises UnknownLayout."""
         self._index.find_layout(fingerprint)

@@ -5,10 +5,10 @@ Called on the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvservice.blocks import BlockTable
+from kvservice.blocks import BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.index.block_index import BlockIndex
 from kvservice.store.block_lifecycle import BlockLifecycle
@@ -25,6 +25,10 @@ from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Layout, Shard
 
 _KEYS_A_TURN = 512
+
+
+def _now(work: Callable[[], None]) -> None:
+    work()
 
 
 class Hit(NamedTuple):
@@ -73,11 +77,14 @@ class Lookups:
         lease_ttl_s: float,
         request_id: str = "",
         parent_key: bytes = b"",
+        later: Callable[[Callable[[], None]], object] = _now,
     ) -> Hit:
         """How many leading blocks are stored; leases them if `lease_ttl_s` is not 0. Waits only if there are many keys.
 
         With a `request_id`, the lookup and its result are noted for `explain`. With the `parent_key` of the first key,
-        the answer has the tails of the last hit. Raises InvalidRequest, UnknownLayout, UnknownClient, Overloaded.
+        the answer has the tails of the last hit. What the answer does not need, the use of the blocks and the counts,
+        is noted by a function that is passed to `later`, which calls it soon: other requests may begin before, and the
+        lease may have ended. Raises InvalidRequest, UnknownLayout, UnknownClient, Overloaded.
         """
         began_s = self._clock.monotonic_s()
         self._requests.check_id(request_id)
@@ -93,8 +100,9 @@ class Lookups:
                     await self._loop_budget.slot()
                 part = keys[start : start + _KEYS_A_TURN]
                 more = match_prefix(self._blocks, part, layout_id, wanted)
-                self._lifecycle.hold(more.held)  # The hits stay in place until all of them are leased.
-                held.append(more.held)
+                if len(parts) > 1:  # Other tasks run in between: the hits stay in place until all of them are leased.
+                    self._lifecycle.hold(more.held)
+                    held.append(more.held)
                 found.extend(more)
                 if len(more.rows) < len(part):
                     break
@@ -107,7 +115,13 @@ class Lookups:
                 newest_first = self._lifecycle.tails.newest_first(keys[hit.blocks - 1] if hit.blocks else parent_key)
                 tails = match_tails(self._blocks, newest_first, caller.tenant, layout_id, wanted)
                 hit = hit._replace(tails=tails)
-            self._counts.note(layout_id, keys, found.rows, hit.runs, began_s)
+            took_s = self._clock.monotonic_s() - began_s
+
+            def note() -> None:
+                self._note_use(found.held, hit.lease)
+                self._counts.note(layout_id, keys, found.rows, hit.runs, took_s)
+
+            later(note) if hit.lease is not None else note()
             return hit
         finally:
             for rows in held:
@@ -115,15 +129,20 @@ class Lookups:
 
     def _hit(self, client: Client | None, layout: Layout, wanted: Shard, found: PrefixMatch, lease_ttl_s: float) -> Hit:
         lease, ttl_s = None, 0.0
-        if len(found.rows):
-            self._blocks.touch(found.held, self._clock.wall_ms())
-            self._blocks.hits[found.held] += 1
-            if client is not None:
-                self._blocks.note_user(found.held, client.number)
-                self._policy.looked_up(found.rows)
-                ttl_s = min(lease_ttl_s, self._leases.ttl_max_s)
-                lease = self._leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
+        if len(found.rows) and client is not None:
+            self._policy.looked_up(found.rows)
+            ttl_s = min(lease_ttl_s, self._leases.ttl_max_s)
+            lease = self._leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
         return Hit(len(found.rows), runs_of(self._blocks, found.rows), lease, ttl_s)
+
+    def _note_use(self, rows: Rows, lease: Lease | None) -> None:
+        """Without a lease, call it before anything else can change the rows."""
+        if lease is not None and self._leases.find(lease.lease_id) is not lease:
+            return  # It has ended already, and its rows may be other blocks'.
+        self._blocks.touch(rows, self._clock.wall_ms())
+        self._blocks.hits[rows] += 1
+        if lease is not None:
+            self._blocks.note_user(rows, lease.client.number)
 
     def _note(
         self, request_id: str, caller: Caller, layout_id: int, wanted: Shard, keys: Sequence[bytes], hit: Hit

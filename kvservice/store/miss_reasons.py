@@ -209,6 +209,11 @@ class MissReasons:
 
     # Queries
 
+    @property
+    def keys(self) -> NDArray[np.void]:
+        """The keys of all events, in no order. It changes with each event."""
+        return self._keys[: min(self._count, len(self._keys))]
+
     def of(self, key: bytes, until_ms: int | None = None) -> list[MissEvent]:
         """The events of a block, up to a time; the newest first."""
         return list(islice(self.events(key, until_ms), _FOUND_MAX))

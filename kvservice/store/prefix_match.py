@@ -42,6 +42,9 @@ class PrefixMatch:
 
     def extend(self, more: PrefixMatch) -> None:
         """Append the next blocks."""
+        if not len(self.rows):
+            self.rows, self.parts, self.held = more.rows, more.parts, more.held
+            return
         self.parts |= {len(self.rows) + block: rows for block, rows in more.parts.items()}
         self.rows = np.concatenate([self.rows, more.rows])
         self.held = np.concatenate([self.held, more.held])
@@ -174,6 +177,10 @@ def runs_of(blocks: BlockTable, rows: Rows) -> list[Run]:
     """The tiers of consecutive rows, as runs."""
     if not len(rows):
         return []
+    is_in = blocks.lie_in_tiers(rows)
+    if (is_in == is_in[:, :1]).all():
+        first, *others = is_in[:, 0].tolist()
+        return [(len(rows), first, any(others))]
     sets = blocks.tier_sets(rows)
     changes = (np.flatnonzero(sets[1:] != sets[:-1]) + 1).tolist()
     starts, ends = [0, *changes], [*changes, len(rows)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,83 +28,77 @@ from kvservice_api.errors import StorageFailed
 log = logging.getLogger(__name__)
 
 
-async def replaced_by_smaller(
-    arena: Arena,
-    index: BlockIndex,
-    folder: Path,
-    *,
-    tiers: Sequence[TierName],
-    map_bytes: int,
-    room_bytes: int,
-    now_ms: int,
-) -> Arena:
-    """A smaller arena with the blocks that fit, or the same one if none can be made now.
+@dataclass(frozen=True)
+class SmallerArena:
+    """How a store's arena is to be replaced.
 
     `folder` has the volatile index, which is not open; its new map has `map_bytes`. `room_bytes` is the memory that the
-    new arena may take as long as the old one is there. `tiers` are those of the store, the arena's first. Takes over
-    `arena`, also after an error. If not all blocks fit, these stay, in this order: pinned ones, those without a copy in
-    a slower tier, those that were used last. `emptied_keys` of the index names the others that have no copy. Raises
-    StorageFailed, OSError.
+    new arena may take as long as the old one is there. `tiers` are those of the store, the arena's first.
     """
-    smaller: Arena | None = None
-    try:
-        if index.layout_entries.damaged:
-            raise StorageFailed("entries of layouts are damaged")
-        smaller = arena.create_smaller()
-        if not index.adopt_volatile(folder, arena.arena_id, map_bytes=map_bytes):
-            await _move(arena, smaller, index, folder, tiers, map_bytes, room_bytes, now_ms)
-    except (StorageFailed, OSError) as error:
-        log.warning("the DRAM tier keeps its size: %s", error)
-        index.close_volatile()
-        if smaller is not None:
-            smaller.discard()
-        return arena
-    except BaseException:
+
+    index: BlockIndex
+    folder: Path
+    tiers: Sequence[TierName]
+    map_bytes: int
+    room_bytes: int
+    now_ms: int
+
+    async def replace(self, arena: Arena) -> Arena:
+        """A smaller arena with the blocks that fit, or the same one if none can be made now.
+
+        Takes over `arena`, also after an error. If not all blocks fit, these stay, in this order: pinned ones, those
+        without a copy in a slower tier, those that were used last. `emptied_keys` of the index names the others that
+        have no copy. Raises StorageFailed, OSError.
+        """
+        index, smaller = self.index, None
+        try:
+            if index.layout_entries.damaged:
+                raise StorageFailed("entries of layouts are damaged")
+            smaller = arena.create_smaller()
+            if not index.adopt_volatile(self.folder, arena.arena_id, map_bytes=self.map_bytes):
+                await self._move(arena, smaller)
+        except (StorageFailed, OSError) as error:
+            log.warning("the DRAM tier keeps its size: %s", error)
+            index.close_volatile()
+            if smaller is not None:
+                smaller.discard()
+            return arena
+        except BaseException:
+            arena.close()
+            raise
         arena.close()
-        raise
-    arena.close()
-    smaller.replace_old()
-    return smaller
+        smaller.replace_old()
+        return smaller
 
-
-async def _move(
-    arena: Arena,
-    smaller: Arena,
-    index: BlockIndex,
-    folder: Path,
-    tiers: Sequence[TierName],
-    map_bytes: int,
-    room_bytes: int,
-    now_ms: int,
-) -> None:
-    """Copy the blocks that fit, and replace the index by one that names the smaller arena."""
-    name, *slower = tiers
-    found = index.load(name)
-    index.close_volatile()
-    elsewhere = _have_copies(index, found.object_keys, slower)
-    order = _by_worth(found.records, elsewhere, now_ms)
-    order = order[_are_readable(found.records[order], arena)]
-    sizes = found.records["size_bytes"][order].astype(np.int64)
-    ends = np.cumsum(sizes)
-    wanted = np.count_nonzero(ends <= smaller.capacity_bytes)
-    possible = np.count_nonzero(ends <= min(smaller.capacity_bytes, room_bytes))
-    await on_thread(lambda: _copy(arena, smaller, found.records[order[:possible]], ends[:possible]))
-    kept = order[: np.count_nonzero(ends[:possible] <= smaller.ready_bytes)]
-    if len(kept) < wanted:
-        log.warning("%d blocks leave: there is not enough memory for two arenas", wanted - len(kept))
-    records = found.records[kept]
-    records["offset_bytes"] = (ends - sizes)[: len(kept)]
-    keys = [key.tobytes() for key in found.object_keys[kept]]
-    moved = index.replace_volatile(folder, smaller.arena_id, keys, records, map_bytes=map_bytes)
-    is_lost = ~elsewhere
-    is_lost[kept[:moved]] = False
-    index.emptied_keys = [key.tobytes() for key in found.object_keys[is_lost]] + list(found.damaged)
-    dropped = len(found.records) - moved
-    log.info(
-        "%s was made smaller",
-        name,
-        extra={"tier": name, "moved": moved, "dropped": dropped, "damaged": len(found.damaged)},
-    )
+    async def _move(self, arena: Arena, smaller: Arena) -> None:
+        """Copy the blocks that fit, and replace the index by one that names the smaller arena."""
+        index, (name, *slower) = self.index, self.tiers
+        found = index.load(name)
+        index.close_volatile()
+        elsewhere = _have_copies(index, found.object_keys, slower)
+        order = _by_worth(found.records, elsewhere, self.now_ms)
+        order = order[_are_readable(found.records[order], arena)]
+        sizes = found.records["size_bytes"][order].astype(np.int64)
+        ends = np.cumsum(sizes)
+        wanted = np.count_nonzero(ends <= smaller.capacity_bytes)
+        possible = np.count_nonzero(ends <= min(smaller.capacity_bytes, self.room_bytes))
+        await on_thread(lambda: _copy(arena, smaller, found.records[order[:possible]], ends[:possible]))
+        kept = order[: np.count_nonzero(ends[:possible] <= smaller.ready_bytes)]
+        if len(kept) < wanted:
+            log.warning("%d blocks leave: there is not enough memory for two arenas", wanted - len(kept))
+        records = found.records[kept]
+        records["offset_bytes"] = (ends - sizes)[: len(kept)]
+        keys = [key.tobytes() for key in found.object_keys[kept]]
+        moved = index.replace_volatile(self.folder, smaller.arena_id, keys, records, map_bytes=self.map_bytes)
+        is_lost = ~elsewhere
+        is_lost[kept[:moved]] = False
+        index.emptied_keys = [key.tobytes() for key in found.object_keys[is_lost]] + list(found.damaged)
+        dropped = len(found.records) - moved
+        log.info(
+            "%s was made smaller",
+            name,
+            extra={"tier": name, "moved": moved, "dropped": dropped, "damaged": len(found.damaged)},
+        )
 
 
 def _have_copies(index: BlockIndex, keys: ObjectKeys, tiers: Iterable[TierName]) -> NDArray[np.bool_]:

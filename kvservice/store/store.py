@@ -76,8 +76,11 @@ class StoreLimits:
     lease_ttl_max_s: float = 300.0
     frame_bytes: int = 1 << 20
     transfer_slots: int = 4
-    writes_in_flight: int = 4
-    reads_in_flight: int = 4
+    writes_in_flight: int = 4  # Into each drive of the SSD tier, and into each tier below it.
+    reads_in_flight: int = 8  # For each drive of the SSD tier.
+    ssd_drives: int = 1
+    read_bytes: int = 4 << 20
+    write_bytes: int = 4 << 20
     reserve_wait_s: float = 5.0
     upload_wait_s: float = 10.0
     recency_flush_s: float = 60.0
@@ -167,7 +170,8 @@ class BlockStore:
                 tasks,
                 loop_budget,
                 write_behind=self._write_behind,
-                reads_in_flight=limits.reads_in_flight,
+                reads_in_flight=limits.reads_in_flight * limits.ssd_drives,
+                piece_bytes=limits.read_bytes,
             )
         self.moves = RequestedMoves(blocks, lifecycle, self._promoter, self._policy, clock, loop_budget)
 
@@ -227,7 +231,7 @@ class BlockStore:
         self.drain = drain = Drain(blocks, uploads.claims, admission, self._write_behind, tasks, clock)
         self.saves = Saves(index, leases, admission, drain, uploads, in_place, trace, history)
         self._explain = explain = Explain(blocks, index, history, uploads.claims, clock, self._policy)
-        lookup_counts = LookupCounts(blocks, index.layouts, explain, clock, counters)
+        lookup_counts = LookupCounts(blocks, index.layouts, explain, counters)
         self.lookups = Lookups(
             blocks, index, lifecycle, leases, self._policy, requests, trace, clock, lookup_counts, loop_budget
         )
@@ -299,7 +303,7 @@ class BlockStore:
         """One into each of these tiers, by the tier that it copies from: the tier above."""
         blocks = self._blocks
         writers: dict[TierName, WriteBehind] = {}
-        following: WriteBehind | None = None
+        limits, following = self.limits, None
         for name, target in reversed(list(slower.items())):
             above = blocks.tiers[blocks.position(name) - 1]
             writers[above] = following = WriteBehind(
@@ -314,7 +318,8 @@ class BlockStore:
                 above=above,
                 target=target,
                 following=following,
-                writes_in_flight=self.limits.writes_in_flight,
+                writes_in_flight=limits.writes_in_flight * (limits.ssd_drives if above == blocks.first_tier else 1),
+                piece_bytes=self.limits.write_bytes,
             )
         return writers
 

@@ -33,7 +33,7 @@ from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping
 
 log = logging.getLogger(__name__)
 
-_NEW_NAME = "arena.new"  # A smaller arena, until it replaces the arena.
+NEW_ARENA_NAME = "arena.new"  # A smaller arena, until it replaces the arena.
 
 _STEP_BYTES = 64 << 20
 _STEP_BYTES_MIN = 1 << 20  # Shared memory that stays free for other programs, such as an engine.
@@ -163,8 +163,8 @@ class Arena:
         allocate memory, and end the process with SIGBUS where there is none. Raises OSError.
         """
         store_id = ArenaHeader.decode(os.pread(self._fd, HEADER_BYTES, 0)).store_id
-        header = _create(self.directory / _NEW_NAME, store_id, self.wanted_bytes, self._calls)
-        fd = self._calls.open(self.directory / _NEW_NAME, os.O_RDWR)
+        header = _create(self.directory / NEW_ARENA_NAME, store_id, self.wanted_bytes, self._calls)
+        fd = self._calls.open(self.directory / NEW_ARENA_NAME, os.O_RDWR)
         lock_fd = os.dup(self._lock_fd)
         try:
             return Arena(self.directory, lock_fd, fd, header.capacity_bytes, header.arena_id, "", self._calls)
@@ -186,7 +186,7 @@ class Arena:
 
     def discard(self) -> None:
         """Close and delete an arena that `create_smaller` made."""
-        (self.directory / _NEW_NAME).unlink(missing_ok=True)
+        (self.directory / NEW_ARENA_NAME).unlink(missing_ok=True)
         self.close()
 
     def _find_allocated(self) -> None:
@@ -232,8 +232,9 @@ class Arena:
 
     def prepare(self, on_more: Callable[[int], None]) -> None:
         """Allocate and fault in on a thread, which calls `on_more` with the number of ready bytes."""
-        self._thread = threading.Thread(target=self._prepare, args=(on_more,), name="arena", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._prepare, args=(on_more,), name="arena", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def close(self) -> None:
         self._stopping.set()
@@ -355,13 +356,13 @@ def _read_header(path: Path) -> ArenaHeader:
 
 
 def _replace(directory: Path) -> None:
-    os.replace(directory / _NEW_NAME, directory / ARENA_NAME)
+    os.replace(directory / NEW_ARENA_NAME, directory / ARENA_NAME)
     (directory / GENERATIONS_NAME).unlink(missing_ok=True)  # The old arena's. `share` makes new ones.
 
 
 def _end_replacement(directory: Path, store_id: bytes, has_index: Callable[[bytes], bool]) -> None:
     """Finish what a start began that was killed, or undo it: the commit of the index decides."""
-    path = directory / _NEW_NAME
+    path = directory / NEW_ARENA_NAME
     header, _ = examine(path, store_id)
     if header is not None and has_index(header.arena_id):
         _replace(directory)

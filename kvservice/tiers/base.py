@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,36 @@ class Tier(Protocol):
 
         `then` is called with the bytes on the reading thread; returns its result. Lower priorities are read first.
         """
+
+
+class PartRead(NamedTuple):
+    """A part of an extent to read; as the arguments of `Tier.read`."""
+
+    extent: Extent
+    offset_bytes: int
+    into: memoryview
+    then: Callable[[memoryview], Any]
+
+
+async def read_together(tier: Tier, parts: Sequence[PartRead], *, priority: float) -> list[Any]:
+    """What each `then` returned, or the exception in its place.
+
+    A tier may have a method of this name, which reads many small parts with one hand-over to a thread.
+    """
+    together = getattr(tier, "read_together", None)  # `isinstance` of a protocol takes longer than a hand-over.
+    if together is not None:
+        try:
+            found: list[Any] = await together(parts, priority=priority)
+        except Exception as error:
+            return [error] * len(parts)
+        return found
+    found = []
+    for part in parts:
+        try:
+            found.append(await tier.read(*part, priority=priority))
+        except Exception as error:
+            found.append(error)
+    return found
 
 
 @runtime_checkable

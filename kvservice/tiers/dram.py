@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -111,10 +111,9 @@ class DramTier:
             return None
         return Extent(0, offset_bytes, size_bytes)
 
-    def generations(self, extents: Sequence[Extent]) -> list[int]:
-        """The extents' generations, for clients that read them in place."""
+    def generations(self, offsets: NDArray[np.int64]) -> list[int]:
+        """The generations of the extents that begin at `offsets`, for clients that read them in place."""
         assert self.arena.generations is not None
-        offsets = np.fromiter((extent.offset_bytes for extent in extents), np.int64, len(extents))
         found: list[int] = self.arena.generations.get_many(offsets).tolist()
         return found
 

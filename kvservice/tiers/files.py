@@ -73,6 +73,8 @@ async def on_thread(work: Callable[[], T], executor: Executor | None = None) -> 
         return await asyncio.shield(job)
     finally:
         await ended(job)
+        if not job.cancelled():
+            job.exception()  # Asyncio logs one that was not asked for, as after a cancellation.
 
 
 def executor_of(threads: int, name: str) -> ThreadPoolExecutor:
@@ -124,12 +126,15 @@ class _Job(Generic[T]):
 class IoPool:
     """Threads for disk I/O that take reads before writes, and urgent reads before others.
 
-    They run from construction until `close`. As with `on_thread`, cancellation waits for a job that has started.
+    Writes never have all of several threads: a read that comes finds one that is free, or reads only. Threads
+    run from construction until `close`. As with `on_thread`, cancellation waits for a job that has started.
     """
 
     def __init__(self, threads: int) -> None:
         self._reads: list[tuple[float, int, _Job[Any]]] = []  # A heap.
         self._writes: deque[_Job[Any]] = deque()
+        self._writing = 0
+        self._writes_max = max(1, threads - max(1, threads // 4))
         self._reads_in_a_row = 0
         self._order = itertools.count()  # Equal priorities: first come, first served.
         self._closing = False
@@ -166,19 +171,26 @@ class IoPool:
             thread.join()
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
+        wrote = False
+        while (taken := self._next(wrote)) is not None:
+            job, wrote = taken
             if job.claim():
                 job.run()
-            del job  # Drop the job's reference to its caller's memory.
+            del job, taken  # Drop the job's reference to its caller's memory.
 
-    def _next(self) -> _Job[Any] | None:
+    def _next(self, wrote: bool) -> tuple[_Job[Any], bool] | None:
+        """The next job, and whether it is a write. `wrote` says whether the thread's last one was."""
         with self._more:
-            while not (self._reads or self._writes):
-                if self._closing:
+            self._writing -= wrote
+            while True:
+                may_write = bool(self._writes) and self._writing < self._writes_max
+                if self._reads and not (may_write and self._reads_in_a_row >= _READS_IN_A_ROW_MAX):
+                    self._reads_in_a_row = self._reads_in_a_row + 1 if self._writes else 0
+                    return heappop(self._reads)[2], False
+                if may_write:
+                    self._reads_in_a_row = 0
+                    self._writing += 1
+                    return self._writes.popleft(), True
+                if self._closing:  # The threads that write now carry out the writes that are left.
                     return None
                 self._more.wait()
-            if self._writes and (not self._reads or self._reads_in_a_row >= _READS_IN_A_ROW_MAX):
-                self._reads_in_a_row = 0
-                return self._writes.popleft()
-            self._reads_in_a_row = self._reads_in_a_row + 1 if self._writes else 0
-            return heappop(self._reads)[2]

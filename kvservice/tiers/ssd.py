@@ -6,21 +6,24 @@ caller's memory and the file, so memory, offsets and lengths are multiples of 4 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent, TierName
 from kvservice.tiers import ssd_files
-from kvservice.tiers.base import StoreMismatch
+from kvservice.tiers.base import PartRead, StoreMismatch
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
 from kvservice.tiers.files import WRITE, FileCalls, IoPool
 from kvservice.tiers.ssd_files import FileHeader, is_missing
@@ -31,6 +34,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Call = Callable[[int, Sequence[memoryview], int], int]
+
+_GAP_BYTES_MAX = 64 << 10  # Between parts of one read: a disk reads as many bytes sooner than it begins another read.
+_GAP = memoryview(mmap.mmap(-1, _GAP_BYTES_MAX))  # The bytes there; they are not used.
 
 
 class SsdTier:
@@ -49,7 +55,8 @@ class SsdTier:
         self._files = files
         self._headers = headers  # As they are to be; none for a file that leaves.
         self._calls = calls
-        self._pool = IoPool(io_threads)
+        # Per file, as each is on a drive of its own: a slow drive keeps no other one waiting.
+        self._pools = {number: IoPool(io_threads) for number in files}
         self._touched: set[int] = set()  # Files that were written since their last flush.
         self._sync_lock = threading.Lock()
 
@@ -70,7 +77,8 @@ class SsdTier:
         """Open the files, by number, creating those that are missing and growing those that are too small.
 
         `capacity_bytes` is shared evenly among the files without those of `leaving`; None keeps all sizes. `creatable`
-        are the numbers of the files that may be created; None means all. If any file cannot be used, none is created
+        are the numbers of the files that may be created; None means all. `io_threads` is the number per file. If any
+        file cannot be used, none is created
         or changed. Raises StoreMismatch for a file of another store, and for a missing file that may not be created;
         OSError if the disk is full.
         """
@@ -137,6 +145,7 @@ class SsdTier:
         """Cut the files to their new sizes, and delete those that leave."""
         for number in [number for number in self._files if number not in self._headers]:
             file = self._files.pop(number)
+            self._pools.pop(number).close()
             assert not file.space.used_bytes
             self._touched.discard(number)
             file.close()
@@ -222,7 +231,7 @@ class SsdTier:
             finally:
                 self._touched.add(extent.segment)
 
-        await self._pool.run(WRITE, work)
+        await self._pools[extent.segment].run(WRITE, work)
 
     def flush_failures(self, extent: Extent) -> int:
         return self._files[extent.segment].flush_failures
@@ -247,7 +256,35 @@ class SsdTier:
             file.read(into, position)
             return then(into) if then is not None else None
 
-        return await self._pool.run(priority, work)
+        return await self._pools[extent.segment].run(priority, work)
+
+    async def read_together(self, parts: Sequence[PartRead], *, priority: float = 0.0) -> list[Any]:
+        """As `base.read_together`: one job of a thread per file, and one read for parts with small gaps between them,
+        as the end of a block and the begin of the next one.
+        """
+        of_file: dict[int, list[int]] = {}
+        for number in sorted(range(len(parts)), key=lambda number: _place(parts[number])):
+            of_file.setdefault(parts[number].extent.segment, []).append(number)
+        found: list[Any] = [None] * len(parts)
+
+        def work(file: _File, numbers: list[int]) -> None:
+            for run in _runs(parts, numbers):
+                errors = file.read_parts([(_place(parts[number])[1], parts[number].into) for number in run])
+                for number, error in zip(run, errors, strict=True):
+                    try:
+                        found[number] = error or parts[number].then(parts[number].into)
+                    except Exception as raised:
+                        found[number] = raised
+
+        jobs = [
+            self._pools[segment].run(priority, partial(work, self._files[segment], numbers))
+            for segment, numbers in of_file.items()
+        ]
+        if len(jobs) == 1:
+            await jobs[0]
+        else:
+            await asyncio.gather(*jobs)  # If it is cancelled, it ends once all of them have.
+        return found
 
     def sync(self) -> None:
         """Flush the files written since the last sync. Called on any thread, before their records' commit.
@@ -264,9 +301,28 @@ class SsdTier:
                     raise
 
     def close(self) -> None:
-        self._pool.close()
+        for pool in self._pools.values():
+            pool.close()
         for file in self._files.values():
             file.close()
+
+
+def _place(part: PartRead) -> tuple[int, int]:
+    return part.extent.segment, part.extent.offset_bytes + part.offset_bytes
+
+
+def _runs(parts: Sequence[PartRead], numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Those with small gaps between them in the file, together. `numbers` are in the order of their places."""
+    run: list[int] = []
+    end = 0
+    for number in numbers:
+        place = _place(parts[number])[1]
+        if run and not end <= place <= end + _GAP_BYTES_MAX:
+            yield run
+            run = []
+        run.append(number)
+        end = place + len(parts[number].into)
+    yield run
 
 
 class _File:
@@ -294,6 +350,29 @@ class _File:
             self._transfer(self._calls.preadv, into, position)
         except OSError as error:
             raise self._failure(f"could not read {len(into)} bytes at {position} of", error) from error
+
+    def read_parts(self, parts: Sequence[tuple[int, memoryview]]) -> list[StorageFailed | None]:
+        """Fill several buffers from their positions, which rise, with one call if it moves all bytes. Returns for each
+        why it could not be filled.
+        """
+        begin = end = parts[0][0]
+        if len(parts) > 1:
+            buffers = list[memoryview]()
+            for position, into in parts:
+                buffers += [_GAP[: position - end], into] if position > end else [into]
+                end = position + len(into)
+            with contextlib.suppress(OSError):  # One of the reads below fails too, and tells its place.
+                if self._calls.preadv(self._fd, buffers, PAGE_BYTES + begin) == end - begin:
+                    return [None] * len(parts)
+        errors = list[StorageFailed | None]()
+        for position, into in parts:
+            try:
+                self.read(into, position)
+            except StorageFailed as error:
+                errors.append(error)
+            else:
+                errors.append(None)
+        return errors
 
     def write(self, data: memoryview, position: int) -> None:
         try:

@@ -84,8 +84,8 @@ def create(path: Path, header: FileHeader, calls: FileCalls) -> None:
     partial = partial_of(path)
     fd = calls.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
+        os.pwrite(fd, _encode(header), 0)  # First: `remove_partial_files` finds out by it whose file it is.
         calls.posix_fallocate(fd, 0, PAGE_BYTES + header.size_bytes)
-        os.pwrite(fd, _encode(header), 0)
         calls.fdatasync(fd)
         partial.rename(path)
         sync_folder(path.parent)
@@ -137,6 +137,14 @@ def delete(path: Path) -> None:
 def partial_of(path: Path) -> Path:
     """The name of a file that is being created."""
     return path.with_name(path.name + ".partial")
+
+
+def remove_partial_files(folder: Path, store_id: bytes) -> None:
+    """Remove the files that killed starts of this store have left. Raises OSError."""
+    for path in folder.glob(partial_of(folder / "ssd-*.kv").name):
+        header = read_header(path)
+        if header is not None and header.store_id == store_id and path == partial_of(folder / file_name(header.number)):
+            path.unlink(missing_ok=True)
 
 
 def file_name(number: int) -> str:

@@ -12,6 +12,10 @@
   x ScrubRunning       FAILED_PRECONDITION  wait for the scrub that runs
   x TlsFileUnusable    FAILED_PRECONDITION  correct the file that the message names
   x NotShared          FAILED_PRECONDITION  use a transport that needs no shared memory
+  x DeviceUnavailable  FAILED_PRECONDITION  use a transport that needs no CUDA
+  x BulkUnavailable    FAILED_PRECONDITION  use a transport that needs no bulk port
+  x TransferEnded      FAILED_PRECONDITION  open another transfer, or use another transport
+  x RegistrationEnded  FAILED_PRECONDITION  register the GPU memory again
   x NoWriterLock       FAILED_PRECONDITION  lock your file beside the arena, then ask again
   x ReservationEnded   FAILED_PRECONDITION  reserve again, and write again
   x TicketForeign      FAILED_PRECONDITION  look the prefix up on this daemon
@@ -135,6 +139,22 @@ class TlsFileUnusable(KVError, code=Code.FAILED_PRECONDITION):
 
 class NotShared(KVError, code=Code.FAILED_PRECONDITION):
     """The arena cannot be read or written in place: by this client, or by any."""
+
+
+class DeviceUnavailable(KVError, code=Code.FAILED_PRECONDITION):
+    """The daemon cannot use CUDA, its copy failed, or the client cannot export its GPU memory."""
+
+
+class BulkUnavailable(KVError, code=Code.FAILED_PRECONDITION):
+    """The daemon has no bulk port, or the client cannot reach it."""
+
+
+class TransferEnded(KVError, code=Code.FAILED_PRECONDITION):
+    """No transfer waits for the ticket: it was used, has expired, is another client's, or a connection was lost."""
+
+
+class RegistrationEnded(KVError, code=Code.FAILED_PRECONDITION):
+    """The client has no registration of GPU memory with this number: it has ended, or never was."""
 
 
 class NoWriterLock(KVError, code=Code.FAILED_PRECONDITION):

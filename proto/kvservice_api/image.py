@@ -114,12 +114,17 @@ def layer_starts(layout: Layout, shard: Shard, token_counts: Sequence[int]) -> l
     tokens = list(accumulate(token_counts, initial=0))
     of_size: dict[int, list[int]] = {}
     starts: list[list[int]] = []
-    for layer in range(shard.layer_begin, shard.layer_end):
-        per_token = layout.shard_slice_bytes(shard, layer, 1)
+    for per_token in _token_bytes(layout, shard):
         if per_token not in of_size:
             of_size[per_token] = [count * per_token for count in tokens]
         starts.append(of_size[per_token])
     return starts
+
+
+@functools.lru_cache(maxsize=256)
+def _token_bytes(layout: Layout, shard: Shard) -> tuple[int, ...]:
+    """Bytes of one token in each layer of the shard."""
+    return tuple(layout.shard_slice_bytes(shard, layer, 1) for layer in range(shard.layer_begin, shard.layer_end))
 
 
 #  | "KVTR" | version u16 | slices u16 | block key 32 | shard 8 | slices x xxh3-64 |      little-endian

@@ -154,12 +154,13 @@ class OpenSpan:
         attributes: Mapping[str, object],
         *,
         begun_s_ago: float = 0.0,
+        linked: TraceContext | None = None,
     ) -> None:
-        """The names of `attributes` get the prefix ``kvservice.``."""
+        """The names of `attributes` get the prefix ``kvservice.``. `linked` is another span that this one refers to."""
         begun_ns = time.time_ns() - int(begun_s_ago * 1e9)
         self._span: Any  # None if it could not begin.
         self.context: TraceContext
-        self._span, self.context = _begun(name, trace, kind, begun_ns) or (None, trace)
+        self._span, self.context = _begun(name, trace, kind, begun_ns, linked) or (None, trace)
         self._attached: AbstractContextManager[None] = _NO_SPAN
         self.set(**attributes)
 
@@ -230,11 +231,14 @@ def of_call(method: str, metadata: Iterable[tuple[str, str | bytes]]) -> OpenSpa
 
 
 @_contained
-def _begun(name: str, trace: TraceContext, kind: Kind, begun_ns: int) -> tuple[Any, TraceContext]:
+def _begun(
+    name: str, trace: TraceContext, kind: Kind, begun_ns: int, linked: TraceContext | None
+) -> tuple[Any, TraceContext]:
     """A new span, and the context below it."""
-    from opentelemetry.trace import SpanKind, get_tracer, set_span_in_context
+    from opentelemetry.trace import Link, SpanKind, get_current_span, get_tracer, set_span_in_context
 
-    made = get_tracer("kvservice").start_span(name, trace, SpanKind[kind.upper()], start_time=begun_ns)
+    links = [] if linked is None else [Link(get_current_span(linked).get_span_context())]
+    made = get_tracer("kvservice").start_span(name, trace, SpanKind[kind.upper()], links=links, start_time=begun_ns)
     return made, set_span_in_context(made, trace)
 
 

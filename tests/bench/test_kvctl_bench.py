@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-KVCTL = [sys.executable, "-c", "from kvservice_client.cli import main; main()"]
+from benchmarks.client import parts
+from tests import process_starter
+from tests.process_starter import python_path
+
+KVCTL = [sys.executable, "-c", "from kvctl import main; main()"]
+
+
+def kvctl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same with its imports done, for what is refused before a measure."""
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    return process_starter.run("tests.kvctl", arguments, environment=environment, timeout=120)
+
 
 FIGURES = (
-    "memcpy_gbps tcp_gbps grpc_load_ratio grpc_save_ratio shm_load_ratio shm_save_ratio shm_view_ms_1gib "
-    "rpc_empty_us_p50 lookup_512_ratio local_lookup_us_per_key index_put_ratio index_get_ratio"
+    "memcpy_gbps tcp_gbps tls_gbps bulk_load_ratio bulk_save_ratio bulk_tls_load_ratio bulk_first_layer_us_p50 "
+    "bulk_load_cpu_s_per_gb bulk_save_cpu_s_per_gb "
+    "grpc_load_ratio grpc_save_ratio shm_load_ratio shm_save_ratio shm_view_ms_1gib "
+    "hit_256_us_p50 rpc_empty_us_p50 lookup_512_ratio local_lookup_us_per_key index_put_ratio index_get_ratio"
 ).split()
 DISK_FIGURES = "odirect_read_gbps odirect_write_gbps ssd_read_ratio ssd_write_ratio".split()
 
@@ -36,7 +50,7 @@ def test_a_quick_run_prints_every_figure_as_json_and_writes_the_table(tmp_path: 
 
 
 def test_a_folder_that_is_not_there_is_refused() -> None:
-    done = subprocess.run([*KVCTL, "bench", "--directory", "/nowhere"], capture_output=True, text=True, timeout=60)
+    done = kvctl("bench", "--directory", "/nowhere")
 
     assert done.returncode == 2
     assert "/nowhere is no folder" in done.stderr
@@ -75,16 +89,25 @@ def test_a_file_that_is_no_layout_is_refused(tmp_path: Path, text: str | None, p
     if text is not None:
         path.write_text(text)
 
-    done = subprocess.run([*KVCTL, "bench", "--layout", str(path)], capture_output=True, text=True, timeout=60)
+    done = kvctl("bench", "--layout", str(path))
 
     assert done.returncode == 2
     assert problem in " ".join(done.stderr.replace("│", " ").split())
 
 
-def test_a_daemon_that_is_not_there_is_said_so() -> None:
-    command = [*KVCTL, "bench", "--quick", "--address", "127.0.0.1:1"]
+def test_a_measure_that_fails_says_why_and_the_program_continues(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    with parts.parts(folder, tmp_path, quick=True) as programs:
+        assert programs.measure("index")["put_per_s"] > 0
+        folder.rmdir()
+        for name in ("ssd", "cold"):
+            with pytest.raises(parts.MeasureFailed, match="FileNotFoundError"):
+                programs.measure(name)
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+def test_a_daemon_that_is_not_there_is_said_so() -> None:
+    done = kvctl("bench", "--quick", "--address", "127.0.0.1:1")
 
     assert done.returncode == 1
     assert "127.0.0.1:1" in done.stderr

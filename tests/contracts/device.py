@@ -1,4 +1,4 @@
-"""What every device promises. Subclass it, provide `device` and `place`, inherit the specification."""
+"""What every device promises. Subclass it, provide `device`, `place` and `read`, inherit the specification."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvservice_adapter.device.base import Device, Pages, StreamClosed
+from kvservice_adapter.device.base import Computed, Device, NotOrdered, Pages, StreamClosed
 from kvservice_adapter.device.rotation import Rotation, Stretch
 from kvservice_client.buffers import Bytes
 
@@ -34,20 +35,17 @@ def pages_of(
     page_ids: Sequence[int],
     first_token: int = 0,
     *,
-    place: str = "cpu",
+    place: Callable[[torch.Tensor], Any] = lambda tensor: tensor,
     dtype: torch.dtype = torch.float32,
 ) -> Pages:
-    """Pages full of ones."""
-    keys = torch.ones(page_count, HEADS, page_tokens, K_DIM, device=place).to(dtype)
-    values = torch.ones(page_count, HEADS, page_tokens, V_DIM, device=place).to(dtype)
-    return Pages(keys, values, page_ids, first_token)
+    """Pages full of ones, where `place` puts a tensor."""
+    keys = torch.ones(page_count, HEADS, page_tokens, K_DIM).to(dtype)
+    values = torch.ones(page_count, HEADS, page_tokens, V_DIM).to(dtype)
+    return Pages(place(keys), place(values), page_ids, first_token, name_of(dtype))
 
 
-def read_token(pages: Pages, token: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of one token of the run, ``[head, dim]``, by the definition of `Pages`."""
-    page, at = divmod(pages.first_token + token, pages.page_tokens)
-    page_id = pages.page_ids[page]
-    return pages.keys[page_id, :, at].cpu(), pages.values[page_id, :, at].cpu()
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def stored_token(
@@ -86,9 +84,24 @@ def numbering(tokens: int, dim: int = K_DIM) -> Rotation:
 
 
 class DeviceContract:
-    """`place` is torch's name of the device of the engine's tensors."""
+    """The arrays of an engine are made by `place` and `read`: here they are the tensors themselves."""
 
-    place = "cpu"
+    def place(self, tensor: torch.Tensor) -> Any:
+        """An array with the bits of a tensor, where the device's engine has its pages."""
+        return tensor
+
+    def read(self, array: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The elements of an array that `place` made, or of a part of it, once the engine has computed all it was
+        given.
+        """
+        assert isinstance(array, torch.Tensor)
+        return array
+
+    def read_token(self, pages: Pages, token: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+        """Keys and values of one token of the run, ``[head, dim]``, by the definition of `Pages`."""
+        page, at = divmod(pages.first_token + token, pages.page_tokens)
+        page_id = pages.page_ids[page]
+        return self.read(pages.keys, dtype)[page_id, :, at], self.read(pages.values, dtype)[page_id, :, at]
 
     # Streams and events
 
@@ -140,11 +153,38 @@ class DeviceContract:
         stream, slices = device.stream("test"), noise(300 * HEADS * (K_DIM + V_DIM) * 4)
         pages = pages_of(1, 300, [0], place=self.place)
 
-        event = stream.scatter(slices, [300], pages)
+        event = stream.scatter(slices, [30] * 10, pages)
 
         assert device.wait_in_compute(event, WAIT_S)
-        computed = pages.keys.clone()
-        assert same_bits(computed[0, :, 299].cpu(), stored_token(slices, [300], 299, torch.float32)[0])
+        computed = self.read(pages.keys).clone()  # Queued behind the copy, on a device with a queue.
+        assert same_bits(computed[0, :, 299], stored_token(slices, [30] * 10, 299, torch.float32)[0])
+
+    def test_what_the_engine_has_computed_before_is_gathered(self, device: Device) -> None:
+        stream, back = device.stream("test"), np.zeros(300 * HEADS * (K_DIM + V_DIM) * 4, np.uint8)
+        pages = pages_of(1, 300, [0], place=self.place)
+        pages.keys[...], pages.values[...] = 0, 0
+
+        stream.after(device.computed())
+        event = stream.gather(pages, [30] * 10, back)
+        assert event.wait(WAIT_S)
+
+        assert event.error is None
+        assert not back.any()
+
+    def test_a_stream_waits_for_nothing_that_it_cannot_wait_for(self, device: Device) -> None:
+        with pytest.raises(NotOrdered, match="a graph"):
+            device.stream("test").after(Computed("a graph is captured"))
+
+    def test_work_that_waits_for_no_copy_is_done_in_order_all_the_same(self, device: Device) -> None:
+        stream, slices, done = device.stream("test"), noise(300 * HEADS * (K_DIM + V_DIM) * 4), list[int]()
+
+        copied = stream.scatter(slices, [30] * 10, pages_of(1, 300, [0], place=self.place))
+        early, late = stream.submit(partial(done.append, 1), waits=False), stream.submit(partial(done.append, 2))
+
+        assert late.wait(WAIT_S)
+        assert early.is_done
+        assert copied.is_done
+        assert done == [1, 2]
 
     def test_a_closed_stream_does_what_it_was_given_and_takes_no_more(self, device: Device) -> None:
         stream, gate = device.stream("test"), threading.Event()
@@ -172,13 +212,13 @@ class DeviceContract:
         assert event.wait(WAIT_S)
         assert event.error is None
         for token in (0, 8, 9, 31, 32, 52):
-            for ours, theirs in zip(read_token(pages, token), stored_token(slices, counts, token, dtype), strict=True):
+            for ours, theirs in zip(
+                self.read_token(pages, token, dtype), stored_token(slices, counts, token, dtype), strict=True
+            ):
                 assert same_bits(ours, theirs), token
         assert np.array_equal(back, slices)
 
     @settings(
-        max_examples=60,
-        deadline=None,
         suppress_health_check=[
             HealthCheck.differing_executors,
             HealthCheck.function_scoped_fixture,
@@ -199,27 +239,27 @@ class DeviceContract:
         begin, end = sorted(min(each, tokens) for each in ends)
         page_ids = list(range(-(-(first_token + max(end, 1)) // page_tokens)))
         whole = pages_of(len(page_ids), page_tokens, page_ids, first_token, place=self.place)
-        pages = Pages(whole.keys, whole.values, page_ids, first_token, copied=(begin, end))
+        pages = Pages(whole.keys, whole.values, page_ids, first_token, whole.dtype, (begin, end))
+        ones = [self.place(torch.ones(self.read(each).shape)) for each in (whole.keys, whole.values)]
         slices = np.random.default_rng(1).random(tokens * HEADS * (K_DIM + V_DIM), np.float32).view(np.uint8)
         edges = [0, *(sum(counts[: each + 1]) * HEADS * (K_DIM + V_DIM) * 4 for each in range(len(counts)))]
         blocks = [slices[first:last] for first, last in pairwise(edges)]
         halves = [np.split(each, [each.size * K_DIM // (K_DIM + V_DIM)]) for each in blocks]
 
         for given_slices in (slices, blocks, halves):
-            whole.keys.fill_(1)
-            whole.values.fill_(1)
-            event = device.stream("test").scatter(given_slices, counts, pages)
+            whole.keys[...], whole.values[...] = ones
+            stream = device.stream("test")
+            stream.after(device.computed())
+            event = stream.scatter(given_slices, counts, pages)
             assert event.wait(WAIT_S)
             assert event.error is None
-            ones = torch.ones(HEADS, K_DIM), torch.ones(HEADS, V_DIM)
+            untouched = torch.ones(HEADS, K_DIM), torch.ones(HEADS, V_DIM)
             for token in range(min(tokens, len(page_ids) * page_tokens - first_token)):
-                expected = stored_token(slices, counts, token, torch.float32) if begin <= token < end else ones
-                for ours, theirs in zip(read_token(pages, token), expected, strict=True):
+                expected = stored_token(slices, counts, token, torch.float32) if begin <= token < end else untouched
+                for ours, theirs in zip(self.read_token(pages, token), expected, strict=True):
                     assert same_bits(ours, theirs), token
 
     @settings(
-        max_examples=60,
-        deadline=None,
         suppress_health_check=[  # Several devices inherit it.
             HealthCheck.differing_executors,
             HealthCheck.function_scoped_fixture,
@@ -249,12 +289,12 @@ class DeviceContract:
         assert event.error is None
         for token in range(sum(counts)):
             for ours, theirs in zip(
-                read_token(pages, token), stored_token(slices, counts, token, torch.float32), strict=True
+                self.read_token(pages, token), stored_token(slices, counts, token, torch.float32), strict=True
             ):
                 assert torch.equal(ours, theirs), token
         beside = (page_count + 1) * page_tokens - sum(counts)
-        assert int((pages.keys == 1).sum()) == beside * HEADS * K_DIM  # Random numbers stay below it.
-        assert int((pages.values == 1).sum()) == beside * HEADS * V_DIM
+        assert int((self.read(pages.keys) == 1).sum()) == beside * HEADS * K_DIM  # Random numbers stay below it.
+        assert int((self.read(pages.values) == 1).sum()) == beside * HEADS * V_DIM
         assert np.array_equal(back, slices)
         stream.close()
 
@@ -262,18 +302,19 @@ class DeviceContract:
         stream, counts = device.stream("test"), [4, 4, 3]
         slices, back = noise(11 * HEADS * (K_DIM + V_DIM) * 4), np.zeros(11 * HEADS * (K_DIM + V_DIM) * 4, np.uint8)
         # [K, V][page][token][head][dim], as some engines have them, every other one left out.
-        memory = torch.zeros(2, 8, 4, HEADS, K_DIM, device=self.place)
-        keys, values = memory[0, ::2].transpose(1, 2), memory[1, ::2, :, :, :V_DIM].transpose(1, 2)
-        pages = Pages(keys, values, [3, 1, 0])
+        memory = self.place(torch.zeros(2, 8, 4, HEADS, K_DIM))
+        keys, values = memory[0, ::2].swapaxes(1, 2), memory[1, ::2, :, :, :V_DIM].swapaxes(1, 2)
+        pages = Pages(keys, values, [3, 1, 0], dtype="float32")
 
         stream.scatter(slices, counts, pages)
         event = stream.gather(pages, counts, back)
 
         assert event.wait(WAIT_S)
         assert event.error is None
-        assert same_bits(memory[0, 0, 2].cpu(), stored_token(slices, counts, 10, torch.float32)[0])
+        found = self.read(memory)
+        assert same_bits(found[0, 0, 2], stored_token(slices, counts, 10, torch.float32)[0])
         assert np.array_equal(back, slices)
-        assert not memory[:, 1::2].any()
+        assert not found[:, 1::2].any()
 
     @pytest.mark.parametrize("is_joined", [True, False])
     @pytest.mark.parametrize(("page_tokens", "page_ids"), [(64, [1]), (16, [3, 1, 2]), (5, [2, 3, 7, 1, 9, 4, 5])])
@@ -318,7 +359,7 @@ class DeviceContract:
         assert event.wait(WAIT_S)
         assert event.error is None
         for token in range(27):
-            keys, values = read_token(pages, token)
+            keys, values = self.read_token(pages, token)
             assert torch.all(keys == token + 1), token
             assert torch.all(values == 1), token
         assert np.all(slices.view(np.float32) == 1)
@@ -339,28 +380,52 @@ class DeviceContract:
         assert gathered.wait(WAIT_S)
         assert isinstance(scattered.error, ValueError)
         assert isinstance(gathered.error, ValueError)
-        assert torch.all(pages.keys == 1)
-        assert torch.all(pages.values == 1)
+        assert torch.all(self.read(pages.keys) == 1)
+        assert torch.all(self.read(pages.values) == 1)
         assert not slices.any()
 
+    def test_what_is_to_be_done_after_a_copy_is_done_before_its_event_and_its_wait_end(self, device: Device) -> None:
+        stream, gate, seen = device.stream("test"), threading.Event(), list[bool]()
+        pages = pages_of(1, 8, [0], place=self.place)
+        slices = np.zeros(5 * HEADS * (K_DIM + V_DIM) * 4, np.uint8)
+
+        def then() -> None:
+            seen.append(bool((self.read(pages.keys)[0, :, :5] == 0).all()))
+            assert gate.wait(WAIT_S)
+
+        event = stream.scatter(slices, [5], pages, then=then)
+
+        assert not device.wait_in_compute(event, 0.05)
+        assert not event.is_done
+        gate.set()
+        assert device.wait_in_compute(event, WAIT_S)
+        assert (event.is_done, event.error, seen) == (True, None, [True])
+
+    def test_what_it_raises_is_the_copys_error_and_after_a_failed_copy_nothing_is_done(self, device: Device) -> None:
+        stream, called = device.stream("test"), list[int]()
+        pages = pages_of(1, 8, [0], place=self.place)
+
+        def then() -> None:
+            called.append(1)
+            raise LookupError("replaced")
+
+        size = 5 * HEADS * (K_DIM + V_DIM) * 4
+        replaced = stream.scatter(np.zeros(size, np.uint8), [5], pages, then=then)
+        failed = stream.scatter(np.zeros(size - 1, np.uint8), [5], pages, then=then)
+        right = stream.scatter(np.zeros(size, np.uint8), [5], pages)
+
+        assert right.wait(WAIT_S)
+        assert isinstance(replaced.error, LookupError)
+        assert isinstance(failed.error, ValueError)
+        assert (right.error, called) == (None, [1])
+
     def test_keys_and_values_of_other_shapes_are_an_error(self, device: Device) -> None:
-        pages = Pages(torch.zeros(1, 2, 8, 4, device=self.place), torch.zeros(1, 3, 8, 4, device=self.place), [0])
+        pages = Pages(self.place(torch.zeros(1, 2, 8, 4)), self.place(torch.zeros(1, 3, 8, 4)), [0])
 
         event = device.stream("test").scatter(np.zeros(8 * 5 * 4 * 4, np.uint8), [8], pages)
 
         assert event.wait(WAIT_S)
         assert isinstance(event.error, ValueError)
-
-    def test_one_tensor_is_copied_onto_another(self, device: Device) -> None:
-        stream = device.stream("test")
-        source, target = torch.randn(3, 5).t(), torch.zeros(5, 3, device=self.place)
-
-        event, wrong = stream.copy(source, target), stream.copy(source, torch.zeros(3, 5, device=self.place))
-
-        assert wrong.wait(WAIT_S)
-        assert event.error is None
-        assert torch.equal(target.cpu(), source)
-        assert isinstance(wrong.error, ValueError)
 
     # Staging
 

@@ -43,6 +43,11 @@ def heads_of(whole: BlockCache, chain: BlockChain, layer: Any, shard: Shard) -> 
     return b"".join(array[begin:end].tobytes() for pair in parts for array in pair)
 
 
+def leave_memory(client: Client, chain: BlockChain) -> None:
+    """Blocks that are on SSD leave DRAM: every transport then needs the daemon for a load."""
+    until(lambda: client.evict(chain, "dram").held == 0)
+
+
 class TransportContract:
     transport: str
 
@@ -197,7 +202,8 @@ class TransportContract:
         daemon, layout = new_daemon(), large_layout()
         with daemon.client(transport=self.transport, timeout_s=NEVER_S) as client:
             blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
-            blocks.save(chain, layers_of(blocks, chain))
+            blocks.save(chain, layers_of(blocks, chain), Durability.SSD)
+            leave_memory(client, chain)
             lease = blocks.lookup(chain, lease_ttl_s=NEVER_S)
             with daemon.stopped():
                 begin_s = time.monotonic()
@@ -211,8 +217,9 @@ class TransportContract:
         daemon, layout = new_daemon(), large_layout()
         with daemon.client(transport=self.transport, timeout_s=NEVER_S) as client, ThreadPoolExecutor() as threads:
             blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
-            blocks.save(chain, layers_of(blocks, chain))
+            blocks.save(chain, layers_of(blocks, chain), Durability.SSD)
             for whole_s, layer_s in ((NEVER_S, None), (None, NEVER_S)):
+                leave_memory(client, chain)
                 lease = blocks.lookup(chain, lease_ttl_s=NEVER_S)
                 with daemon.stopped():
                     load = threads.submit(next, lease.load(timeout_s=whole_s, layer_timeout_s=layer_s))

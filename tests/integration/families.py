@@ -109,8 +109,8 @@ _OTHER_CACHE = "takes no past_key_values"
 FAMILIES = [
     Family("Llama", _lm("Llama", _GROUPED), is_fast=True),
     Family("Mistral, sliding window", _lm("Mistral", _GROUPED, **_WINDOW), is_fast=True),
-    Family("Mixtral", _lm("Mixtral", _GROUPED, num_local_experts=4, sliding_window=None), is_fast=True),
-    Family("Qwen2", _lm("Qwen2", _GROUPED), is_fast=True),
+    Family("Mixtral", _lm("Mixtral", _GROUPED, num_local_experts=4, sliding_window=None)),
+    Family("Qwen2", _lm("Qwen2", _GROUPED)),
     Family(
         "Qwen2, sliding window in some layers",
         _lm("Qwen2", _GROUPED, use_sliding_window=True, max_window_layers=1, **_WINDOW),
@@ -134,7 +134,7 @@ FAMILIES = [
     ),
     Family("VaultGemma", _lm("VaultGemma", _GROUPED, head_dim=16, **_WINDOW)),
     Family("Phi", _lm("Phi", _GROUPED), is_fast=True),
-    Family("Phi-3", _lm("Phi3", _GROUPED), is_fast=True),
+    Family("Phi-3", _lm("Phi3", _GROUPED)),
     Family("PhiMoE", _lm("Phimoe", _GROUPED, num_local_experts=4)),
     Family("StableLM", _lm("StableLm", _GROUPED), is_fast=True),
     Family("Cohere", _lm("Cohere", _GROUPED, logit_scale=1.0), is_fast=True),
@@ -152,7 +152,7 @@ FAMILIES = [
     Family("OLMo 2", _lm("Olmo2", _GROUPED), is_fast=True),
     Family("OLMo 3", _lm("Olmo3", _GROUPED, **_WINDOW)),
     Family("OLMoE", _lm("Olmoe", _GROUPED, num_experts=4, num_experts_per_tok=2)),
-    Family("Granite", _lm("Granite", _GROUPED), is_fast=True),
+    Family("Granite", _lm("Granite", _GROUPED)),
     Family("Granite-MoE", _lm("GraniteMoe", _GROUPED, num_local_experts=4, num_experts_per_tok=2)),
     Family("StarCoder2, sliding window", _lm("Starcoder2", _GROUPED, **_WINDOW), is_fast=True),
     Family("GPT-2", _of("GPT2Config", "GPT2LMHeadModel", _GPT2), is_fast=True),
@@ -239,7 +239,7 @@ FAMILIES = [
     Family("Helium", _lm("Helium", _GROUPED, head_dim=16)),
     Family("GLM", _lm("Glm", _GROUPED, head_dim=16), is_fast=True),
     Family("GLM-4", _lm("Glm4", _GROUPED, head_dim=16)),
-    Family("DeepSeek-V2, latent attention", _lm("DeepseekV2", _NAMED, **_MLA), is_fast=True),
+    Family("DeepSeek-V2, latent attention", _lm("DeepseekV2", _NAMED, **_MLA)),
     Family("DeepSeek-V3, latent attention", _lm("DeepseekV3", _NAMED, **_MLA), is_fast=True),
     Family("Youtu, latent attention", _lm("Youtu", _NAMED, **_MLA)),
     Family(

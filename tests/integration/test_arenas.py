@@ -97,7 +97,8 @@ def test_an_arena_of_an_earlier_setting_is_named_and_goes_with_its_store(new_dae
 
     (found,) = listed(daemon.shared_memory)
     assert (found["state"], found["arena"]) == ("orphan", str(earlier))
-    assert found["why"] == f"its store {store} uses {later / earlier.name} now"
+    expected = f"of an earlier dram.path: its store {store} is there, and uses {later / earlier.name} now"
+    assert found["why"] == expected
     (current,) = listed(later)
     assert current["state"] == "needed"
     shutil.copytree(store, tmp_path / "copy")

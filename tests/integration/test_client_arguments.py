@@ -110,8 +110,8 @@ def test_what_is_no_rate_is_refused(rate: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"transport": "rdma"}, "'auto', 'shm' or 'grpc'"),
-        ({"transport": None}, "'auto', 'shm' or 'grpc'"),
+        ({"transport": "rdma"}, "'auto', 'shm', 'bulk' or 'grpc'"),
+        ({"transport": None}, "'auto', 'shm', 'bulk' or 'grpc'"),
         ({"tls": "ca.pem"}, "TlsFiles"),
         ({"tls": True}, "TlsFiles"),
         ({"name": 7}, "text of at most 200 characters"),

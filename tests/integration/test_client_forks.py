@@ -33,7 +33,7 @@ _TIMEOUT_S = 20.0  # Of a call: on a busy machine a child may wait long for the 
 STORED = new_chain(LARGE, 4, "stored before all forks")
 
 
-@pytest.fixture(params=["grpc", "shm"])
+@pytest.fixture(params=["grpc", "bulk", "shm"])
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -114,6 +114,7 @@ class TestInAChild:
             use(unused)
             child.result()
 
+    @pytest.mark.parametrize("transport", ["grpc", "shm"])  # Only a host and port lead to the bulk port.
     def test_a_client_on_a_unix_socket_works(self, daemon: DaemonProcess, transport: str) -> None:
         with Client(str(daemon.socket_path), transport=transport, timeout_s=_TIMEOUT_S) as client:  # type: ignore[arg-type]
             save(client, LARGE, STORED)
@@ -404,7 +405,7 @@ print("undisturbed")
 """
 
 
-@pytest.mark.parametrize("forks", ["60", pytest.param("1000", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("forks", ["30", pytest.param("1000", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transport", ["grpc", "shm"])
 def test_while_threads_are_within_calls_children_work_and_the_calls_continue(
     daemon: DaemonProcess, transport: str, forks: str

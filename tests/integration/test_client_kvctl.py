@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kvservice import __version__
+from kvservice_api.copying import implementation
 from kvservice_client import BlockChain, Client, Durability, QueuedRequest
 from tests import process_starter
 from tests.daemon import DaemonProcess, until
@@ -87,10 +88,16 @@ def test_keys_and_layouts_may_be_shortened(kvctl_here: Any, ask: Callable[..., A
 
 
 def test_version_tells_both_versions(ask: Callable[..., Any], daemon: DaemonProcess) -> None:
-    assert ask("version") == {"kvctl": __version__, "daemon": __version__}
+    assert ask("version") == {
+        "kvctl": __version__,
+        "daemon": __version__,
+        "copies": implementation(),
+    }
     alone = kvctl("version", address="127.0.0.1:1")
     assert alone.returncode == 0
-    assert alone.stdout.startswith(f"kvctl {__version__}\nno daemon answers at 127.0.0.1:1. ")
+    assert alone.stdout.startswith(
+        f"kvctl {__version__}; copies of shared memory are {implementation()}\nno daemon answers at 127.0.0.1:1. "
+    )
     assert kvctl("--version").stdout == f"kvctl {__version__}\n"
 
 
@@ -214,6 +221,40 @@ def test_people_get_tables(kvctl_here: Callable[..., subprocess.CompletedProcess
         assert expected in done.stdout
 
 
+def test_the_status_says_why_the_daemon_does_not_use_a_gpu(
+    daemon: DaemonProcess, kvctl_here: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    with daemon.client() as client:
+        why = client.admin.status().cuda.refused_because
+    if not why:
+        pytest.skip("this host has a GPU")
+
+    assert f"cuda_ipc is not offered: {why[:20]}" in kvctl_here("status").stdout
+
+
+@pytest.mark.parametrize(
+    ("bulk_address", "refused_because"),
+    [("", ""), ("127.0.0.2:0", "of 127.0.0.1 cannot be reached"), ("off", "the daemon has no bulk port")],
+)
+def test_the_status_says_whether_this_client_reaches_the_bulk_port(
+    new_daemon: Callable[..., DaemonProcess], bulk_address: str, refused_because: str
+) -> None:
+    daemon = new_daemon(server__bulk_address=bulk_address)
+    port = daemon.wait_for_log("serving")["bulk_port"]
+
+    done = kvctl("status", "--json", address=daemon.address)
+    status = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, status["bulk_port"]) == (0, "", port)
+    assert refused_because in status["bulk_refused_because"] and bool(refused_because) == bool(
+        status["bulk_refused_because"]
+    )
+    shown = kvctl("status", address=daemon.address).stdout
+    expected = f"bulk port {port}, " + ("not used from here: the bulk" if refused_because else "reached from here")
+    assert (expected if port else "there is no bulk port") in shown
+    if port:
+        assert "uses a UNIX socket" in kvctl("status", address=str(daemon.socket_path)).stdout
+
+
 def test_progress_shows_on_a_terminal_only_and_never_in_the_output(daemon: DaemonProcess, chain: BlockChain) -> None:
     ours, theirs = pty.openpty()
     command = [str(KVCTL), "scrub", "--json", "--address", daemon.address]
@@ -255,7 +296,14 @@ def test_an_error_is_one_line_that_says_what_to_do(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["inspect", "xyz"], ["evict", "ab" * 32], ["discard"], ["discard", "ab" * 32, "--everything"], ["scurb"]],
+    [
+        ["inspect", "xyz"],
+        ["evict", "ab" * 32],
+        ["discard"],
+        ["discard", "ab" * 32, "--everything"],
+        ["scurb"],
+        ["bench", "--write", "/nowhere/page.md"],
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_ends_with_2(

@@ -150,7 +150,7 @@ def hanging(new_daemon: NewDaemon) -> Iterator[Callable[[], DaemonProcess]]:
 
 def test_a_daemon_that_hangs_costs_no_more_than_the_timeout(hanging: Callable[[], DaemonProcess]) -> None:
     daemon, layout = hanging(), small_layout()
-    with Client(daemon.address, timeout_s=0.3) as client:
+    with Client(daemon.address, timeout_s=0.3, transport="grpc") as client:  # In memory, a load needs no daemon.
         blocks, chain = client.open_layout(layout), new_chain(layout, layout.block_tokens)
         layers = layers_of(blocks, chain)
         blocks.save(chain, layers, timeout_s=60)

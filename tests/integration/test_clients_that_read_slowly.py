@@ -114,7 +114,7 @@ def test_64_slow_readers_cost_bounded_memory_and_no_heartbeat_comes_late(
         keeps_time(daemon, read_slowly)
 
 
-@pytest.mark.parametrize("count", [4096, pytest.param(8192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2048, pytest.param(8192, marks=pytest.mark.slow)])
 def test_a_lookup_of_thousands_of_blocks_does_not_delay_other_clients(
     new_daemon: Callable[..., DaemonProcess], count: int
 ) -> None:

@@ -124,17 +124,17 @@ def turns(subject: TransformersConnector, model: Any, answer: dict[str, Any], na
 
 
 @pytest.mark.parametrize(
-    ("answer", "configured"),
+    ("answer", "configured", "block_tokens"),
     [
-        ({"pad_token_id": 0}, {}),
-        ({}, {"pad_token_id": 0}),
-        ({"generation_config": config_of(pad_token_id=0, max_new_tokens=40, do_sample=False)}, {}),
-        ({"pad_token_id": 0, "eos_token_id": [0, 23]}, {}),
-        ({"pad_token_id": 0, "eos_token_id": [22, 23]}, {}),
-        ({}, {"pad_token_id": 0, "eos_token_id": 0}),
-        ({"pad_token_id": None}, {"pad_token_id": 0}),
-        ({"pad_token_id": 3}, {"pad_token_id": 0}),
-        ({"pad_token_id": 0, "do_sample": True}, {}),
+        ({"pad_token_id": 0}, {}, 4),
+        ({}, {"pad_token_id": 0}, 16),
+        ({"generation_config": config_of(pad_token_id=0, max_new_tokens=40, do_sample=False)}, {}, 4),
+        ({"pad_token_id": 0, "eos_token_id": [0, 23]}, {}, 16),
+        ({"pad_token_id": 0, "eos_token_id": [22, 23]}, {}, 4),
+        ({}, {"pad_token_id": 0, "eos_token_id": 0}, 16),
+        ({"pad_token_id": None}, {"pad_token_id": 0}, 4),
+        ({"pad_token_id": 3}, {"pad_token_id": 0}, 16),
+        ({"pad_token_id": 0, "do_sample": True}, {}, 4),
     ],
     ids=[
         "given",
@@ -148,7 +148,6 @@ def turns(subject: TransformersConnector, model: Any, answer: dict[str, Any], na
         "sampled",
     ],
 )
-@pytest.mark.parametrize("block_tokens", [4, 16])
 def test_a_conversation_in_which_the_pad_token_was_said_answers_as_without_us_and_is_saved_on(
     daemon: DaemonProcess, answer: dict[str, Any], configured: dict[str, Any], block_tokens: int
 ) -> None:

@@ -95,8 +95,7 @@ def test_a_flipped_bit_on_ssd_is_caught_on_the_way_up(
     verify(client, layout, chains[0])
 
 
-@pytest.mark.parametrize("layout", [LARGE, SMALL], ids=["large", "small"])
-@pytest.mark.parametrize("flip", [flip_data, flip_trailer])
+@pytest.mark.parametrize(("layout", "flip"), [(LARGE, flip_data), (SMALL, flip_trailer)], ids=["large", "small"])
 def test_a_flipped_bit_on_ssd_is_caught_where_dram_has_no_room(
     daemon: DaemonProcess, client: Client, layout: Layout, flip: Flip
 ) -> None:

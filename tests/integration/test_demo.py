@@ -31,7 +31,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _LEFT_BEHIND = "kvservice-demo-*"
 _TINY, _WHOLE = "a tiny model, as far as after the kill", "whole"
 _BYTES_PER_TOKEN = {  # K and V, layers, heads, dims, fp32.
-    _TINY: 2 * 8 * 4 * 32 * 4,
+    _TINY: 2 * 4 * 4 * 32 * 4,
     _WHOLE: 2 * 30 * 3 * 64 * 4,  # SmolLM2-135M.
 }
 
@@ -67,7 +67,7 @@ def tiny_model(folder: Path) -> None:
     fast(tokenizer_object=tokenizer, chat_template=template).save_pretrained(folder)
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=128, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
+        vocab_size=len(words), hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config)

@@ -53,8 +53,8 @@ def connected(address: str, loaded: LoadedModel) -> tuple[Engine, Client]:
     ("name", "dtype"),
     [
         ("llama", torch.bfloat16),
-        ("llama, yarn", torch.float32),
-        ("glm, interleaved, half of the dims", torch.float32),
+        pytest.param("llama, yarn", torch.float32, marks=pytest.mark.slow),
+        pytest.param("glm, interleaved, half of the dims", torch.float32, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -147,7 +147,7 @@ def test_an_engine_with_pages_saves_a_turn_and_another_one_loads_it_and_continue
     request.forward_ended(history, 54, 96, 0.01)
     turn_saver = TurnSaver(client, second.blocks, second.device, second.breaker)
     turn = Turn(second.keys.chain(ids, with_partial=True), second.pages, "paged-chat")
-    saved = turn_saver.save(turn, Durability.DRAM, saves)
+    saved = turn_saver.save(turn, Durability.DRAM, second.device.computed(), saves)
 
     assert saved == Saved(stored=2, already_stored=3)
     state = client.session(LAYOUT, "paged-chat").get()

@@ -23,17 +23,16 @@ from numpy.typing import NDArray
 
 from kvservice_api.keys import BlockChain, block_key
 from kvservice_client import Client, Layout, Shard
-from kvservice_client.cli import main, transfer
+from kvservice_client.cli import main
 from kvservice_client.exports.export_file import (
     BlockRecord,
-    DamagedFile,
+    EndRecord,
     ExportReader,
+    ExportWriter,
     LayoutRecord,
     UnusableFile,
 )
-from kvservice_client.exports.exporter import Exporter
 from kvservice_client.exports.importer import Importer
-from kvservice_client.retry import Clock
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.conversations import layers_of, new_chain, small_layout
 
@@ -282,6 +281,96 @@ def test_a_damaged_byte_anywhere_never_arrives(daemon: DaemonProcess, empty: Dae
             client.admin.discard_all()
 
 
+def test_a_damaged_record_is_left_out_and_the_rest_is_imported(
+    daemon: DaemonProcess, empty: DaemonProcess, tmp_path: Path
+) -> None:
+    file = tmp_path / "chats.kvx"
+    with daemon.client() as client:
+        for name in ("with-damage", "without-damage"):
+            talk(client, name, 20)
+    exported(daemon, file, "with-damage", "without-damage")
+    with file.open("rb") as stream:
+        reader = ExportReader(stream)
+        first = next(iter(reader))
+        assert isinstance(first, LayoutRecord)
+        offset = reader.offset  # Of the first block.
+    data = bytearray(file.read_bytes())
+    data[offset + 200] ^= 1
+    file.write_bytes(data)
+
+    answer = imported(empty, file, code=1)
+
+    assert (answer["damaged"], answer["damaged_at_bytes"]) == (1, [offset])
+    assert [each["session"] for each in answer["incomplete"]] == ["with-damage"]
+    assert (answer["sessions"], answer["blocks"]) == (2, 5)
+    assert same_history(daemon, empty, "without-damage")
+    done = kvctl("import", file, "--address", empty.address, code=1)
+    assert f"kvctl: left out: the record at byte {offset} is damaged (block)\n" in done.stderr
+    assert done.stdout.endswith("; records left out: 1 damaged\n")
+
+
+def test_an_import_that_ends_early_has_stored_what_came_before_and_says_what_it_left_out(
+    daemon: DaemonProcess, empty: DaemonProcess, tmp_path: Path
+) -> None:
+    """Fewer blocks than one save takes, and no record after them that can be read."""
+    file = tmp_path / "chats.kvx"
+    with daemon.client() as client:
+        chain = talk(client, "cut-off", 10 * LAYOUT.block_tokens)
+    exported(daemon, file, "cut-off")
+    with file.open("rb") as stream:
+        reader = ExportReader(stream)
+        offsets = [reader.offset for _ in reader]  # Where the layout, 10 blocks, the session and the end record end.
+    data = bytearray(file.read_bytes())
+    data[offsets[2] + 200] ^= 1  # In the third block.
+    data[offsets[10] + 8] ^= 1  # In the head of the session's record.
+    file.write_bytes(data)
+
+    answer = imported(empty, file, code=1)
+
+    assert (answer["complete"], answer["blocks"], answer["damaged_at_bytes"]) == (False, 9, [offsets[2]])
+    with empty.client() as client:
+        assert {each.key for each in client.admin.list_blocks()} == {*chain.keys} - {chain.keys[2]}
+    done = kvctl("import", file, "--address", empty.address, code=1)
+    assert f"the record at byte {offsets[10]} is damaged in its head" in done.stderr
+    assert f"kvctl: left out: the record at byte {offsets[2]} is damaged (block)\n" in done.stderr
+    file.write_bytes(data[: offsets[5] + 100])
+    clear(empty)
+    assert imported(empty, file, code=1)["blocks"] == 4
+
+
+def test_a_session_that_the_daemon_refuses_is_named_and_the_rest_is_imported(
+    daemon: DaemonProcess, empty: DaemonProcess, tmp_path: Path
+) -> None:
+    file, changed = tmp_path / "chats.kvx", tmp_path / "changed.kvx"
+    with daemon.client() as client:
+        for name in ("of-a-short-tip", "behind-it"):
+            talk(client, name)
+    exported(daemon, file, "of-a-short-tip", "behind-it")
+    with file.open("rb") as source, changed.open("wb") as target:
+        writer = ExportWriter(target)
+        for record in ExportReader(source):
+            if isinstance(record, LayoutRecord):
+                writer.layout(record)
+            elif isinstance(record, BlockRecord):
+                writer.block(record.name, [record.slices])
+            elif isinstance(record, EndRecord):
+                writer.end(record.missing)
+            else:
+                if record.session_id == "of-a-short-tip":
+                    record.tip = record.tip[:5]
+                writer.session(record)
+
+    answer = imported(empty, changed, code=1)
+
+    assert [each["session"] for each in answer["refused"]] == ["of-a-short-tip"]
+    assert "tip" in answer["refused"][0]["why"]
+    assert (answer["complete"], answer["sessions"], answer["blocks"]) == (True, 1, 6)
+    assert same_history(daemon, empty, "behind-it")
+    done = kvctl("import", changed, "--address", empty.address, code=1)
+    assert "kvctl: refused: session 'of-a-short-tip' of layout " in done.stderr
+    assert done.stdout.endswith("; records left out: 1 refused\n")
+
+
 def test_an_export_may_flow_into_an_import(daemon: DaemonProcess, empty: DaemonProcess) -> None:
     """All sessions and blocks of two layouts, of which one is stored in four shards, through a pipe."""
     clear(daemon)
@@ -402,55 +491,6 @@ def test_engines_of_another_key_generation_are_not_surprised(
     assert imported(target, file)["conflicts"] == []
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "it is not a file of `kvctl export`. Name another file."),
-        (b"another program's", "it is not a file of `kvctl export`. Name another file."),
-        (b"KVEXPORT", "the record at byte 0 is damaged or cut off"),
-    ],
-)
-def test_a_file_of_another_kind_is_refused_and_kept(kvctl_here: Any, tmp_path: Path, content: bytes, says: str) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(content)
-
-    done = kvctl_here("import", str(file))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert says in done.stderr
-    if len(content) > 8:
-        done = kvctl_here("export", str(file), "--everything", "--resume")
-        assert done.returncode == 1
-        assert "Name another file." in done.stderr
-        assert file.read_bytes() == content
-
-
-def test_wrong_usage_is_refused_before_a_file_is_made(kvctl_here: Any, tmp_path: Path) -> None:
-    file = str(tmp_path / "file")
-    for arguments in (
-        ("export", file),
-        ("export", file, "chat", "--everything"),
-        ("export", file, "--layout", "123456", "--everything"),
-        ("export", file, "--chain", "123456", "--layout", "123456"),
-        ("export", file, "--chain", "12"),
-        ("export", "-", "chat", "--resume"),
-        ("export", "-", "chat", "--json"),
-        ("export", str(tmp_path / "no" / "file"), "--everything"),
-        ("import", file),
-        ("import", str(tmp_path)),
-    ):
-        assert kvctl_here(*arguments).returncode == 2, arguments
-    for what, says in (
-        (("no-such",), "there is no session 'no-such'. See which there are with `kvctl sessions`."),
-        (("--layout", "ab" * 32), f"there is no layout {'ab' * 32}. See which there are with `kvctl layouts`."),
-        (("--chain", "ab" * 32), "See what is stored with `kvctl ls`."),
-    ):
-        done = kvctl_here("export", file, *what)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("kvctl: ")
-        assert says in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_file_without_anything_in_it_is_whole(new_daemon: NewDaemon, empty: DaemonProcess, tmp_path: Path) -> None:
     source = new_daemon()
     assert exported(source, tmp_path / "nothing", "--everything")["blocks"] == 0
@@ -470,42 +510,6 @@ def test_a_target_that_is_too_small_says_which_sessions_are_not_whole(
 
     assert "not all of it can stay" in done.stderr
     assert "incomplete: session too-long" in done.stderr
-
-
-def test_a_newer_file_is_refused(tmp_path: Path, daemon: DaemonProcess) -> None:
-    from kvservice_api.image import checksum
-
-    head = b"KVEXPORT" + (2).to_bytes(4, "little") + bytes(4)
-    with pytest.raises(UnusableFile, match="version 2 of the format, and this kvctl knows 1"):
-        ExportReader(io.BytesIO(head + checksum(head).to_bytes(8, "little")))
-    with pytest.raises(DamagedFile):
-        ExportReader(io.BytesIO(head + bytes(8)))
-    assert os.listdir(tmp_path) == []
-
-
-def test_an_interrupt_says_how_to_continue(daemon: DaemonProcess, tmp_path: Path) -> None:
-    with daemon.client() as client:
-        talk(client, "interrupted", 40)
-    with mock.patch.object(Exporter, "session", side_effect=KeyboardInterrupt):
-        done = kvctl("export", tmp_path / "file", "interrupted", "--address", daemon.address, code=130)
-    assert done.stderr == "kvctl: interrupted. Continue with --resume.\n"
-    assert exported(daemon, tmp_path / "file", "interrupted", "--resume")["sessions"] == 1
-
-
-def test_without_a_terminal_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    class Seconds(Clock):
-        now = 0.0
-
-        def now_s(self) -> float:
-            return self.now
-
-    clock = Seconds()
-    with transfer.progress("exporting", 200, clock) as show:
-        for done in range(0, 100, 10):
-            clock.now += 3
-            show(done, f"{done} blocks")
-    lines = [f"kvctl: exporting: {share} %, {done} blocks" for share, done in ((15, 30), (35, 70))]
-    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_an_older_daemon_is_exported_from_and_restores_no_session(

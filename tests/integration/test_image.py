@@ -85,7 +85,7 @@ def test_it_has_no_torch_no_pip_of_its_own_and_nothing_of_the_host_that_built_it
     (packages,) = built.root.glob("opt/kvservice/lib/python*/site-packages")
     names = {each.name for each in packages.iterdir()}
 
-    assert "kvservice" in names
+    assert {"kvservice", "opentelemetry"} <= names
     assert not names & {"torch", "pip", "transformers"}
     for path in ("etc/pip.conf", "etc/xdg/pip", "root/.cache", "src", "wheels"):
         assert not (built.root / path).exists(), path

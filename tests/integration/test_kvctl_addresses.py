@@ -156,6 +156,7 @@ class TestWhereNoDaemonAnswers:
         new_daemon(server__metrics_address=f"127.0.0.1:{port}")
         line = hint(f"127.0.0.1:{port}")
         assert f"The program at 127.0.0.1:{port} does not answer as a KVService daemon: it hangs, or is" in line
+        assert line.endswith("If this is a daemon's bulk port, name its gRPC port: by default the number before it.")
         assert "kvservice serve" not in line
 
     def test_it_says_that_the_host_is_not_known(self, hint: Any) -> None:

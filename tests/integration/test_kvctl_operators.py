@@ -17,6 +17,7 @@ import pytest
 
 from kvservice_api.v1 import admin_pb2
 from kvservice_client import BlockChain, Client, Durability, Outcome, RequestReport, Tier
+from kvservice_client.cli import reasons
 from tests.daemon import DaemonProcess, until
 from tests.integration.known_blocks import SMALL, compare, new_chain, save
 from tests.integration.test_client_kvctl import KVCTL, kvctl
@@ -117,6 +118,8 @@ def test_explain_tells_of_a_block(
     ask: Callable[..., Any], daemon: DaemonProcess, client: Client, chain: BlockChain
 ) -> None:
     key = chain.keys[0].hex()
+    with client.open_layout(SMALL).lookup(chain[:1]):
+        pass
     client.evict(chain, Tier.DRAM)
     stored = ask("explain", key.upper())
     assert stored["miss"] is None
@@ -127,6 +130,7 @@ def test_explain_tells_of_a_block(
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"on ssd since .*, written behind", done.stdout)
     assert re.search(r"before: evicted from dram at .* on request", done.stdout)
+    assert ", 1 hit\n" in done.stdout
 
     client.admin.discard(chain)
     gone = ask("explain", key)
@@ -134,6 +138,7 @@ def test_explain_tells_of_a_block(
     assert gone["shards"] == []
     done = kvctl("explain", key, address=daemon.address)
     assert re.search(r"not stored: discarded at .* on request", done.stdout)
+    assert kvctl("explain", key[:12], address=daemon.address).stdout == done.stdout
     done = kvctl("explain", ABSENT, address=daemon.address)
     assert "not stored: never stored here since" in done.stdout
 
@@ -157,10 +162,35 @@ def test_explain_tells_what_a_block_is_worth_and_what_got_its_space(new_daemon: 
     done = kvctl("explain", first.keys[2].hex(), address=daemon.address)
     assert (done.returncode, done.stderr) == (0, "")
     text = " ".join(done.stdout.split())
-    assert re.search(
-        r"the policy fifo gives it the score \S+ in dram: dram_bytes \d+, .*size_bytes \d+, .*uses 1", text
-    )
+    known = r"what the policy fifo knows of its conversation or prefix: \S+ KiB, \S+ \w*B of it in dram, .*used once"
+    assert re.search(rf"{known}, .* in dram it has the score \d+: the lowest scores leave first on ssd it has", text)
     assert re.search(r"before: evicted from dram at .* by the policy fifo for .* \(its score was 1, the lowest\)", text)
+
+
+def test_what_foresight_knows_is_said_in_words_with_units() -> None:
+    inputs = {
+        "size_bytes": 2.0**21,
+        "dram_bytes": 2.0**20,
+        "ssd_bytes": 2.0**21,
+        "uses": 3.0,
+        "idle_s": 90.0,
+        "in_use": 0.0,
+        "requests_before_it": 4.0,
+        "hinted_s_ago": 2.0,
+        "returns_per_s": 0.01,
+        "value": 1.0,
+        "least_score_kept": 2.5e-10,
+        "of_a_newer_daemon": 7.0,
+    }
+    value = admin_pb2.TierWorth(tier_name="dram", score=3.25e-9, inputs=inputs)
+    assert list(reasons.worth(admin_pb2.PolicyWorth(policy="foresight", values=[value]))) == [
+        "what the policy foresight knows of its conversation or prefix: 2 MiB, 1 MiB of it in dram, 2 MiB of it on "
+        "ssd, used 3 times, the last time 1.5 min ago, not in use now, queued behind 4 requests, announced by a hint "
+        "2.0 s ago, its next use is expected in about 1.7 min, a use has the weight 1",
+        "  in dram it has the score 3.25e-09: the lowest scores leave first",
+        "    the lowest that stay have about 2.5e-10",
+        "    of_a_newer_daemon 7",
+    ]
 
 
 def test_policy_shows_and_switches(ask: Callable[..., Any], daemon: DaemonProcess, chain: BlockChain) -> None:
@@ -214,7 +244,12 @@ def test_explain_tells_of_a_request(
 
     done = kvctl("explain", ABSENT[:63], "--json", address=daemon.address)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"kvctl: no request with the id .* a block's key has 64 hexadecimal digits\.\n", done.stderr)
+    assert f"no block whose key begins with {ABSENT[:63]} is stored or remembered, no request" in done.stderr
+    assert done.stderr.endswith("See what is stored with `kvctl ls`.\n")
+
+    done = kvctl("explain", ABSENT[:5], "--json", address=daemon.address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"kvctl: no request with the id .* Of a block's key, at least the first 6 .*\.\n", done.stderr)
 
 
 def test_explain_tells_what_the_engine_reported(

@@ -85,8 +85,15 @@ def save_by_head(client: Client, chain: BlockChain) -> None:
         assert rank.save(chain, mine).is_complete
 
 
-@pytest.mark.parametrize("stored", ["whole", "by head"])
-@pytest.mark.parametrize("transport", ["grpc", "shm"])
+@pytest.mark.parametrize(
+    ("transport", "stored"),
+    [
+        ("grpc", "by head"),
+        ("shm", "whole"),
+        pytest.param("grpc", "whole", marks=pytest.mark.slow),
+        pytest.param("shm", "by head", marks=pytest.mark.slow),
+    ],
+)
 def test_four_ranks_adopt_what_the_scheduler_found_under_pressure_though_it_is_killed(
     new_daemon: Callable[..., DaemonProcess], start: Callable[..., Process], transport: str, stored: str
 ) -> None:

@@ -195,6 +195,16 @@ def test_loads_count_blocks_bytes_tokens_and_times_on_either_path(client: Client
     assert growth("load_bytes_total", path=path) == growth("load_bytes_total") == loaded
 
 
+def test_a_view_without_a_call_counts_its_blocks_and_has_no_duration(daemon: DaemonProcess, growth: Growth) -> None:
+    with daemon.client(transport="shm") as client:
+        chain, blocks = new_chain(SMALL, 4), client.open_layout(SMALL)
+        save(client, SMALL, chain)
+        with blocks.lookup(chain) as lease, lease.view(verify="always"):
+            pass
+        assert growth("load_blocks_total", path="in_place") == 4
+        assert growth("load_seconds_count") == 0
+
+
 def test_loads_from_ssd_count_its_reads_and_promotions(client: Client, growth: Growth, path: str) -> None:
     chain = new_chain(LARGE, 4)
     save(client, LARGE, chain, Durability.SSD)

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import re
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from kvservice_api.errors import ChecksumMismatch, Overloaded
 from kvservice_api.v1 import admin_pb2
 from kvservice_client import BlockChain, Client, Durability, Outcome, RequestReport, Tier
 from tests.certificates import Authority, replace
-from tests.daemon import MIB, DaemonProcess
+from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save
 from tests.integration.media import arena, flip_data
 from tests.integration.test_faults_disk import Faults
@@ -60,11 +61,15 @@ class Site:
             ssd__capacity_bytes=SSD_BYTES,
         )
         stack.callback(self.daemon.remove)
-        self.daemon.start(environment={"TEST_FAULTS": str(self.faults.folder)})
+        self.start()
         target = f"127.0.0.1:{self.daemon.wait_for_log('serving')['metrics_port']}"
+        self.daemon.settings["server.metrics_address"] = target  # A restart takes the same port again.
         ca, rules = authority.write(folder), OPS / "alerts" / "kvservice.rules.yaml"
         self.prometheus = stack.enter_context(prometheus(folder, target, ca, rules))
         self.reasons: Counter[str] = Counter()  # Of the misses, as `explain` says them.
+
+    def start(self) -> None:
+        self.daemon.start(environment={"TEST_FAULTS": str(self.faults.folder)})
 
     def client(self, transport: Literal["grpc", "shm"] = "grpc") -> Client:
         return Client(str(self.daemon.socket_path), name=transport, transport=transport, timeout_s=30.0)
@@ -202,6 +207,47 @@ def test_stalls_of_the_event_loop_are_alerted(site: Site) -> None:
     site.prometheus.wait_for_alert("KVServiceEventLoopStalls")
 
 
+def test_an_event_loop_that_hangs_is_alerted(site: Site) -> None:
+    """The metrics have a thread of their own, which answers meanwhile."""
+    site.faults.set("loop", "HOLD")
+    site.daemon.process.send_signal(signal.SIGUSR1)
+    summary = site.prometheus.wait_for_alert("KVServiceHung")["summary"]
+    assert summary.endswith("has not run for minutes")
+    site.faults.clear()
+    site.prometheus.wait_for('absent(ALERTS{alertname="KVServiceHung"})')
+
+
+def test_a_policy_that_fails_is_alerted(site: Site) -> None:
+    site.faults.set("policy", "EINVAL")
+    with site.client() as client:
+        for _ in range(32):  # Four times what DRAM has.
+            assert save(client, LARGE, new_chain(LARGE, 8)).is_complete
+    site.prometheus.wait_for_alert("KVServicePolicyFails")
+    site.faults.clear()
+
+
+def test_lookups_that_find_less_than_before_are_alerted(site: Site) -> None:
+    firing = 'ALERTS{alertname="KVServiceHitRatioCollapsed", alertstate="firing"}'
+    with site.client() as client:
+        blocks, missing = client.open_layout(LARGE), new_chain(LARGE, 8)
+
+        def look_up() -> bool:
+            blocks.lookup(missing).release()
+            return bool(site.prometheus.query(firing))
+
+        until(look_up)
+    assert "find 0% of the blocks" in site.prometheus.wait_for_alert("KVServiceHitRatioCollapsed")["summary"]
+
+
+def test_a_tier_that_did_not_get_its_size_is_alerted(site: Site) -> None:
+    assert site.daemon.stop() == 0
+    site.faults.set("posix_fallocate", "ENOSPC")
+    site.daemon.settings["dram.capacity_bytes"] = 24 * MIB
+    site.start()
+    summary = site.prometheus.wait_for_alert("KVServiceTierSmallerThanConfigured")["summary"]
+    assert re.fullmatch(r"The tier dram of \S+ has only 11\.98MiB", summary)
+
+
 def test_tls_files_that_cannot_be_used_are_alerted(site: Site) -> None:
     replace(site.certificate, b"no certificate")
     site.prometheus.wait_for_alert("KVServiceTlsFilesRefused")
@@ -221,6 +267,12 @@ def test_a_drain_is_alerted_until_it_is_undone(site: Site) -> None:
         site.prometheus.wait_for_alert("KVServiceDrainingForLong")
         client.admin.undo_drain()
     site.prometheus.wait_for('absent(ALERTS{alertname="KVServiceDrainingForLong"})')
+
+
+def test_a_daemon_whose_process_stands_still_is_alerted_as_down(site: Site) -> None:
+    with site.daemon.stopped():
+        site.prometheus.wait_for_alert("KVServiceDown")
+    site.prometheus.wait_for('absent(ALERTS{alertname="KVServiceDown"})')
 
 
 def test_a_daemon_that_has_ended_is_alerted(site: Site) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kvservice_client import Durability
 from tests.daemon import DaemonProcess
 from tests.integration.known_blocks import SMALL, new_chain, save, verify
@@ -164,6 +166,30 @@ def test_a_drive_that_is_away_is_named(new_daemon: NewDaemon, tmp_path: Path) ->
     (line,) = removed(daemon.store)["not_deleted"]
 
     assert line.startswith(f"{tmp_path}/drive/ssd-000.kv: No such file or directory; if its drive is away")
+
+
+@pytest.mark.parametrize("drives", [[], ["a", "b"]], ids=["in the store", "on drives"])
+def test_a_removal_that_was_killed_is_continued_without_a_word_of_what_it_has_deleted(
+    new_daemon: NewDaemon, tmp_path: Path, drives: list[str]
+) -> None:
+    for drive in drives:
+        (tmp_path / drive).mkdir()
+    daemon = used(new_daemon, **({"ssd__paths": ":".join(f"{tmp_path / drive}" for drive in drives)} if drives else {}))
+    assert daemon.stop() == 0
+    killed = (
+        "import os, shutil, sys; rmtree = shutil.rmtree; "
+        "shutil.rmtree = lambda path: os._exit(9) if path.name == 'index' else rmtree(path); "
+        "from kvservice.__main__ import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", killed, "remove", "--yes", str(daemon.store)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, capture_output=True, timeout=60, check=False, env=environment).returncode == 9
+    assert (daemon.store / "index").exists()
+    assert not list(tmp_path.rglob("ssd-*.kv"))
+
+    assert removed(daemon.store)["not_deleted"] == []
+
+    assert not daemon.store.exists()
 
 
 def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvservice.tiers.extents import extent_size
+from kvservice.tiers.ssd_files import read_header
 from kvservice_api.image import block_geometry
 from kvservice_api.layout import Shard
 from kvservice_client import BlockChain, Client, Durability
@@ -109,16 +110,48 @@ def ssd_bytes(blocks: int) -> int:
 
 
 class TestTheSsdTier:
-    def test_grows_and_keeps_every_block(self, new_daemon: NewDaemon) -> None:
+    @pytest.mark.parametrize("kill_every", [0, pytest.param(1, marks=pytest.mark.slow)])
+    def test_grows_and_keeps_every_block(self, new_daemon: NewDaemon, kill_every: int) -> None:
         daemon = new_daemon(ssd__capacity_bytes=ssd_bytes(16), mover__ssd_free_low=0, mover__ssd_free_high=0)
         start(daemon)
         chains = filled(daemon)
-        restart(daemon, ssd__capacity_bytes=ssd_bytes(32))
+        assert daemon.stop() == 0
+        if kill_every:
+            size = ssd_bytes(32)
+            assert start_killed_often(daemon, step=kill_every, ssd__capacity_bytes=size) >= 10 // kill_every
+        else:
+            start(daemon, ssd__capacity_bytes=ssd_bytes(32))
         assert (daemon.store / "ssd-000.kv").stat().st_size > 32 * BLOCK
         more = filled(daemon, blocks=16)
         assert on_ssd_alone(daemon, chains + more) == list(range(BLOCKS + 16))
         assert daemon.stop() == 0
         assert daemon.check().returncode == 0
+
+    def test_that_is_killed_while_it_grows_keeps_every_block_and_takes_either_size(
+        self, new_daemon: NewDaemon, tmp_path: Path
+    ) -> None:
+        before, after = ssd_bytes(BLOCKS), ssd_bytes(2 * BLOCKS)
+        daemon = new_daemon(ssd__capacity_bytes=before, mover__ssd_free_low=0, mover__ssd_free_high=0)
+        start(daemon)
+        chains = filled(daemon)
+        assert daemon.stop() == 0
+        file, faults = daemon.store / "ssd-000.kv", tmp_path / "faults"
+        header, size = read_header(file), file.stat().st_size
+        faults.mkdir()
+        (faults / "fdatasync").write_text("HOLD")
+        for next_size in (before, after):
+            daemon.program = ("-m", "tests.faulty_daemon")
+            daemon.settings["ssd.capacity_bytes"] = after
+            daemon.launch(environment={"TEST_FAULTS": str(faults)})
+            until(lambda: file.stat().st_size > size)
+            daemon.kill()
+            assert read_header(file) == header  # Of the old size: the file is allocated first.
+            daemon.program = ("-m", "tests.dying_daemon")
+            start(daemon, ssd__capacity_bytes=next_size)
+            assert (file.stat().st_size > size) == (next_size == after)
+            assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
+            assert daemon.stop() == 0
+            assert daemon.check().returncode == 0
 
     @pytest.mark.parametrize("kill_every", [0, 9, pytest.param(1, marks=pytest.mark.slow)])
     def test_shrinks_and_keeps_the_blocks_that_were_used_last(self, new_daemon: NewDaemon, kill_every: int) -> None:
@@ -412,6 +445,33 @@ class TestADrive:
             assert on_ssd_alone(daemon, chains) == list(range(BLOCKS))
             restart(daemon)
             daemon.kill()
+
+        # Its file is stale now. It must not pass for the one of a drive that was added later, and is away.
+        start(daemon, ssd__paths=drives_in(tmp_path, "two", "three"), ssd__drained_paths="")
+        filled(daemon)
+        assert daemon.stop() == 0
+        shutil.rmtree(tmp_path / "three")
+        daemon.settings["ssd.paths"] = drives_in(tmp_path, "two", "one")
+        assert f"{tmp_path / 'three' / 'ssd-002.kv'} has" in refuses(daemon)
+
+    def test_that_is_named_twice_through_a_link_is_refused(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
+        paths = f"{drives_in(tmp_path, 'one')}:{tmp_path / 'link'}"
+        (tmp_path / "link").symlink_to(tmp_path / "one")
+        daemon = new_daemon(ssd__paths=paths)
+        assert f"{tmp_path / 'one'} and {tmp_path / 'link'} are the same folder: name it once" in refuses(daemon)
+        assert not list((tmp_path / "one").iterdir())
+
+    def test_loses_the_unfinished_files_of_killed_starts_of_its_store_only(
+        self, new_daemon: NewDaemon, tmp_path: Path
+    ) -> None:
+        daemon = new_daemon(ssd__paths=drives_in(tmp_path, "one"), ssd__capacity_bytes=ssd_bytes(20))
+        start(daemon)
+        file = tmp_path / "one" / "ssd-000.kv"
+        shutil.copy(file, ours := file.with_name("ssd-000.kv.partial"))
+        (theirs := file.with_name("ssd-007.kv.partial")).touch()
+        restart(daemon)
+        assert not ours.exists()
+        assert theirs.exists()
 
     def test_in_both_lists_is_wrong_usage(self, new_daemon: NewDaemon, tmp_path: Path) -> None:
         drives = drives_in(tmp_path, "one")

@@ -95,6 +95,21 @@ def test_ListBlocks_finds_keys_by_their_first_digits(wire: Wire) -> None:
             wire.admin.ListBlocks(pb.ListBlocksRequest(key_prefix=digits))
 
 
+def test_Explain_finds_a_block_that_is_gone_by_the_first_digits_of_its_key(wire: Wire) -> None:
+    chain = saved(wire, 20)
+    wanted = chain.keys[2]
+    with refused(BlockNotFound, "the history remembers no block"):
+        wire.admin.Explain(pb.ExplainRequest(key_prefix=wanted.hex()[:12]))
+    wire.admin.Discard(pb.DiscardRequest(keys=b"".join(chain.keys)))
+    for digits in (wanted.hex()[:12], wanted.hex().upper()):
+        found = wire.admin.Explain(pb.ExplainRequest(key_prefix=digits)).block
+        assert (found.key, found.miss.reason) == (wanted, pb.MISS_REASON_DISCARDED)
+    first_digits = [key.hex()[0] for key in chain.keys]
+    several = next(digit for digit in first_digits if first_digits.count(digit) > 1)  # 20 keys have 16 first digits.
+    with refused(InvalidRequest, "more than one key in the history begins with", field="key_prefix"):
+        wire.admin.Explain(pb.ExplainRequest(key_prefix=several))
+
+
 def test_ListLayouts_tells_what_is_stored_of_each_page_by_page(wire: Wire) -> None:
     saved(wire, 2)
     first = wire.admin.ListLayouts(pb.ListLayoutsRequest(page_size=1))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from kvservice_api.arena import HEADER_BYTES, ArenaHeader
 from kvservice_api.errors import (
@@ -16,7 +15,6 @@ from kvservice_api.errors import (
     InvalidRequest,
     LeaseExpired,
     LeaseNotYours,
-    RequestNotFound,
     ReservationEnded,
     TicketForged,
     TicketLayoutMismatch,
@@ -31,6 +29,7 @@ from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import admin_pb2, types_pb2
 from kvservice_api.v1 import blocks_pb2 as pb
 from tests.daemon import DaemonProcess, until
+from tests.integration.bulk_wire import BulkSocket, Received, checksums_of, open_load, open_save, read_load
 from tests.integration.by_hand import InPlaceWriter
 from tests.integration.known_blocks import SMALL, layers_of, new_chain, slice_bytes, slice_of
 from tests.integration.wire import Upload, Wire, refused
@@ -61,7 +60,7 @@ def test_GetCapabilities_tells_identity_and_the_limits_that_hold(wire: Wire) -> 
 
     assert (answer.version, answer.boot_epoch, answer.store_id) == (status.version, status.boot_epoch, status.store_id)
     assert answer.max_frame_bytes == 2**20 + HEAD_BYTES_MAX
-    assert (answer.max_lease_ttl_ms, list(answer.transports)) == (300_000, ["shm", "grpc"])
+    assert (answer.max_lease_ttl_ms, list(answer.transports)) == (300_000, ["shm", "bulk", "grpc"])
     assert wire.renew(wire.lookup(SMALL, saved(wire)).lease_id, ttl_ms=2**32 - 1).ttl_ms == answer.max_lease_ttl_ms
     header = ArenaHeader.decode((Path(answer.arena_directory) / "arena").read_bytes()[:HEADER_BYTES])
     assert (header.arena_id, header.store_id) == (answer.arena_id, answer.store_id)
@@ -178,6 +177,21 @@ def locate(wire: Wire, lease_id: int, **request: Any) -> list[pb.LocateBlocksRes
     return answers
 
 
+def test_OpenTransfer_gives_tickets_for_a_load_or_a_save(wire: Wire) -> None:
+    chain = new_chain(SMALL, 3)
+    opened = open_save(wire, SMALL, chain, connections=2)
+    assert list(opened.blocks) == [0, 1, 2] and len(set(opened.tickets)) == 2 and opened.ttl_ms == 5_000
+    with BulkSocket(wire) as connection:
+        connection.hello(opened.tickets[0])
+        for layer, slices in enumerate(layers_of(SMALL, chain)):
+            connection.put(layer, 0, np.concatenate(slices).tobytes())
+        connection.commit(checksums_of(SMALL, chain, opened.blocks))
+        assert connection.result().stored == 3
+        received = Received(SMALL, chain)
+        read_load(connection.hello(*open_load(wire, SMALL, chain)), received)
+    assert received.is_right()
+
+
 def test_LocateBlocks_tells_where_leased_blocks_lie_and_keeps_them_there(wire: Wire) -> None:
     chain = saved(wire, 4)
     evict(wire, chain[1:2], DRAM)
@@ -185,7 +199,8 @@ def test_LocateBlocks_tells_where_leased_blocks_lie_and_keeps_them_there(wire: W
     arena = InPlaceWriter(wire, locked=False).arena
 
     first, *others = locate(wire, lease_id)
-    assert [answer.layers_ready for answer in [first, *others]] == list(range(SMALL.layers + 1))
+    ready = [answer.layers_ready for answer in [first, *others]]
+    assert (ready[0], ready[-1]) == (0, SMALL.layers) and ready == sorted(ready)
     geometry = block_geometry(SMALL, Shard.whole(SMALL), SMALL.block_tokens)
     for block, (key, offset) in enumerate(zip(chain, first.offsets, strict=True)):
         for layer in range(SMALL.layers):
@@ -207,6 +222,44 @@ def test_LocateBlocks_tells_where_leased_blocks_lie_and_keeps_them_there(wire: W
     call.cancel()
     until(lambda: evict(wire, chain, DRAM).held == 0)
     assert (arena.generations(np.array(first.offsets, np.int64)) != first.generations).all(), "they have left"
+
+
+def test_LookupPrefix_names_the_places_of_leased_blocks_in_memory_if_it_is_asked(wire: Wire) -> None:
+    chain = saved(wire, 3)
+    request = pb.LookupPrefixRequest(
+        client_id=wire.client_id,
+        layout_fingerprint=SMALL.fingerprint,
+        keys=chain.packed_keys,
+        lease_ttl_ms=30_000,
+        request_id="located",
+        locate=True,
+    )
+
+    answer = wire.blocks.LookupPrefix(request)
+    [expected] = locate(wire, answer.lease_id)
+    assert (answer.located, answer.located_verified) == (expected, True)
+    plain = wire.lookup(SMALL, chain)
+    assert not plain.HasField("located")
+    wire.release(plain.lease_id)
+
+    report = pb.InPlaceLoad(first_block=1, block_count=2, took_us=1500)
+    release = pb.ReleaseLeaseRequest(client_id=wire.client_id, lease_id=answer.lease_id, loads=[report])
+    wire.blocks.ReleaseLease(release)
+    *_, load = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="located")).request.lookups[0].loads
+    assert (load.blocks, load.outcome) == (2, "done")
+    wire.blocks.ReleaseLease(release)  # The lease has ended: nothing is counted.
+
+    until(lambda: evict(wire, chain[1:2], DRAM).held == 0)
+    cold = wire.blocks.LookupPrefix(request)
+    assert (cold.hit_blocks, cold.HasField("located")) == (3, False)
+
+    assert evict(wire, chain, DRAM).held == 2
+    for wrong in ([pb.InPlaceLoad(first_block=3)], [report] * 65):
+        lease_id = wire.lookup(SMALL, chain).lease_id
+        with refused(InvalidRequest, "are not in the lease|are reported"):
+            wire.blocks.ReleaseLease(pb.ReleaseLeaseRequest(client_id=wire.client_id, lease_id=lease_id, loads=wrong))
+    wire.release(cold.lease_id)
+    assert evict(wire, chain, DRAM).held == 0, "refused reports have ended their leases"
 
 
 def test_ReserveBlocks_sets_space_aside_for_what_is_not_stored(wire: Wire) -> None:
@@ -501,46 +554,6 @@ def test_ReportRequest_appears_in_Explain_once_with_or_without_a_lookup(wire: Wi
     assert 4 <= time.time() - explained.at.seconds <= 60
     assert not answer.lookups
     assert not explained.report.estimates.HasField("recompute_ms"), "an unknown estimate is not 0"
-
-
-def test_ReportRequest_keeps_no_field_that_the_daemon_does_not_know(wire: Wire) -> None:
-    known = pb.RequestReport(request_id="newer", outcome=pb.REQUEST_OUTCOME_DONE)
-    unknown = b"\xa2\x06\x05later"  # Field 100, five bytes.
-    report = pb.RequestReport.FromString(known.SerializeToString() + unknown)
-    wire.blocks.ReportRequest(pb.ReportRequestRequest(report=report))
-    (explained,) = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="newer")).request.reports
-    assert explained.report.SerializeToString() == known.SerializeToString()
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"request_id": ""}, "request_id"),
-        ({"request_id": "x" * 201}, "request_id"),
-        ({"outcome": 0}, "outcome"),
-        ({"outcome": 99}, "outcome"),
-        ({"plan": 99}, "plan"),
-        ({"plan_reason": "x" * 201}, "plan_reason"),
-        ({"client_name": "\x1b[2J"}, "client_name"),
-        ({"tier": "a\nb"}, "tier"),
-        ({"estimates": pb.PlanEstimates(load_ms=float("nan"))}, "load_ms"),
-        ({"times": pb.RequestTimes(waited_ms=-1)}, "waited_ms"),
-        ({"times": pb.RequestTimes(first_token_ms=float("inf"))}, "first_token_ms"),
-    ],
-)
-def test_ReportRequest_refuses_invalid_fields(wire: Wire, changes: dict[str, Any], field: str) -> None:
-    fields: dict[str, Any] = {"request_id": "odd", "outcome": pb.REQUEST_OUTCOME_DONE, **changes}
-    with refused(InvalidRequest, "", field=field):
-        wire.blocks.ReportRequest(pb.ReportRequestRequest(report=pb.RequestReport(**fields)))
-    with refused(RequestNotFound, "no request with the id"):
-        wire.admin.Explain(admin_pb2.ExplainRequest(request_id=fields["request_id"] or "odd"))
-
-
-def test_ReportRequest_takes_times_from_before_the_epoch_as_long_ago(wire: Wire) -> None:
-    report = pb.RequestReport(request_id="old", outcome=pb.REQUEST_OUTCOME_DONE, ago_ms=2**64 - 1)
-    wire.blocks.ReportRequest(pb.ReportRequestRequest(report=report))
-    (report,) = wire.admin.Explain(admin_pb2.ExplainRequest(request_id="old")).request.reports
-    assert 0 < report.at.seconds < time.time() - 86400
 
 
 def test_GetGeneration_returns_the_layouts_number(wire: Wire) -> None:

@@ -19,7 +19,7 @@ from kvservice_client import Client, LocalHit
 from tests.daemon import DaemonProcess, until
 from tests.large_stores import LAYOUT, LargeStore, slices_of, write_store
 
-KVCTL = [sys.executable, "-c", "from kvservice_client.cli import main; main()"]
+KVCTL = [sys.executable, "-c", "from kvctl import main; main()"]
 AS_USERS_START_IT = ("-c", "import sys; from kvservice.__main__ import main; sys.exit(main())")  # With all imports.
 
 
@@ -68,8 +68,8 @@ def listed(daemon: DaemonProcess, limit: int) -> set[str]:
     return {block["key"] for block in found["blocks"]}
 
 
-def test_eight_thousand_blocks_are_found_listed_and_read_back(tmp_path: Path) -> None:
-    with stopped_daemon(tmp_path, 8_000) as (daemon, store), daemon.start().client() as client:
+def test_four_thousand_blocks_are_found_listed_and_read_back(tmp_path: Path) -> None:
+    with stopped_daemon(tmp_path, 4_000) as (daemon, store), daemon.start().client() as client:
         expect_found_in_shared_memory(client, store)
         assert len(listed(daemon, 2500)) == 2500
         keys = {block.key for block in client.admin.list_blocks()}

@@ -42,7 +42,7 @@ def test_by_default_bytes_go_through_shared_memory(daemon: DaemonProcess) -> Non
 def test_a_daemon_that_does_not_share_is_used_by_grpc(new_daemon: NewDaemon) -> None:
     daemon = new_daemon(dram__share="off")
     with daemon.client() as client, daemon.client(transport="shm") as insisting:
-        assert list(client.capabilities().transports) == ["grpc"]
+        assert list(client.capabilities().transports) == ["bulk", "grpc"]
         move_some(client)
         assert ways(client) == ({"grpc"}, {"grpc"})
         assert "dram.share is off" in client.stats().shm_refused_because
@@ -153,5 +153,5 @@ def test_a_tmpfs_too_full_for_the_generations_is_served_without_shared_memory(tm
 
 
 def test_an_unknown_transport_is_refused() -> None:
-    with pytest.raises(Exception, match="transport is 'rdma'; it must be 'auto', 'shm' or 'grpc'"):
+    with pytest.raises(Exception, match="transport is 'rdma'; it must be 'auto', 'shm', 'bulk' or 'grpc'"):
         Client(transport="rdma")  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from kvservice_api.v1 import (
     admin_pb2_grpc,
     blocks_pb2,
     blocks_pb2_grpc,
+    devices_pb2_grpc,
     hints_pb2_grpc,
     sessions_pb2,
     sessions_pb2_grpc,
@@ -79,17 +80,23 @@ def unharmed(address: str) -> Iterator[BlockChain]:
 class Wire:
     """One connection. A context manager: leaving it ends the attachment."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         self.called: list[str] = []  # Full names of the RPCs, in order.
-        self.channel = grpc.intercept_channel(grpc.insecure_channel(address, _OPTIONS), _Recorder(self.called))
+        if credentials is None:
+            channel = grpc.insecure_channel(address, _OPTIONS)
+        else:
+            channel = grpc.secure_channel(address, credentials, _OPTIONS)
+        self.channel = grpc.intercept_channel(channel, _Recorder(self.called))
         self.blocks = blocks_pb2_grpc.BlockServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
         self.sessions = sessions_pb2_grpc.SessionServiceStub(self.channel)
         self.hints = hints_pb2_grpc.HintServiceStub(self.channel)
+        self.devices = devices_pb2_grpc.DeviceServiceStub(self.channel)
         self._save = self.channel.stream_unary(_SAVE, None, blocks_pb2.SaveBlocksResponse.FromString)
         self._leaving = threading.Event()
         self._life_lines: list[Any] = []
         self.client_id = b""
+        self.leases: list[int] = []  # Of lookups, until `release`.
 
     def attach(self, name: str = "by hand") -> blocks_pb2.AttachResponse:
         """Open the Attach stream, and keep it open."""
@@ -120,6 +127,7 @@ class Wire:
             lease_ttl_ms=ttl_ms,
         )
         answer: blocks_pb2.LookupPrefixResponse = self.blocks.LookupPrefix(request)
+        self.leases.append(answer.lease_id)
         return answer
 
     def load(self, lease_id: int, **part: Any) -> list[blocks_pb2.LoadBlocksResponse]:

@@ -459,7 +459,7 @@ class StoreUnderPressure(StoreMachine):
 
 
 FAST = settings(
-    max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=10, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 DEEP = settings(FAST, max_examples=600, stateful_step_count=80)
 

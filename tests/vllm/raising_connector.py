@@ -37,6 +37,14 @@ WORKER_HOOKS = {
     "take_bad_pages": "get_block_ids_with_load_errors",
     "take_report": "build_connector_worker_meta",
 }
+# Each method raises before it does anything, or after all that it does. What a `take_...` method has taken is in its
+# answer: an error after it is no error of that method.
+CASES = [
+    (method, moment)
+    for method in (*SCHEDULER_HOOKS, *WORKER_HOOKS, "take_stats")
+    for moment in ("before", "after")
+    if moment == "before" or not (method.startswith("take_") or method == "orders_of_step")
+]
 
 
 class InjectedError(Exception):

@@ -23,7 +23,7 @@ from tests.vllm.engine import (
     wait_until_stored,
 )
 
-pytestmark = pytest.mark.fast
+fast = pytest.mark.fast
 
 BLOCK = 64  # The model computes each prompt without the store too, which takes most of the time of these tests.
 MODES = ["whole", "layers", "between_steps"]
@@ -101,6 +101,7 @@ def save(vllm: Engine, stored: BlockCache, prompt: list[int], tokens: int = 8) -
     return answer.token_ids
 
 
+@fast
 @pytest.mark.parametrize("mode", MODES)
 def test_a_conversation_continues_with_the_same_tokens(
     vllm: Engine, client: Client, stored: BlockCache, prompts: Prompts, mode: str
@@ -121,7 +122,7 @@ def test_a_conversation_continues_with_the_same_tokens(
         history += prompts.new(BLOCK // 2)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(MODES[0], marks=fast), *MODES[1:]])
 def test_a_prompt_that_is_stored_whole_leaves_one_token_to_compute(
     vllm: Engine, stored: BlockCache, prompts: Prompts, mode: str
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_prompt_that_is_stored_whole_leaves_one_token_to_compute(
     assert (answer.token_ids, answer.cached_tokens) == (expected, 2 * BLOCK - 1)
 
 
+@fast
 def test_only_what_vllm_has_not_itself_is_loaded(vllm: Engine, stored: BlockCache, prompts: Prompts) -> None:
     """vLLM's own pages end inside a block: the block is loaded from there on."""
     prompt = prompts.new(2 * BLOCK + 10)
@@ -140,6 +142,7 @@ def test_only_what_vllm_has_not_itself_is_loaded(vllm: Engine, stored: BlockCach
     assert (answer.token_ids, answer.cached_tokens) == (expected, 2 * BLOCK)
 
 
+@fast
 def test_requests_that_run_together_are_loaded_and_saved_together(
     vllm: Engine, stored: BlockCache, prompts: Prompts
 ) -> None:
@@ -150,6 +153,7 @@ def test_requests_that_run_together_are_loaded_and_saved_together(
     assert [answer.cached_tokens for answer in answers] == [BLOCK] * len(histories)
 
 
+@fast
 def test_stored_blocks_are_the_kv_that_transformers_computes(
     vllm: Engine, stored: BlockCache, prompts: Prompts
 ) -> None:
@@ -169,6 +173,7 @@ def test_stored_blocks_are_the_kv_that_transformers_computes(
             assert np.abs(values - expected.values[0].numpy()).max() < 1e-3
 
 
+@fast
 def test_what_transformers_stored_vllm_loads(vllm: Engine, daemon: DaemonProcess, prompts: Prompts) -> None:
     prompt = prompts.new(2 * BLOCK + 9)
     expected = vllm.answer(prompt, **NOT_KEPT)
@@ -187,6 +192,7 @@ def test_what_transformers_stored_vllm_loads(vllm: Engine, daemon: DaemonProcess
     assert (answer.token_ids, answer.cached_tokens) == (expected.token_ids, len(prompt) - 1)
 
 
+@fast
 def test_an_answer_is_saved_too(vllm: Engine, stored: BlockCache, prompts: Prompts) -> None:
     """Blocks that fill while vLLM generates."""
     prompt = prompts.new(BLOCK - 10)
@@ -197,6 +203,7 @@ def test_an_answer_is_saved_too(vllm: Engine, stored: BlockCache, prompts: Promp
     assert (found.token_ids, found.cached_tokens) == (expected.token_ids, len(prompt) + len(answer) - 1)
 
 
+@fast
 def test_a_new_generation_finds_nothing_of_the_former(vllm: Engine, stored: BlockCache, prompts: Prompts) -> None:
     prompt = prompts.new(BLOCK + 5)
     expected = save(vllm, stored, prompt)

@@ -1,4 +1,7 @@
-"""A real vLLM whose connector raises, or whose daemon is killed, stopped and restarted: the tokens are right anyway."""
+"""A real vLLM whose connector raises, or whose daemon is killed, stopped and restarted: the tokens are right anyway.
+
+Of the hooks that raise, ``contract/test_raising_hooks.py`` has the fast tests.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from kvservice_adapter.connectors.vllm.settings import LoadMode
 from kvservice_client import BlockCache, block_chain
 from tests.daemon import MIB, DaemonProcess, until
 from tests.vllm.engine import NOT_KEPT, Engine, engine, model_folder, model_layout, transfer_config, wait_until_stored
-from tests.vllm.raising_connector import FAULT, SCHEDULER_HOOKS, WORKER_HOOKS
+from tests.vllm.raising_connector import CASES, FAULT
 
 BLOCK = 64
 TOKENS = 5  # Of an answer.
@@ -200,19 +203,7 @@ def conversations(vllm: Engine, stored: BlockCache, text: list[int]) -> Conversa
     return Conversations(vllm, stored, text)
 
 
-# What a `take_...` method has taken is in its answer: an error after it is no error of that method.
-CASES = [
-    (method, moment)
-    for method in (*SCHEDULER_HOOKS, *WORKER_HOOKS, "take_stats")
-    for moment in ("before", "after")
-    if moment == "before" or not (method.startswith("take_") or method == "orders_of_step")
-]
-FAST = {("allocated", "before"), ("start_loads", "after"), ("wait_for_layer", "before"), ("take_finished", "before")}
-
-
-@pytest.mark.parametrize(
-    ("method", "moment"), [pytest.param(*case, marks=[pytest.mark.fast] if case in FAST else []) for case in CASES]
-)
+@pytest.mark.parametrize(("method", "moment"), CASES)
 def test_a_hook_that_raises_at_each_call_changes_no_token(
     conversations: Conversations, fault: Path, method: str, moment: str
 ) -> None:

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """The ``kvctl`` program. Exit code 0: done; 1: failed, stderr says why; 2: wrong usage."""
+    """Run ``kvctl`` with the arguments of this process."""
     try:
         from kvservice_client.cli.program import run
     except ModuleNotFoundError as error:

@@ -30,7 +30,8 @@ _ADVICE: dict[type[KVError], str] = {
     InvalidRequest: "Correct what was given; nothing has changed.",
     Overloaded: "Try again in a moment.",
     PinsFull: "Unpin others with `kvctl unpin`, or raise the setting `pins.fraction_max`.",
-    RequestNotFound: "Engines name their requests when they look up; a block's key has 64 hexadecimal digits.",
+    RequestNotFound: "Engines name their requests when they look up. Of a block's key, at least the first 6 of its 64 "
+    "hexadecimal digits are needed.",
     ScrubRunning: "Wait for the scrub that runs, then try again.",
     SessionsFull: "End some sessions, or raise the setting `session.sessions_max`.",
     SessionNotFound: "See which there are with `kvctl sessions`.",

@@ -21,7 +21,10 @@ from kvservice_client.client import DEFAULT_ADDRESS
 
 
 def discard(
-    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="Block keys, 64 digits each.")] = None,
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY]...", help="Keys of blocks, or how those of stored blocks begin."),
+    ] = None,
     layout: LayoutOption = "",
     everything: Annotated[bool, typer.Option("--everything", help="All blocks of all layouts.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before many blocks are dropped.")] = False,

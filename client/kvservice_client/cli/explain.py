@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import string
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvservice_api.errors import BlockNotFound, RequestNotFound, SessionNotFound
+from kvservice_api.errors import BlockNotFound, InvalidRequest, RequestNotFound, SessionNotFound
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import blocks_pb2
@@ -26,7 +25,7 @@ def explain(
         str,
         typer.Argument(
             metavar="KEY|SESSION|REQUEST",
-            help="A block's key, or the first digits of a stored one's; or the id of a session or request.",
+            help="A block's key, or its first digits; or the id of a session or request.",
         ),
     ],
     is_request: Annotated[bool, typer.Option("--request", help="The id is a request's, in any form.")] = False,
@@ -73,10 +72,32 @@ def _asked(client: Client, what: str, *, is_request: bool, is_session: bool) -> 
         try:
             return client.admin.explain_session(what)
         except SessionNotFound as error:
+            other = f"no request with the id {what!r} is remembered, and {error.message}"
             if set(what) <= set(string.hexdigits):
-                with contextlib.suppress(BlockNotFound, typer.BadParameter):
-                    return [client.admin.explain_block(key) for key in keys_of(client, [checked_digits(what, "key")])]
-            raise RequestNotFound(f"no request with the id {what!r} is remembered, and {error.message}") from None
+                try:
+                    return [_block_of(client, checked_digits(what, "key"))]
+                except typer.BadParameter:  # Too few digits: the advice for this error says how many are needed.
+                    pass
+                except BlockNotFound:
+                    none = f"no block whose key begins with {what} is stored or remembered"
+                    raise BlockNotFound(f"{none}, {other}", key=what) from None
+            raise RequestNotFound(other) from None
+
+
+def _block_of(client: Client, digits: str) -> pb.ExplainedBlock:
+    """The stored block whose key begins with these digits, else one that is gone. Raises BlockNotFound; InvalidRequest
+    if there are several.
+    """
+    try:
+        (key,) = keys_of(client, [digits])
+    except BlockNotFound:
+        try:
+            return client.admin.explain_remembered_block(digits)
+        except InvalidRequest as error:
+            if error.details.get("field") != "key_prefix":  # An older daemon does not know this field.
+                raise BlockNotFound(error.message, key=digits) from None
+            raise
+    return client.admin.explain_block(key)
 
 
 def _is_key(text: str) -> bool:
@@ -103,7 +124,7 @@ def _print_block(block: pb.ExplainedBlock, console: Console) -> None:
             say(f"  pinned until {output.when(stored.pinned_until)}")
         if stored.leases or shard.holds:
             say(f"  kept in place by {stored.leases} leases and {shard.holds} running transfers")
-        say(f"  used last at {output.when(stored.used_at)}, {stored.hits} hits")
+        say(f"  used last at {output.when(stored.used_at)}, {stored.hits} {'hit' if stored.hits == 1 else 'hits'}")
     if block.HasField("worth"):
         for line in reasons.worth(block.worth):
             say(line)
@@ -157,7 +178,7 @@ def _print_request(request: pb.ExplainedRequest, console: Console) -> None:
             f"{lookup.hit_blocks_on_ssd} on ssd only"
         )
         for load in lookup.loads:
-            moved = "in place" if load.in_place else output.size(load.sent_bytes)
+            moved = _MOVED.get(load.path) or ("in place" if load.in_place else output.size(load.sent_bytes))
             say(
                 f"  load of {load.blocks} blocks, {load.layers} layers: {load.outcome}, {moved} in "
                 f"{load.took_ms:.1f} ms, {load.blocks_from_dram} blocks from dram, {load.blocks_from_ssd} from ssd"
@@ -177,6 +198,7 @@ def _print_request(request: pb.ExplainedRequest, console: Console) -> None:
         say(f"and {request.reports_more} more reports")
 
 
+_MOVED = {"in_place": "in place", "cuda_ipc": "by CUDA IPC"}  # By the path of a load.
 _OUTCOMES = {
     blocks_pb2.REQUEST_OUTCOME_DONE: "as planned",
     blocks_pb2.REQUEST_OUTCOME_MISS: "nothing was stored, everything was computed",

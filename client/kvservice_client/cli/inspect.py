@@ -13,7 +13,9 @@ from kvservice_client.client import DEFAULT_ADDRESS
 
 
 def inspect(
-    key: Annotated[str, typer.Argument(help="The block's key, or how it begins: 6 to 64 hexadecimal digits.")],
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="The block's key, or how it begins: 6 to 64 hexadecimal digits.")
+    ],
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,

@@ -128,16 +128,21 @@ def with_tls_options(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def connect(
-    address: str, timeout_s: float, *, name: str = "kvctl", transport: Literal["auto", "shm", "grpc"] = "auto"
+    address: str, timeout_s: float, *, name: str = "kvctl", transport: Literal["auto", "shm", "bulk", "grpc"] = "auto"
 ) -> Client:
     """A client with the TLS options of the running verb."""
     _connected_to.set(address)
     return Client(address, name=name, timeout_s=timeout_s, tls=_tls.get(), transport=transport)
 
 
+def uses_tls() -> bool:
+    """Whether the clients of `connect` use TLS."""
+    return _tls.get() is not None
+
+
 def why_no_answer() -> str:
     """What to do if the last client of `connect` could not reach the daemon. Tests the connection."""
-    return why_unreachable(parse_address(_connected_to.get()), with_tls=_tls.get() is not None)
+    return why_unreachable(parse_address(_connected_to.get()), with_tls=uses_tls())
 
 
 def checked_digits(text: str, what: str) -> str:

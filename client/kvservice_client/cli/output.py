@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from kvservice_api.interrupts import interruptible
 from kvservice_api.v1 import admin_pb2 as pb
 
 _WIDTH = 100_000  # Wider than any row: keys have 64 digits, and a program that reads the output needs whole lines.
@@ -134,18 +136,23 @@ def console() -> Console:
     return Console(highlight=False, width=_WIDTH)
 
 
-def progress() -> Progress:
-    """On stderr, and only on a terminal."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """On stderr, and only on a terminal. Ctrl-C raises KeyboardInterrupt: the terminal's cursor is hidden meanwhile."""
+    with (
+        interruptible(),
+        Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        ) as shown,
+    ):
+        yield shown
 
 
 def show_step(progress: Progress, task: TaskID, completed: int, what: str) -> None:

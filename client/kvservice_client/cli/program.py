@@ -7,11 +7,12 @@ those of other packages are registered in the same way, in a package's ``pyproje
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from importlib.metadata import version as installed_version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -33,11 +34,31 @@ def run() -> None:
     if sys.argv[1:] == ["help"]:
         sys.argv[1:] = ["--help"]
     try:
-        app(sys.argv[1:2])()
+        app(sys.argv[1:2])(prog_name="kvctl")
     except KVError as error:
         hint = why_no_answer() if type(error) is DaemonUnavailable else advice(error)
         print(f"kvctl: {error.message.rstrip('.')}. {hint}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _end_without_output(error)
+    except SystemExit as end:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # Here, where kvctl can still report an error.
+        except OSError as error:
+            _end_without_output(None if end.code else error)
+        raise
+
+
+def _end_without_output(error: OSError | None) -> NoReturn:
+    """End with exit code 1: what was printed cannot be written, as on a full disk. A closed pipe takes no message."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)  # Otherwise the interpreter tries to write the rest again, and prints the error.
+    if error is not None and error.errno != errno.EPIPE:
+        print(f"kvctl: the output cannot be written: {error.strerror}", file=sys.stderr)
+    sys.exit(1)
 
 
 def app(first_arguments: list[str]) -> typer.Typer:
@@ -66,7 +87,9 @@ def _checked_if_given(text: str) -> str:
 
 
 def _before_the_verb(
-    address: Annotated[str, typer.Option(help="As after the verb.", callback=_checked_if_given)] = "",
+    address: Annotated[
+        str, typer.Option(help="The daemon's address. It may also follow the command.", callback=_checked_if_given)
+    ] = "",
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show kvctl's version and exit.")
     ] = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import types_pb2
@@ -65,12 +65,48 @@ def _space_for(event: pb.BlockEvent) -> str:
 
 
 def worth(worth: pb.PolicyWorth) -> Iterator[str]:
-    """What a block is worth to the policy, a line per tier."""
+    """What a block is worth to the policy: what is known of its item, and a line per tier."""
     if not worth.values:
         yield f"the policy {worth.policy} does not know it yet"
+        return
+    inputs = worth.values[0].inputs
+    known = ", ".join(say(inputs[name]) for name, say in _OF_ITEM.items() if name in inputs)
+    yield f"what the policy {worth.policy} knows of its conversation or prefix: {known}"
     for each in worth.values:
-        inputs = ", ".join(f"{name} {value:.6g}" for name, value in sorted(each.inputs.items()))
-        yield f"the policy {worth.policy} gives it the score {each.score:.6g} in {each.tier_name}: {inputs}"
+        where = "on ssd" if each.tier_name == "ssd" else f"in {each.tier_name}"
+        yield f"  {where} it has the score {each.score:.6g}: the lowest scores leave first"
+        for name in sorted(each.inputs.keys() - _OF_ITEM):
+            value = each.inputs[name]
+            yield f"    {_IN_TIER[name](value) if name in _IN_TIER else f'{name} {value:.6g}'}"
+
+
+def _seconds(value: float) -> str:
+    """A time in its largest unit."""
+    for unit_s, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if value >= unit_s:
+            return f"{value / unit_s:.1f} {name}"
+    return f"{value:.1f} s"
+
+
+_OF_ITEM: dict[str, Callable[[float], str]] = {  # What a daemon sends of the item, the same in each tier.
+    "size_bytes": lambda value: output.size(value),
+    "dram_bytes": lambda value: f"{output.size(value)} of it in dram",
+    "ssd_bytes": lambda value: f"{output.size(value)} of it on ssd",
+    "uses": lambda value: "used once" if value == 1 else f"used {value:.0f} times",
+    "idle_s": lambda value: f"the last time {_seconds(value)} ago",
+    "in_use": lambda value: "in use now" if value else "not in use now",
+    "requests_before_it": lambda value: f"queued behind {value:.0f} requests",
+    "hinted_s_ago": lambda value: f"announced by a hint {_seconds(value)} ago",
+    "returns_per_s": lambda value: (
+        f"its next use is expected in about {_seconds(1 / value)}" if value > 0 else "no next use is expected"
+    ),
+    "value": lambda value: f"a use has the weight {value:.3g}",
+}
+_IN_TIER: dict[str, Callable[[float], str]] = {  # What differs by tier. A newer daemon may send more.
+    "least_score_kept": lambda value: f"the lowest that stay have about {value:.6g}",
+    "window_requests": lambda value: f"the next {value:.0f} requests protect what they read",
+    "blocks_before_it": lambda value: f"{value:.0f} blocks were used longer ago, and leave before it",
+}
 
 
 def miss(miss: pb.Miss, others: Sequence[pb.OtherLayout] = ()) -> str:

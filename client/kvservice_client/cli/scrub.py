@@ -30,6 +30,7 @@ def scrub(
         output.print_json(output.plain(last))
     else:
         checked = f"{last.blocks_checked} copies of blocks, {output.size(last.bytes_checked)}"
-        print(f"checked {checked}: {last.damaged} damaged; their blocks are dropped from every tier")
+        dropped = "; their blocks are dropped from every tier" if last.damaged else ""
+        print(f"checked {checked}: {last.damaged} damaged{dropped}")
     if last.damaged:
         raise typer.Exit(1)

@@ -5,18 +5,21 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
+from kvservice_api.errors import BulkUnavailable
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_client.cli import output
 from kvservice_client.cli.options import Address, AsJson, Timeout, connect
-from kvservice_client.client import DEFAULT_ADDRESS
+from kvservice_client.client import DEFAULT_ADDRESS, Client
 
 
 def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
     """Show tiers, index, clients and traffic."""
     with connect(address, timeout) as client:
         answer = client.admin.status()
+        bulk_port, bulk_refused_because = _bulk(client)
     if as_json:
-        output.print_json(output.plain(answer))
+        bulk = {"bulk_port": bulk_port, "bulk_refused_because": bulk_refused_because}
+        output.print_json(output.plain(answer) | bulk)
         return
     console = output.console()
     since = output.age(answer.started_at)
@@ -43,6 +46,21 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
             )
         if tier.refusing_because:
             console.print(f"[bold red]{name.upper()} takes no new blocks:[/] {escape(tier.refusing_because)}")
+    if answer.cuda.registrations:
+        console.print(
+            f"cuda_ipc: GPU memory of {answer.cuda.registrations} workers is open, "
+            f"{output.size(answer.cuda.arena_registered_bytes)} of DRAM is registered with CUDA"
+        )
+    if answer.cuda.failed:
+        console.print(f"[bold red]cuda_ipc is not offered any more:[/] {escape(answer.cuda.refused_because)}")
+    elif answer.cuda.refused_because:
+        console.print(f"cuda_ipc is not offered: {answer.cuda.refused_because}", markup=False)
+    if not bulk_port:
+        console.print("there is no bulk port: gRPC carries KV bytes between hosts")
+    elif bulk_refused_because:
+        console.print(f"bulk port {bulk_port}, not used from here: {bulk_refused_because}", markup=False)
+    else:
+        console.print(f"bulk port {bulk_port}, reached from here")
     if answer.set_aside_extents:
         console.print(
             f"{output.size(answer.set_aside_bytes)} of DRAM in {answer.set_aside_extents} extents are set aside: "
@@ -56,6 +74,16 @@ def status(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 5.0, as_json: 
     if counters.row_count:
         console.print()
         console.print(counters)
+
+
+def _bulk(client: Client) -> tuple[int, str]:
+    """The daemon's bulk port, 0 if it has none, and why this client cannot use it."""
+    port = client.capabilities().bulk_port
+    try:
+        client.check_bulk()
+    except BulkUnavailable as error:
+        return port, error.message
+    return port, ""
 
 
 def _counted(name: str, value: float) -> tuple[str, str]:

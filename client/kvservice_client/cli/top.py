@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded
+from kvservice_api.interrupts import interruptible
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_client.cli import output
 from kvservice_client.cli.options import Address, AsJson, Timeout, connect
@@ -84,7 +85,7 @@ def top(
     as_json: AsJson = False,
 ) -> None:
     """Show the daemon's current activity, repeatedly. With --json one line per sample."""
-    with connect(address, timeout) as client, suppress(KeyboardInterrupt):
+    with connect(address, timeout) as client, suppress(KeyboardInterrupt), interruptible():
         if as_json:
             for view in _views(client, interval, count):
                 print(json.dumps(view.as_json()), flush=True)

@@ -10,6 +10,7 @@ from typing import NoReturn
 import typer
 
 from kvservice_api.errors import KVError
+from kvservice_api.interrupts import interruptible
 from kvservice_client.cli import output
 from kvservice_client.cli.advice import advice
 from kvservice_client.exports.export_file import UnusableFile
@@ -44,7 +45,8 @@ def progress(doing: str, total: int | None, clock: Clock = SYSTEM_CLOCK) -> Iter
 def failures(file: str, how_to_continue: str) -> Iterator[None]:
     """Ends the verb with exit code 1 for what can go wrong in the middle of a transfer, and says how to continue."""
     try:
-        yield
+        with interruptible():
+            yield
     except UnusableFile as error:
         fail(f"{name_of(file)}: {error}. {error.what_helps}")
     except KVError as error:

@@ -14,6 +14,7 @@ _TIMEOUT_S = 1.0  # Timeout of each attempt to connect.
 _SILENT = (
     "does not answer as a KVService daemon: it hangs, or is another program. See which one it is, or correct --address."
 )
+_BULK = "If this is a daemon's bulk port, name its gRPC port: by default the number before it."
 _START = "Start a daemon with `kvservice serve --store.path FOLDER`, or name another one with --address."
 
 
@@ -57,7 +58,7 @@ def _why_listener(address: TcpAddress, host: str, speaks_tls: bool, with_tls: bo
         return f"{listener} uses TLS: give --tls-ca."
     if with_tls:
         return f"{listener} does not use TLS: remove the options --tls-..., or correct --address."
-    return f"{listener} {_SILENT}"
+    return f"{listener} {_SILENT} {_BULK}"
 
 
 def _why_socket(address: UnixAddress) -> str:

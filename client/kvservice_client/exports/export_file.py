@@ -18,10 +18,12 @@ record was cut off. It has no tenant: blocks belong to the caller that imports t
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from os import SEEK_CUR
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
@@ -48,6 +50,7 @@ HEAD_BYTES = _HEAD.size + _SUM.size
 _RECORD_BYTES_MIN = _RECORD.size + 2 * _SUM.size
 _MESSAGE_BYTES_MAX = 64 * 2**20  # Of a layout or session.
 _READ_BYTES = 64 * 2**20
+_SKIPPED_NAMED_MAX = 1000  # A file of a few bytes per damaged record must not take all memory.
 
 
 class UnusableFile(Exception):
@@ -64,6 +67,35 @@ class DamagedFile(UnusableFile):
     def __init__(self, offset: int, what: str) -> None:
         super().__init__(f"the record at byte {offset} {what}")
         self.offset = offset
+
+
+class DamagedRecord(DamagedFile):
+    """The record, of this kind, cannot be used. The next one begins at `end`."""
+
+    def __init__(self, offset: int, what: str, kind: int, end: int) -> None:
+        super().__init__(offset, what)
+        self.kind, self.end = kind, end
+
+
+class LayoutLeftOut(DamagedRecord):
+    """The record may be whole, and has no meaning without a layout whose record is damaged."""
+
+    def __init__(self, offset: int, kind: int, end: int) -> None:
+        super().__init__(
+            offset, f"({_Kind(kind).name.lower()}) cannot be used: the record of its layout is damaged", kind, end
+        )
+
+
+class SkippedRecord(NamedTuple):
+    """In place of an exception, whose traceback keeps the record's bytes in memory."""
+
+    offset: int
+    why: str
+    lacks_layout: bool
+
+
+class _NoLayout(ValueError):
+    """A record names a layout that was not read."""
 
 
 class _Kind(IntEnum):
@@ -174,13 +206,31 @@ class ExportWriter:
 class ExportReader:
     """Reads records, and verifies each before it returns it. Holds one record in memory at a time."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        """Reads the head. Raises UnusableFile, OSError."""
+    def __init__(
+        self,
+        stream: BinaryIO,
+        size_bytes: int | None = None,
+        *,
+        block_bytes_max: int | None = None,
+        skips_damaged: bool = False,
+    ) -> None:
+        """Reads the head. Raises UnusableFile, OSError.
+
+        `size_bytes` is the size of the file, if it has one: nothing that a record promises beyond it is read. Blocks
+        larger than `block_bytes_max` are not read. `skips_damaged` continues after records that cannot be used.
+        """
         self._stream = stream
-        self.offset = 0  # Where the next record begins; all before it is whole.
+        self._size_bytes = size_bytes
+        self._block_record_bytes_max = math.inf if block_bytes_max is None else _BLOCK.size + block_bytes_max
+        self._skips_damaged = skips_damaged
+        self.skipped: list[SkippedRecord] = []  # The first thousand.
+        self.skipped_count = 0
+        self.without_layout = 0  # Of them: records that may be whole, of layouts that were skipped.
+        self._skipped_layouts = 0
+        self.offset = 0  # Where the next record begins; all before it is whole, except for what was skipped.
         self.contents = Contents()
         self._layouts: dict[bytes, Layout] = {}
-        self._payload_bytes_max: dict[int, int] = {
+        self._payload_bytes_max: dict[int, float] = {
             _Kind.LAYOUT: _MESSAGE_BYTES_MAX,
             _Kind.BLOCK: 0,  # Until a layout says how large its blocks are.
             _Kind.SESSION: _MESSAGE_BYTES_MAX,
@@ -201,35 +251,66 @@ class ExportReader:
     def __iter__(self) -> Iterator[Record]:
         """All records; the last one is the end record. Raises DamagedFile, OSError."""
         while True:
-            record = self._next()
+            try:
+                record = self._next()
+            except DamagedRecord as error:
+                if not self._skips_damaged:
+                    raise
+                self.offset = error.end
+                self.skipped_count += 1
+                self.without_layout += isinstance(error, LayoutLeftOut)
+                self._skipped_layouts += error.kind == _Kind.LAYOUT
+                if len(self.skipped) < _SKIPPED_NAMED_MAX:
+                    self.skipped.append(SkippedRecord(error.offset, str(error), isinstance(error, LayoutLeftOut)))
+                continue
             yield record
             if isinstance(record, EndRecord):
                 return
 
     def _next(self) -> Record:
+        """The next record. Raises DamagedFile, OSError."""
         start = self.offset
-        head = self._read(_RECORD.size + _SUM.size)
-        if not len(head):
-            raise DamagedFile(start, "is missing: the file was cut off, or its export has not ended")
-        kind, _, size = _RECORD.unpack_from(head) if len(head) >= _RECORD.size else (0, 0, 0)
-        if len(head) < _RECORD.size + _SUM.size:
+        kind, size = self._record_head()
+        end = start + _RECORD_BYTES_MIN + size
+        if self._size_bytes is not None and end > self._size_bytes:
             raise DamagedFile(start, "is cut off")
-        if checksum(head[: _RECORD.size]) != _SUM.unpack_from(head, _RECORD.size)[0]:
-            raise DamagedFile(start, "is damaged")
-        if size > self._payload_bytes_max.get(kind, 0):
-            raise DamagedFile(start, f"contradicts itself: no record of kind {kind} has {size} bytes here")
+        if size > self._payload_bytes_max.get(kind, -1):
+            if self._skips_damaged:
+                self._skip(start, size + _SUM.size)
+            if kind == _Kind.BLOCK and self._skipped_layouts and size <= self._block_record_bytes_max:
+                raise LayoutLeftOut(start, kind, end)
+            raise DamagedRecord(start, f"contradicts itself: no record of kind {kind} has {size} bytes here", kind, end)
         body = self._read(size + _SUM.size)
         if len(body) < size + _SUM.size:
             raise DamagedFile(start, "is cut off")
         payload = body[:size]
         if checksum(payload) != _SUM.unpack_from(body, size)[0]:
-            raise DamagedFile(start, "is damaged")
+            raise DamagedRecord(start, f"is damaged ({_Kind(kind).name.lower()})", kind, end)
         try:
             record = self._decoded(kind, payload)
+        except _NoLayout as error:
+            if self._skipped_layouts:
+                raise LayoutLeftOut(start, kind, end) from None
+            raise DamagedRecord(start, f"contradicts itself: {error}", kind, end) from None
         except (KVError, DecodeError, struct.error, ValueError, KeyError) as error:
-            raise DamagedFile(start, f"contradicts itself: {error}") from error
-        self.offset = start + _RECORD_BYTES_MIN + size
+            raise DamagedRecord(start, f"contradicts itself: {error}", kind, end) from error
+        self.offset = end
         return record
+
+    def _record_head(self) -> tuple[int, int]:
+        """Kind and payload size of the next record.
+
+        If it is damaged, the place of the next record is not known: bytes in a block may look like a record.
+        """
+        head = self._read(_RECORD.size + _SUM.size)
+        if not len(head):
+            raise DamagedFile(self.offset, "is missing: the file was cut off, or its export has not ended")
+        if len(head) < _RECORD.size + _SUM.size:
+            raise DamagedFile(self.offset, "is cut off")
+        if checksum(head[: _RECORD.size]) != _SUM.unpack_from(head, _RECORD.size)[0]:
+            raise DamagedFile(self.offset, "is damaged in its head: what follows cannot be read")
+        kind, _, size = _RECORD.unpack_from(head)
+        return kind, size
 
     def _decoded(self, kind: int, payload: memoryview) -> Record:
         record: Record
@@ -238,7 +319,7 @@ class ExportReader:
             message = types_pb2.Layout.FromString(bytes(payload[_LAYOUT.size :]))
             record = LayoutRecord(Layout.from_proto(message, fingerprint), generation)
             self._layouts[fingerprint] = record.layout
-            block_bytes = _BLOCK.size + _largest_block_bytes(record.layout)
+            block_bytes = min(_BLOCK.size + _largest_block_bytes(record.layout), self._block_record_bytes_max)
             self._payload_bytes_max[_Kind.BLOCK] = max(self._payload_bytes_max[_Kind.BLOCK], block_bytes)
             self.contents.add(record)
         elif kind == _Kind.BLOCK:
@@ -248,13 +329,11 @@ class ExportReader:
             record = sessions_pb2.Session.FromString(bytes(payload))
             self._layout(record.layout_fingerprint)
             self.contents.add(record)
-        elif kind == _Kind.END:
+        else:
             record = EndRecord(*_END.unpack(payload))
             found = (len(self.contents.layouts), len(self.contents.sessions), len(self.contents.blocks))
-            if found != record[:3]:
+            if found != record[:3] and not self.skipped_count:
                 raise ValueError(f"the file has {found} layouts, sessions and blocks; the end record says {record[:3]}")
-        else:
-            raise ValueError(f"no kind of record has the number {kind}")
         return record
 
     def _block(self, payload: memoryview) -> BlockRecord:
@@ -271,7 +350,7 @@ class ExportReader:
 
     def _layout(self, fingerprint: bytes) -> Layout:
         if fingerprint not in self._layouts:
-            raise ValueError(f"the layout {fingerprint.hex()} is not before it")
+            raise _NoLayout(f"the layout {fingerprint.hex()} is not before it")
         return self._layouts[fingerprint]
 
     def _read(self, size: int) -> memoryview:
@@ -280,6 +359,17 @@ class ExportReader:
         while len(data) < size and (part := self._stream.read(min(size - len(data), _READ_BYTES))):
             data += part
         return memoryview(data)
+
+    def _skip(self, start: int, size: int) -> None:
+        """Pass over so many bytes of the record at `start`."""
+        if self._size_bytes is not None:
+            self._stream.seek(size, SEEK_CUR)
+            return
+        while size:
+            part = self._stream.read(min(size, _READ_BYTES))
+            if not part:
+                raise DamagedFile(start, "is cut off")
+            size -= len(part)
 
 
 def slice_sizes(layout: Layout, name: BlockName) -> list[int]:
@@ -304,7 +394,7 @@ class ResumedFile(NamedTuple):
     def read(cls, stream: BinaryIO, size: int) -> Self:
         """Verifies the file up to its first record that is not whole. Raises UnusableFile if it is another's file."""
         try:
-            reader = ExportReader(stream)
+            reader = ExportReader(stream, size)
         except UnusableFile as error:
             if size and not (isinstance(error, DamagedFile) and size < HEAD_BYTES):
                 raise

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from kvservice_api.errors import KVError, SessionChanged, SessionNotFound
+from kvservice_api.errors import InvalidRequest, KVError, SessionChanged, SessionNotFound
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.v1 import sessions_pb2
@@ -19,9 +19,11 @@ from kvservice_client.buffers import Bytes
 from kvservice_client.client import Client
 from kvservice_client.exports.export_file import (
     BlockRecord,
+    DamagedFile,
     EndRecord,
     ExportReader,
     LayoutRecord,
+    Record,
     slice_sizes,
 )
 from kvservice_client.exports.exporter import generation_of
@@ -46,8 +48,9 @@ class BlockRefused(Exception):
 
 @dataclass(slots=True)
 class Imported:
-    """Counts; `conflicts` are sessions that exist in the target with other content, `incomplete` those of which blocks
-    are missing in the target after the import: fingerprint of the layout, and session id -> why.
+    """Counts; `conflicts` are sessions that exist in the target with other content, `refused` those that the target
+    does not take, `incomplete` those of which blocks are missing in the target after the import: fingerprint of the
+    layout, and session id -> why.
     """
 
     layouts: int = 0
@@ -56,6 +59,7 @@ class Imported:
     sessions: int = 0
     missing: int = 0  # In the daemon of the export.
     conflicts: dict[tuple[bytes, str], str] = field(default_factory=dict)
+    refused: dict[tuple[bytes, str], str] = field(default_factory=dict)
     incomplete: dict[tuple[bytes, str], str] = field(default_factory=dict)
 
 
@@ -80,6 +84,7 @@ class Importer:
         status = client.admin.status()
         self._durability = Durability.SSD if status.ssd.configured_bytes else Durability.DRAM
         self._group_bytes = min(_GROUP_BYTES_MAX, int(status.dram.configured_bytes * _GROUP_DRAM_SHARE))
+        self.block_bytes_max = status.dram.configured_bytes  # A larger block cannot be stored.
         self._layouts: dict[bytes, Layout] = {}
         self._caches: dict[tuple[bytes, Shard], BlockCache] = {}
         self._group: list[BlockRecord] = []
@@ -87,22 +92,35 @@ class Importer:
         self.imported = Imported()
 
     def run(self, reader: ExportReader) -> Imported:
-        """Store all of it. Raises DamagedFile, OtherGeneration, BlockRefused, KVError; what came before is stored."""
-        for record in reader:
-            if isinstance(record, BlockRecord):
-                self._add(record)
-            else:
-                self._save_group()
-            if isinstance(record, LayoutRecord):
-                self._open(record)
-            elif isinstance(record, sessions_pb2.Session):
-                self._restore(record)
-            elif isinstance(record, EndRecord):
-                self.imported.missing = record.missing
-            self._on_record(reader.offset)
+        """Store all of it. Raises DamagedFile, OtherGeneration, BlockRefused, KVError, OSError; what came before is
+        stored, and counted in `imported`.
+        """
+        try:
+            for record in reader:
+                self._take(record)
+                self._on_record(reader.offset)
+        except (DamagedFile, OSError):
+            self._end()
+            raise
+        self._end()
+        return self.imported
+
+    def _take(self, record: Record) -> None:
+        if isinstance(record, BlockRecord):
+            self._add(record)
+            return
+        self._save_group()
+        if isinstance(record, LayoutRecord):
+            self._open(record)
+        elif isinstance(record, EndRecord):
+            self.imported.missing = record.missing
+        else:
+            self._restore(record)
+
+    def _end(self) -> None:
+        self._save_group()
         for name in self._sessions:
             self._check_session(*name)
-        return self.imported
 
     def _open(self, record: LayoutRecord) -> None:
         cache = self._client.open_layout(record.layout)
@@ -158,13 +176,17 @@ class Importer:
     def _restore(self, session: sessions_pb2.Session) -> None:
         admin, name = self._client.admin, (session.layout_fingerprint, session.session_id)
         try:
-            admin.restore_session(session)
-        except SessionChanged as error:
-            if not self._replace:
-                self.imported.conflicts[name] = error.message
-                return
-            now = admin.get_session(session.session_id, session.layout_fingerprint).session
-            admin.restore_session(session, now.revision)
+            try:
+                admin.restore_session(session)
+            except SessionChanged as error:
+                if not self._replace:
+                    self.imported.conflicts[name] = error.message
+                    return
+                now = admin.get_session(session.session_id, session.layout_fingerprint).session
+                admin.restore_session(session, now.revision)
+        except InvalidRequest as error:  # It contradicts itself, under right checksums.
+            self.imported.refused[name] = error.message
+            return
         self.imported.sessions += 1
         self._sessions.append(name)
 

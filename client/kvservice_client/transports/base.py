@@ -12,10 +12,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice_api.errors import KVError
+from kvservice_api.errors import BulkUnavailable, KVError, NotShared, NoWriterLock, TransferEnded
 from kvservice_api.image import checksum, layer_starts
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
+from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline
 
@@ -25,6 +26,15 @@ class Durability(StrEnum):
 
     DRAM = "dram"  # The block survives a crash of the daemon, but not of the host.
     SSD = "ssd"  # The block also survives a power cut.
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPlaces:
+    """Where the daemon had the blocks of an order in its memory when it granted the lease: no call is needed."""
+
+    located: pb.LocateBlocksResponse  # One entry per block of the order.
+    are_verified: bool  # Whether the daemon has verified the blocks since its start.
+    note_load: Callable[[float], None]  # Takes the seconds of a load from there, 0 for a view.
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class LoadOrder:
     token_counts: Sequence[int]  # Per block.
     is_usable: Callable[[], bool]  # Whether bytes in place may still be used under the lease.
     first_layer: int = 0  # Layers before it are loaded already.
+    places: KnownPlaces | None = None
 
     @property
     def block_count(self) -> int:
@@ -49,7 +60,7 @@ class LoadOrder:
     def layer_count(self) -> int:
         return self.shard.layers
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Bytes of all layers together."""
         return sum(starts[-1] for starts in self._layer_starts)
@@ -61,6 +72,13 @@ class LoadOrder:
     def block_starts(self, layer: int) -> list[int]:
         """Where each block's slice starts in a layer's buffer, and the buffer's size. Do not change it."""
         return self._layer_starts[layer]
+
+    def layers_within(self, layer: int, size_bytes: int) -> int:
+        """The end of the layers from `layer` on that have at most so many bytes together; at least one."""
+        end, left_bytes = layer + 1, size_bytes - self.block_starts(layer)[-1]
+        while end < self.layer_count and (left_bytes := left_bytes - self.block_starts(end)[-1]) >= 0:
+            end += 1
+        return end
 
     def buffer(self, layer: int) -> Bytes:
         return self.into[layer] if self.into is not None else np.empty(self.block_starts(layer)[-1], np.uint8)
@@ -89,25 +107,32 @@ class SaveOrder(SaveSet):
     layers: Sequence[Sequence[Bytes]]
     max_frame_bytes: int
     _checksums: NDArray[np.uint64] = field(init=False)
-    _is_summed: list[bool] = field(init=False)
+    _is_summed: NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
         self._checksums = np.empty((len(self.layers[0]), len(self.layers)), "<u8")
-        self._is_summed = [False] * len(self.layers)
+        self._is_summed = np.zeros(self._checksums.shape, bool)
 
-    def sum_layer(self, layer: int) -> None:
-        """Compute a layer's checksums. Best right before it is sent: the bytes are read once from memory."""
-        if not self._is_summed[layer]:
-            self._checksums[:, layer] = [checksum(piece.data) for piece in self.layers[layer]]
-            self._is_summed[layer] = True
+    def sum_slice(self, layer: int, block: int) -> None:
+        """Compute a slice's checksum. Best right before it is sent: the bytes are read once from memory."""
+        if not self._is_summed[block, layer]:
+            self.keep_checksums(layer, range(block, block + 1), [checksum(self.layers[layer][block].data)])
 
-    def checksums(self) -> bytes:
-        """Ordered by block, then by layer, as in SaveCommit."""
-        for layer in range(len(self.layers)):
-            self.sum_layer(layer)
+    def keep_checksums(self, layer: int, blocks: range, found: list[int]) -> None:
+        """Those of a layer's slices, computed by the transport."""
+        self._checksums[blocks.start : blocks.stop, layer] = found
+        self._is_summed[blocks.start : blocks.stop, layer] = True
+
+    def checksums(self, blocks: Sequence[int] | None = None) -> bytes:
+        """Ordered by block, then by layer, as in SaveCommit. Only of some blocks: all of their slices have one."""
+        if blocks is not None:
+            return self._checksums[blocks].tobytes()
+        for layer, slices in enumerate(self.layers):
+            for block in range(len(slices)):
+                self.sum_slice(layer, block)
         return self._checksums.tobytes()
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Bytes of all slices together."""
         return sum(piece.size for layer in self.layers for piece in layer)
@@ -130,18 +155,29 @@ class NotCarried(Exception):
     """A transport cannot carry an order, or not all of it: the next transport carries the rest."""
 
 
+class Mismatch(NotCarried):
+    """Bytes that the client has read are not those that were stored. The next transport makes the daemon verify them,
+    and drop the block if it has lost them.
+    """
+
+
+NOT_OFFERED = (NotShared, BulkUnavailable)
+TRY_NEXT = (*NOT_OFFERED, NoWriterLock, TransferEnded, NotCarried)
+
+
 class Transport(ABC):
     """One transport. Thread-safe. Errors are KVErrors; no method retries or counts.
 
-    `load` and `save` raise NotShared, NoWriterLock or NotCarried if the next transport must be tried.
+    `load` and `save` raise an error of `TRY_NEXT` if the next transport must be tried.
     """
 
     name: ClassVar[str]
+    bytes_min: int = 0  # Smaller orders are faster by the next transport. 0 where this one is demanded by name.
 
     @abstractmethod
     def check_offered(self, deadline: Deadline) -> None:
-        """Raises NotShared unless client and daemon both offer this transport. May call the daemon for its
-        capabilities.
+        """Raises an error of `NOT_OFFERED` unless client and daemon both offer this transport. May call the daemon for
+        its capabilities.
         """
 
     @abstractmethod

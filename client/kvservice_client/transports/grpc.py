@@ -112,18 +112,20 @@ def save_results(answer: pb.SaveBlocksResponse, chains: Sequence[BlockChain]) ->
 def _messages(order: SaveOrder) -> Iterator[bytes]:
     yield pb.SaveBlocksRequest(header=save_header(order)).SerializeToString()
     payload_bytes = min(order.max_frame_bytes - HEAD_BYTES_MAX, _PAYLOAD_BYTES_WANTED)
-    for layer, slices in enumerate(order.layers):
-        order.sum_layer(layer)
-        yield from _frames(layer, slices, payload_bytes)
+    for layer in range(len(order.layers)):
+        yield from _frames(order, layer, payload_bytes)
     yield pb.SaveBlocksRequest(commit=pb.SaveCommit(checksums=order.checksums())).SerializeToString()
 
 
-def _frames(layer: int, slices: Sequence[Bytes], payload_bytes: int) -> Iterator[bytes]:
-    """Cut a layer into frames. Small slices share a frame; a large slice is spread over several."""
+def _frames(order: SaveOrder, layer: int, payload_bytes: int) -> Iterator[bytes]:
+    """Cut a layer into frames. Small slices share a frame; a large slice is spread over several. Each slice is summed
+    right before it is copied into its first frame.
+    """
     pieces: list[memoryview] = []
     space = payload_bytes
     first_block = first_offset = 0
-    for block, data in enumerate(slices):
+    for block, data in enumerate(order.layers[layer]):
+        order.sum_slice(layer, block)
         view, offset = data.data, 0
         while offset < len(view):
             if not pieces:

@@ -9,20 +9,31 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from kvservice_api.errors import KVError, NotShared, NoWriterLock
+from kvservice_api.errors import BulkUnavailable, KVError, NotShared
 from kvservice_client import forks
+from kvservice_client.arena_map import ArenaObserver
 from kvservice_client.buffers import Bytes
 from kvservice_client.connection import Connection
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline, TransferDeadline
-from kvservice_client.transports.base import LoadOrder, NotCarried, SaveOrder, SaveResult, SaveSet, Transport
+from kvservice_client.transports.base import (
+    NOT_OFFERED,
+    TRY_NEXT,
+    LoadOrder,
+    Mismatch,
+    SaveOrder,
+    SaveResult,
+    SaveSet,
+    Transport,
+)
+from kvservice_client.transports.bulk import BulkTransport
 from kvservice_client.transports.grpc import GrpcTransport
-from kvservice_client.transports.in_place import InPlaceMismatch, InPlaceReader, Verify, View
+from kvservice_client.transports.in_place import InPlaceReader, Verify, View
 from kvservice_client.transports.reservation import InPlaceWriter, Reservation
 from kvservice_client.transports.shm import ShmTransport
 from kvservice_client.transports.throttle import Throttle
@@ -30,9 +41,7 @@ from kvservice_client.transports.throttle import Throttle
 log = logging.getLogger(__name__)
 
 # The fastest first. The last carries every order.
-TRANSPORTS: tuple[Callable[[Connection], Transport], ...] = (ShmTransport, GrpcTransport)
-
-_TRY_NEXT = (NotShared, NoWriterLock, NotCarried)
+TRANSPORTS: tuple[Callable[[Connection], Transport], ...] = (ShmTransport, BulkTransport, GrpcTransport)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +51,8 @@ class TransportStats:
     Bytes are payload. Operations are those that it completed. Seconds are its working time, without the caller's time
     between two layers, or between the reservation of a save in place and its commit. `fallbacks` are the operations
     that it could not carry, completely or in part, so that the next transport did. `mismatches` are the loads and views
-    whose bytes in place did not match their checksums. They are not fallbacks, although the daemon then verifies the
-    bytes through the next transport.
+    whose bytes, in place or received, did not match their checksums. They are not fallbacks, although the daemon then
+    verifies the bytes through the next transport.
     """
 
     loads: int = 0
@@ -60,12 +69,14 @@ class TransportStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Payload bytes since the client was made, by transport ("shm", "grpc"); views are read in place, uncopied.
+    """Payload bytes since the client was made, by transport: "cuda_ipc", "shm", "bulk", "grpc".
 
-    A forked child counts from zero.
+    Views are read in place. A forked child counts from zero.
 
     `shm_refused_because` is the last reason why shared memory was not used; empty if it was always used, or not
-    requested. `transports` has all counts, for each transport that was tried.
+    requested. `bulk_refused_because` is the same for the bulk port, and `cuda_ipc_refused_because` for copies that the
+    daemon makes to and from GPU memory.
+    `transports` has all counts, for each transport that was tried.
     """
 
     loaded_bytes: Mapping[str, int]
@@ -73,6 +84,8 @@ class Stats:
     viewed_bytes: int
     shm_refused_because: str
     transports: Mapping[str, TransportStats] = field(default_factory=dict)
+    cuda_ipc_refused_because: str = ""
+    bulk_refused_because: str = ""
 
 
 class Meter:
@@ -107,6 +120,8 @@ class Meter:
             sum(count.viewed_bytes for count in counts.values()),
             self._refused_because.get("shm", ""),
             counts,
+            self._refused_because.get("cuda_ipc", ""),
+            self._refused_because.get("bulk", ""),
         )
 
 
@@ -118,22 +133,52 @@ class OrderedTransports:
         made = [make(connection) for make in TRANSPORTS]
         self._required = wanted
         self._transports = [each for each in made if wanted in ("auto", each.name) or each is made[-1]]
+        for each in self._transports:
+            if each.name == wanted:
+                each.bytes_min = 0
+        self._readers = [each for each in self._transports if isinstance(each, InPlaceReader)]  # A slow check, once.
         self._connection = connection
-        self._meter = Meter()
+        self.meter = Meter()
         self._log = RateLimitedLog(log)
         self._now_s = connection.clock.now_s
         self._down = Throttle(bytes_per_s) if bytes_per_s else None
         self._up = Throttle(bytes_per_s) if bytes_per_s else None
-        self.stats = self._meter.stats
+        self.stats = self.meter.stats
 
     def close(self) -> None:
         for transport in self._transports:
             transport.close()
 
-    def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
-        """Each layer's buffer, in order, as soon as its last byte has arrived. Closing the generator ends the load."""
+    def check_bulk(self, deadline: Deadline) -> None:
+        """Raises BulkUnavailable if the bulk port cannot be reached, or is not for this client."""
         for transport in self._transports:
-            if not self._is_offered(transport, deadline):
+            if isinstance(transport, BulkTransport):
+                return transport.check_reachable(deadline)
+        raise BulkUnavailable(f"this client does not use the bulk port: its transport is {self._required!r}")
+
+    def observe_arenas(self, observer: ArenaObserver) -> None:
+        """Have it follow the mappings of the daemon's memory, from now on."""
+        for transport in self._readers:
+            transport.observe_arenas(observer)
+
+    @property
+    def read_in_place(self) -> bool:
+        """Whether a load would read the daemon's memory in place if it knew where the blocks are."""
+        return any(each.is_mapped for each in self._readers)
+
+    def prepare(self, deadline: Deadline) -> None:
+        """Do what a transport's first order would have to wait for."""
+        for transport in self._transports:
+            with suppress(*NOT_OFFERED):
+                transport.check_offered(deadline)
+
+    def load(self, order: LoadOrder, deadline: Deadline) -> Generator[tuple[str, Bytes], None, None]:
+        """The transport's name and the buffer of each layer, in order, as soon as its last byte has arrived.
+
+        Closing the generator ends the load.
+        """
+        for transport in self._transports:
+            if not self._carries(transport, order, deadline):
                 continue
             layers = transport.load(order, deadline)
             layer = order.first_layer
@@ -143,18 +188,18 @@ class OrderedTransports:
                     data = next(layers, None)
                     if data is None:
                         break
-                    self._meter.add(transport.name, loaded_bytes=data.size, load_seconds=self._now_s() - begin_s)
+                    self.meter.add(transport.name, loaded_bytes=data.size, load_seconds=self._now_s() - begin_s)
                     if self._down is not None:
                         self._down.carry(data.size, begin_s, deadline)
-                    yield data
+                    yield transport.name, data
                     layer += 1
-            except _TRY_NEXT as error:
+            except TRY_NEXT as error:
                 self._fall_back(transport, error)
                 order = replace(order, first_layer=layer)
                 continue
             finally:
                 layers.close()
-            self._meter.add(transport.name, loads=1)
+            self.meter.add(transport.name, loads=1)
             return
 
     def save(self, order: SaveOrder, deadline: Deadline) -> list[SaveResult]:
@@ -162,15 +207,15 @@ class OrderedTransports:
         this has returned.
         """
         for transport in self._transports:
-            if not self._is_offered(transport, deadline):
+            if not self._carries(transport, order, deadline):
                 continue
             begin_s = self._now_s()
             try:
                 results, sent_bytes = transport.save(order, deadline)
-            except _TRY_NEXT as error:
+            except TRY_NEXT as error:
                 self._fall_back(transport, error)
                 continue
-            self._meter.add(transport.name, saves=1, saved_bytes=sent_bytes, save_seconds=self._now_s() - begin_s)
+            self.meter.add(transport.name, saves=1, saved_bytes=sent_bytes, save_seconds=self._now_s() - begin_s)
             if self._up is not None:
                 self._up.carry(order.size_bytes, begin_s, deadline)
             return results
@@ -203,15 +248,20 @@ class OrderedTransports:
                 have_verified = partial(self._have_verified, transport, order, deadline) if verify == "always" else None
                 transport.check_offered(deadline)
                 view = transport.view(order, deadline, have_verified)
-                self._meter.add(transport.name, views=1, viewed_bytes=order.size_bytes)
+                self.meter.add(transport.name, views=1, viewed_bytes=order.size_bytes)
                 return view
         raise NotShared("no transport of this client reads blocks in place: load the blocks")
 
+    def _carries(self, transport: Transport, order: LoadOrder | SaveOrder, deadline: Deadline) -> bool:
+        """Whether it is offered, and worth it. Raises as `_is_offered`."""
+        is_small = transport.bytes_min and order.size_bytes < transport.bytes_min
+        return not is_small and self._is_offered(transport, deadline)
+
     def _is_offered(self, transport: Transport, deadline: Deadline) -> bool:
-        """Raises NotShared if this transport is required and is not offered."""
+        """Raises an error of `NOT_OFFERED` if this transport is required and is not offered."""
         try:
             transport.check_offered(deadline)
-        except NotShared as error:
+        except NOT_OFFERED as error:
             self._fall_back(transport, error)
             if transport.name == self._required:
                 raise
@@ -219,20 +269,21 @@ class OrderedTransports:
         return True
 
     def _fall_back(self, transport: Transport, error: Exception) -> None:
-        """Count a fallback. Raises the error if there is no next transport."""
-        if transport is self._transports[-1]:
+        """Count a fallback. Raises the error if there is no next transport, or none is allowed."""
+        is_required = transport.name == self._required and isinstance(error, BulkUnavailable)
+        if transport is self._transports[-1] or is_required:
             raise error
         why = error.message if isinstance(error, KVError) else str(error)
-        if isinstance(error, InPlaceMismatch):
-            self._meter.add(transport.name, mismatches=1)
+        if isinstance(error, Mismatch):
+            self.meter.add(transport.name, mismatches=1)
             self._log.warning("bytes read by %s are requested from the daemon instead: %s", transport.name, why)
             return
-        self._meter.fell_back(transport.name, why)
+        self.meter.fell_back(transport.name, why)
         self._log.info("%s is not used: %s", transport.name, why)
 
     def _committed(self, transport: Transport, size_bytes: int, reserving_s: float, committing_s: float) -> None:
         """Count a save that the caller wrote in place."""
-        self._meter.add(transport.name, saves=1, saved_bytes=size_bytes, save_seconds=reserving_s + committing_s)
+        self.meter.add(transport.name, saves=1, saved_bytes=size_bytes, save_seconds=reserving_s + committing_s)
 
     def _have_verified(
         self, transport: Transport, order: LoadOrder, deadline: TransferDeadline, block: int, layer: int
@@ -241,11 +292,11 @@ class OrderedTransports:
 
         Waits as long as the view waits for a layer, or as long as a call may take.
         """
-        self._meter.add(transport.name, mismatches=1)
+        self.meter.add(transport.name, mismatches=1)
         first, counts = order.first_block + block, order.token_counts[block : block + 1]
         one = replace(order, first_block=first, token_counts=counts, first_layer=layer, into=None)
         wait = deadline if deadline.is_per_layer else self._connection.deadline(None)
         with deadline.layer(), closing(self._transports[-1].load(one, wait)) as layers:
             data = next(layers, None)
             if data is not None:
-                self._meter.add(self._transports[-1].name, loaded_bytes=data.size)
+                self.meter.add(self._transports[-1].name, loaded_bytes=data.size)

@@ -144,10 +144,14 @@ class Reservation:
         if self._generation == forks.generation:
             self._abandon()
 
-    def slice(self, number: int, layer: int) -> Bytes:
-        """One writable slice, by its position in `blocks`. It does not keep the reservation."""
-        begin, end = self._ranges[layer][number]
-        return self._arena[begin:end]
+    @property
+    def memory(self) -> Bytes:
+        """The arena, writable. It does not keep the reservation."""
+        return self._arena
+
+    def place(self, number: int, layer: int) -> tuple[int, int]:
+        """Begin and end of one slice in `memory`, by its position in `blocks`."""
+        return self._ranges[layer][number]
 
     def slice_sizes(self, layer: int) -> list[int]:
         return [end - begin for begin, end in self._ranges[layer]]

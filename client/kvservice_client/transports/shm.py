@@ -13,29 +13,33 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from google.protobuf.message import Message
 
+from kvservice_api.copying import STREAMED_BYTES_MIN, copy_slices
 from kvservice_api.errors import DaemonUnavailable, DeadlineExceeded, KVError, NotShared
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
-from kvservice_client.arena_map import ArenaMap, WriterLock
+from kvservice_client.arena_map import ArenaMap, ArenaObserver, WriterLock
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline, TransferDeadline
 from kvservice_client.transports.base import LoadOrder, SaveOrder, SaveResult, SaveSet, Transport
-from kvservice_client.transports.copying import Batch, Copiers, Group, copy_and_sum, copy_runs_and_sum, sum_and_copy
+from kvservice_client.transports.copying import HELPED_BYTES_MIN, Batch, Copiers, Group
 from kvservice_client.transports.grpc import save_header
 from kvservice_client.transports.in_place import InPlace, InPlaceMismatch, View
 from kvservice_client.transports.reservation import Reservation
 
 M = TypeVar("M", bound=Message)
 
-_LAYERS_AHEAD = 3
+_GROUPS_AHEAD = 3  # Groups of layers whose copies have begun.
+# How much is copied at a time. Each piece costs 0.1 ms of Python. The last ones of a load are small, so that no thread
+# waits long for another.
+_PIECE_BYTES_MIN, _PIECE_BYTES_MAX = 1 << 20, 4 << 20
 _ABANDON_S = 1.0  # Time of one attempt to abandon a reservation at the daemon.
 _ABANDON_PAUSE_S = 0.2
 
@@ -57,6 +61,9 @@ class ShmTransport(Transport):
     def close(self) -> None:
         self._close()
 
+    def observe_arenas(self, observer: ArenaObserver) -> None:
+        self._arenas.observe(observer)
+
     def check_offered(self, deadline: Deadline) -> None:
         self._arenas.get(self._connection.limits(deadline))
 
@@ -64,24 +71,42 @@ class ShmTransport(Transport):
 
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
         """As `Transport.load`. Each layer is copied and verified while the daemon prepares the next ones."""
-        started: deque[tuple[Bytes, Group]] = deque()
-        next_layer = order.first_layer
+        began_s = self._connection.clock.now_s()
+        started: deque[tuple[list[Bytes], Group]] = deque()
+        layer = next_layer = order.first_layer
+        left_bytes = order.size_bytes
         with self._located(order, deadline) as blocks:
             try:
-                with self._copiers.begin() as batch:
-                    for layer in range(order.first_layer, order.layer_count):
+                with self._copiers.begin(left_bytes) as batch:
+                    while layer < order.layer_count:
                         blocks.wait_for_layer(layer)
-                        until = min(layer + _LAYERS_AHEAD + 1, order.layer_count, blocks.layers_ready)
-                        while next_layer < until:
-                            started.append(_start_copy(blocks, order, next_layer, batch))
-                            next_layer += 1
-                        target, group = started.popleft()
+                        while next_layer < blocks.layers_ready and len(started) <= _GROUPS_AHEAD:
+                            piece_bytes = min(_PIECE_BYTES_MAX, max(_PIECE_BYTES_MIN, left_bytes // 3))
+                            until = min(_end_of_group(order, next_layer, piece_bytes), blocks.layers_ready)
+                            started.append(_start_copy(blocks, order, range(next_layer, until), batch, piece_bytes))
+                            left_bytes -= sum(target.size for target in started[-1][0])
+                            next_layer = until
+                        targets, group = started.popleft()
                         batch.finish(group, deadline)
                         blocks.check()
-                        yield target
+                        layer += len(targets)
+                        if layer == order.layer_count:
+                            self._note(order, blocks, began_s)  # A caller that has all layers may ask for no more.
+                        for target in targets:
+                            deadline.check()
+                            yield target
             except InPlaceMismatch:
                 blocks.check()  # The blocks may have been replaced, which is not damage.
                 raise
+
+    def _note(self, order: LoadOrder, blocks: InPlace, began_s: float) -> None:
+        """A load from known places, of which the daemon learns from the client."""
+        if order.places is not None and not blocks.are_held:
+            order.places.note_load(self._connection.clock.now_s() - began_s)
+
+    @property
+    def is_mapped(self) -> bool:
+        return self._arenas.is_mapped
 
     def view(
         self, order: LoadOrder, deadline: TransferDeadline, have_verified: Callable[[int, int], None] | None = None
@@ -91,11 +116,18 @@ class ShmTransport(Transport):
             with blocks:  # From then on only the lease keeps the blocks in their place.
                 blocks.wait_for_layer(order.layer_count - 1)
                 blocks.check()
+        if order.places is not None and not blocks.are_held:
+            order.places.note_load(0.0)
         return View(blocks, deadline, have_verified)
 
     def _located(self, order: LoadOrder, deadline: Deadline, *, verify: bool = False) -> InPlace:
         """Raises NotShared if the blocks are not in place, or not for this client."""
         arena = self._arenas.get(self._connection.limits(deadline))
+        places = order.places
+        if places is not None and (places.are_verified or not verify):
+            blocks = InPlace(arena, order, places.located)
+            if not blocks.are_replaced:
+                return blocks
         request = pb.LocateBlocksRequest(
             client_id=order.client_id,
             lease_id=order.lease_id,
@@ -139,12 +171,13 @@ class ShmTransport(Transport):
 
     def _write(self, order: SaveOrder, reservation: Reservation, deadline: Deadline) -> None:
         """Copy the reserved blocks to their places, and compute their checksums."""
-        with self._copiers.begin() as batch:
+        streamed = (size_bytes := reservation.size_bytes) >= STREAMED_BYTES_MIN
+        with self._copiers.begin(size_bytes) as batch:
             running: list[Group] = []
             for layer in range(len(order.layers)):
-                work = partial(_write_slice, order, reservation, layer)
+                work = partial(_write_slices, order, reservation, layer, streamed)
                 running.append(batch.start(work, reservation.slice_sizes(layer)))
-                if len(running) > _LAYERS_AHEAD:
+                if len(running) > _GROUPS_AHEAD:
                     batch.finish(running.pop(0), deadline)
             for group in running:
                 batch.finish(group, deadline)
@@ -170,24 +203,41 @@ class ShmTransport(Transport):
         return self._connection.channel.call(BLOCKS + method, request, answer, deadline)
 
 
-def _start_copy(blocks: InPlace, order: LoadOrder, layer: int, batch: Batch) -> tuple[Bytes, Group]:
-    target, starts = order.buffer(layer), order.block_starts(layer)
-    sizes = [end - start for start, end in pairwise(starts)]
-    return target, batch.start(partial(_copy_slice, blocks, starts, layer, target), sizes)
+def _end_of_group(order: LoadOrder, layer: int, piece_bytes: int) -> int:
+    """The end of the layers from `layer` on that are copied together: all of a small order, and else a first layer
+    alone, because it is waited for.
+    """
+    if order.size_bytes < HELPED_BYTES_MIN:
+        return order.layer_count
+    return layer + 1 if layer == order.first_layer else order.layers_within(layer, piece_bytes)
 
 
-def _copy_slice(blocks: InPlace, starts: list[int], layer: int, target: Bytes, block: int) -> None:
-    expected = blocks.expected(block, layer)
-    source, runs = blocks.slice(block, layer), blocks.runs(block, layer)
-    into = target[starts[block] : starts[block + 1]]
-    found = copy_and_sum(source, into) if runs is None else copy_runs_and_sum(source, runs, into)
-    if found != expected:
-        raise InPlaceMismatch(f"layer {layer} of block {block} is not what its checksum says")
+def _start_copy(
+    blocks: InPlace, order: LoadOrder, layers: range, batch: Batch, piece_bytes: int
+) -> tuple[list[Bytes], Group]:
+    targets = [order.buffer(layer) for layer in layers]
+    slices, runs = blocks.copies(layers)
+    each = len(runs) // len(slices)
+    expected, streamed = blocks.checksums(layers), order.size_bytes >= STREAMED_BYTES_MIN
+
+    def copy(part: range) -> None:
+        some, its_runs = slices[part.start : part.stop], runs[part.start * each : part.stop * each]
+        found = copy_slices([blocks.memory], targets, some, its_runs, streamed=streamed)
+        right = found == expected[part.start : part.stop]
+        if not right.all():
+            layer, block = divmod(part.start + int(right.argmin()), blocks.block_count)
+            raise InPlaceMismatch(f"layer {layers[layer]} of block {block} is not what its checksum says")
+
+    return targets, batch.start(copy, slices[:, 2].tolist(), piece_bytes)
 
 
-def _write_slice(order: SaveOrder, reservation: Reservation, layer: int, number: int) -> None:
-    source = order.layers[layer][reservation.positions[number]]
-    reservation.sums[number, layer] = sum_and_copy(source, reservation.slice(number, layer))
+def _write_slices(order: SaveOrder, reservation: Reservation, layer: int, streamed: bool, part: range) -> None:
+    sources = [order.layers[layer][reservation.positions[number]] for number in part]
+    places = [reservation.place(number, layer) for number in part]
+    slices = np.array([(each, 0, end - begin, 1) for each, (begin, end) in enumerate(places)], np.int64)
+    runs = np.array([(0, begin, 0, 1, end - begin, 0) for begin, end in places], np.int64)
+    sums = copy_slices(sources, [reservation.memory], slices, runs, streamed=streamed)
+    reservation.sums[part.start : part.stop, layer] = sums
 
 
 class _AbandonQueue:
@@ -250,7 +300,19 @@ class _Arenas:
         """Begin unmapped: a child that does not use the arena must not keep the memory of a replaced one."""
         self._lock = threading.Lock()
         self._mapped: ArenaMap | None = None
+        self._observers: list[ArenaObserver] = []
         self._refusal: tuple[tuple[bytes, int], str] = ((b"", 0), "")
+
+    def observe(self, observer: ArenaObserver) -> None:
+        with self._lock:
+            if observer not in self._observers:
+                self._observers.append(observer)
+                if self._mapped is not None:
+                    self._mapped.observe(observer)
+
+    @property
+    def is_mapped(self) -> bool:
+        return self._mapped is not None
 
     def get(self, limits: pb.GetCapabilitiesResponse) -> ArenaMap:
         """Raises NotShared if it cannot be mapped here. Tried once per arena and size."""
@@ -268,6 +330,8 @@ class _Arenas:
             except NotShared as error:
                 self._refusal = (arena, error.message)
                 raise
+            for observer in self._observers:
+                self._mapped.observe(observer)
             return self._mapped
 
 

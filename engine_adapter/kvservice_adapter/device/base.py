@@ -18,9 +18,12 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvservice_adapter.device.arrays import ArrayView, view_of
 from kvservice_adapter.device.rotation import Rotation
-from kvservice_client import LayerGroup
+from kvservice_client import ArenaObserver, LayerGroup
 from kvservice_client.buffers import Bytes
 
 # One layer of some blocks as it is stored: one array of all blocks, or a sequence with an entry per block: an array, or
@@ -166,6 +169,34 @@ def _clipped(pieces: Iterator[Piece], token_counts: Sequence[int], copied: tuple
             return
 
 
+class NotTurned(RuntimeError):
+    """A device could not turn keys, which are as before. The message says why."""
+
+
+class NotOrdered(RuntimeError):
+    """Copies cannot be made to wait for what the engine computes now. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What the engine's computing was given up to one moment: `Device.computed`."""
+
+    unordered_because: str = ""  # Why no stream can wait for it. Then nothing that it computes may be copied.
+
+    def check(self) -> None:
+        """Raises NotOrdered if no stream can wait for it."""
+        if self.unordered_because:
+            raise NotOrdered(self.unordered_because)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block the calling thread until it is computed, at most that long. Returns whether it is. Raises NotOrdered.
+
+        For the engine's thread, and for work of a `Stream` of the same device.
+        """
+        self.check()
+        return True
+
+
 class Event(ABC):
     """The end of one piece of a stream's work."""
 
@@ -194,9 +225,21 @@ class Stream(ABC):
     keeps them until then. A stream without references closes itself. Destructors may submit work.
     """
 
+    sums_slices = False  # Whether `scatter` also takes checksums, in the same pass over the memory.
+
     @abstractmethod
-    def submit(self, work: Callable[[], None]) -> Event:
-        """Have the host do something once all earlier work is done. Raises StreamClosed."""
+    def submit(self, work: Callable[[], None], *, waits: bool = True) -> Event:
+        """Have the host do something once all earlier work is done. Raises StreamClosed.
+
+        With `waits` False it is done once earlier copies are begun: a device may still be copying.
+        """
+
+    @abstractmethod
+    def after(self, computed: Computed) -> None:
+        """All later copies begin after what the engine had computed, or given to its device, at that moment.
+
+        Raises StreamClosed, NotOrdered.
+        """
 
     @abstractmethod
     def scatter(
@@ -205,11 +248,16 @@ class Stream(ABC):
         token_counts: Sequence[int],
         pages: Pages,
         rotation: Rotation | None = None,
+        then: Callable[[], None] | None = None,
+        verify: Callable[[NDArray[np.uint64]], None] | None = None,
     ) -> Event:
         """Copy the blocks of one layer into an engine's pages; then turn the keys there.
 
         `slices` may be reused once the event is done. The event's error is a ValueError where sizes do not agree.
-        Raises StreamClosed.
+        `then` is called once they are in the pages, on a thread of the stream, and must not block; what it raises is
+        the event's error, and the event is done only after it. `Device.wait_in_compute` then waits on the host.
+        `verify`, only if `sums_slices`, is called before `then`, with the xxh3-64 of each block's slice as it was read.
+        What it raises is the event's error too. Raises StreamClosed.
         """
 
     @abstractmethod
@@ -224,13 +272,8 @@ class Stream(ABC):
 
         `on_block` is called once per block, with its number, in order: on a thread of the stream, after the block's
         last byte is copied, which may still be in the processor's cache. What it raises is the event's error.
-        It begins once what the engine's computing was given before is computed. The pages must not change until the
-        event is done. Errors as those of `scatter`.
+        The pages must not change until the event is done. Errors as those of `scatter`.
         """
-
-    @abstractmethod
-    def copy(self, source: Any, target: Any) -> Event:
-        """Copy one array onto another of its shape and type. Raises StreamClosed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -284,7 +327,15 @@ _ALIGNMENT = 4096  # Of staging's parts, because DMA and direct I/O work on page
 
 
 class Device(ABC):
-    """One kind of machine. Holds no state itself; any thread may call it."""
+    """One kind of machine. Any thread may call it."""
+
+    layers_under_way = 2  # How many layers of one load are begun and not copied yet, at most.
+    arena_observer: ArenaObserver | None = None  # Gets the daemon's memory in this process, to copy from it by DMA.
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether scattering reads the daemon's memory without the processor, faster than that could verify it."""
+        return self.arena_observer is not None
 
     @abstractmethod
     def stream(self, name: str) -> Stream:
@@ -295,16 +346,22 @@ class Device(ABC):
         """New host memory that this device copies to and from fast; pinned where that makes a difference."""
 
     @abstractmethod
+    def computed(self) -> Computed:
+        """What the engine's computing was given so far. Called on the engine's thread; does not wait."""
+
+    @abstractmethod
     def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
         """Have the engine's later work wait for the event. Called on the engine's thread.
 
-        A device with streams of its own orders them, and returns True at once. On a CPU the call blocks until
-        the event is done, at most `timeout_s`; it returns whether it is.
+        A device with streams of its own orders them, and returns True once the copy is queued. On a CPU, and where the
+        host has something to do after the copy, the call blocks until the event is done. It waits at most `timeout_s`,
+        and returns whether that was enough. Raises nothing.
         """
 
     @abstractmethod
     def rotate(self, keys: Any, rotation: Rotation) -> None:
         """Turn an array of keys ``[..., token, dim]`` in place, in order with the engine's computing.
 
-        They are the sequence's tokens from its first one on. Called on the engine's thread.
+        They are the sequence's tokens from its first one on. Called on the engine's thread. Raises ValueError for keys
+        that cannot be turned, NotTurned where the device fails.
         """

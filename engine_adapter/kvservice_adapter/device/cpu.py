@@ -19,8 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_adapter.device.arrays import ArrayView, bits_of, view_of
-from kvservice_adapter.device.base import Device, Event, Pages, Piece, Slices, Staging, Stream, StreamClosed
+from kvservice_adapter.device.base import Computed, Device, Event, Pages, Piece, Slices, Staging, Stream, StreamClosed
+from kvservice_adapter.device.paged_runs import paged_runs
 from kvservice_adapter.device.rotation import Rotation
+from kvservice_api import copying
+from kvservice_api.copying import Table
+from kvservice_api.image import checksum
 from kvservice_client.buffers import Bytes
 
 _Bits = NDArray[Any]
@@ -32,6 +36,9 @@ class CpuDevice(Device):
 
     def staging(self, size_bytes: int) -> Staging:
         return Staging(np.empty(size_bytes, np.uint8))
+
+    def computed(self) -> Computed:
+        return Computed()
 
     def wait_in_compute(self, event: Event, timeout_s: float) -> bool:
         return event.wait(timeout_s)
@@ -74,7 +81,7 @@ class CpuEvent(Event):
         self._done.set()
 
 
-class _Worker:
+class Worker:
     """Runs work in order, on a thread that exists only while there is work. It holds no reference to its stream.
 
     Work may be given from a destructor, wherever the garbage collector runs it, and after the collector has
@@ -88,6 +95,7 @@ class _Worker:
         self._queue: SimpleQueue[tuple[Callable[[], None], CpuEvent] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = self._dropped = False
+        _workers.add(self)
 
     def give(self, work: Callable[[], None], event: CpuEvent) -> None:
         with self._lock:
@@ -142,16 +150,20 @@ class _Worker:
 class CpuStream(Stream):
     """One thread, from the first work on until the stream is closed or dropped."""
 
+    sums_slices = True
+
     def __init__(self, device: CpuDevice, name: str) -> None:
         self._device = device
-        self._worker = _Worker(name)
-        _workers.add(self._worker)
+        self._worker = Worker(name)
         weakref.finalize(self, self._worker.drop).atexit = False
 
-    def submit(self, work: Callable[[], None]) -> CpuEvent:
+    def submit(self, work: Callable[[], None], *, waits: bool = True) -> CpuEvent:
         event = CpuEvent()
         self._worker.give(work, event)
         return event
+
+    def after(self, computed: Computed) -> None:
+        computed.check()
 
     def scatter(
         self,
@@ -159,20 +171,42 @@ class CpuStream(Stream):
         token_counts: Sequence[int],
         pages: Pages,
         rotation: Rotation | None = None,
+        then: Callable[[], None] | None = None,
+        verify: Callable[[NDArray[np.uint64]], None] | None = None,
     ) -> CpuEvent:
         def work() -> None:
             keys, values = self._device.bits(pages.key_view), self._device.bits(pages.value_view)
             stored = _Stored(slices, token_counts, pages)
-            for piece, source_keys, source_values in stored.pieces():
-                target_keys, target_values = _paged(keys, piece), _paged(values, piece)
-                self._device.copy(source_keys, target_keys)
-                self._device.copy(source_values, target_values)
+            sums = self._copied_at_once(stored, keys, values, summed=verify is not None)
+            is_copied = sums is not None
+            if sums is None and verify is not None:
+                sums = stored.sums()
+            if verify is not None and sums is not None:
+                verify(sums)
+            for piece, source_keys, source_values in () if is_copied and rotation is None else stored.pieces():
+                if not is_copied:
+                    self._device.copy(source_keys, _paged(keys, piece))
+                    self._device.copy(source_values, _paged(values, piece))
                 if rotation is not None:
                     tokens = piece.blocks * piece.tokens
                     turned = keys[piece.page_id, :, piece.token_of_page : piece.token_of_page + tokens]
                     self._device.rotate_bits(turned, pages.key_view.dtype, rotation, stored.first_token(piece))
+            if then is not None:
+                then()
 
         return self.submit(work)
+
+    def _copied_at_once(
+        self, stored: _Stored, keys: _Bits, values: _Bits, *, summed: bool
+    ) -> NDArray[np.uint64] | None:
+        """Copy all blocks in one call, and return their checksums. None if they must be copied piece by piece."""
+        if copying.native is None or type(self._device).copy is not CpuDevice.copy or stored.sources is None:
+            return None
+        tables = stored.tables()
+        if tables is None:
+            return None
+        streamed = stored.size_bytes >= copying.STREAMED_BYTES_MIN
+        return copying.copy_slices(stored.sources, [keys, values], *tables, streamed=streamed, summed=summed)
 
     def gather(
         self,
@@ -196,16 +230,6 @@ class CpuStream(Stream):
 
         return self.submit(work)
 
-    def copy(self, source: Any, target: Any) -> CpuEvent:
-        given, into = view_of(source), view_of(target)
-
-        def work() -> None:
-            if (given.shape, given.dtype) != (into.shape, into.dtype):
-                raise ValueError(f"{given.shape} {given.dtype} is not {into.shape} {into.dtype}")
-            self._device.copy(self._device.bits(given), self._device.bits(into))
-
-        return self.submit(work)
-
     def close(self) -> None:
         self._worker.close()
 
@@ -214,7 +238,7 @@ class CpuStream(Stream):
         return self._worker.join(timeout_s)
 
 
-_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 _EXIT_S = 1.0
 
 
@@ -256,6 +280,22 @@ class _Stored:
             size_bytes = sum(array.size for arrays in self._per_block for array in arrays)
         if size_bytes != tokens * pages.token_bytes:
             raise ValueError(f"{size_bytes} bytes are given; these {tokens} tokens have {tokens * pages.token_bytes}")
+        self.size_bytes = size_bytes
+        # One array of all blocks, or one per block; None if a block's keys and values are apart.
+        self.sources: Sequence[Bytes] | None = None
+        if self._joined is not None:
+            self.sources = [self._joined]
+        elif all(len(arrays) == 1 for arrays in self._per_block):
+            self.sources = [arrays[0] for arrays in self._per_block]
+
+    def tables(self) -> tuple[Table, Table] | None:
+        """How all blocks are copied in one call; None if they cannot."""
+        return paged_runs(self._pages, self._token_counts, joined=self._joined is not None)
+
+    def sums(self) -> NDArray[np.uint64]:
+        """The xxh3-64 of each block's slice, which is in one array."""
+        assert self._joined is None and self.sources is not None
+        return np.array([checksum(source.data) for source in self.sources], np.uint64)
 
     def pieces(self) -> Iterator[tuple[Piece, _Bits, _Bits]]:
         """Each piece, its keys and its values, in the shapes of `_paged`."""

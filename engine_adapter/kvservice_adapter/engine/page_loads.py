@@ -1,21 +1,26 @@
 """Loads of a leased prefix into an engine's pages, by a ticket that its scheduler has got.
 
-On the daemon's host, blocks are copied from shared memory straight into the pages, each slice verified before it is
-copied; otherwise the client loads them, and the device copies them from there.
+Where the daemon can, it copies blocks into the pages itself. Otherwise, on the daemon's host, blocks are copied from
+shared memory straight into the pages, each slice verified before it is copied, unless the device reads it by DMA.
+Elsewhere the client loads them, and the device copies them from there.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvservice_adapter.device.arrays import ArrayView
-from kvservice_adapter.device.base import Event, Pages, Slices, Stream, StreamClosed
-from kvservice_adapter.layer_source import BegunLayer, PagesOfLayer
+from kvservice_adapter.device.base import Computed, Event, NotOrdered, Pages, Slices, Stream, StreamClosed
+from kvservice_adapter.engine.device_copies import NEXT_TRANSPORT, Copied, copied_layers
+from kvservice_adapter.layer_source import COPIED_S, BegunLayer, PagesOfLayer
 from kvservice_api import spans
 from kvservice_api.errors import (
     BlockNotFound,
@@ -27,9 +32,10 @@ from kvservice_api.errors import (
     StorageFailed,
 )
 from kvservice_client import BlockCache, Clock, Lease
+from kvservice_client.device_memory import NAME, DeviceMemory, WriteFence
+from kvservice_client.transports.in_place import SliceMismatch, Verify
 
-_COPIED_S = 30.0  # For the copies of one load, from memory to memory.
-
+_COMPUTED_S = 0.005
 
 PageIds = Sequence[Sequence[int]]  # Of one sequence, from its first token on: per group of layers.
 
@@ -101,8 +107,18 @@ class PrefixLoad:
         waits: Waits,
         release: Callable[[Lease], None],
         trace: spans.TraceContext | None = None,
+        *,
+        verify: Verify = "always",
+        memory: DeviceMemory | None = None,
     ) -> None:
-        """`release` ends a lease, and may do so later, on another thread. `trace` is that of the request."""
+        """`release` ends a lease, and may do so later, on another thread. `trace` is that of the request. `verify` is
+        for blocks in shared memory: "once" where the device reads them by DMA, else "always". `memory` are the pages,
+        if the daemon may open them.
+        """
+        self._verify = verify
+        self._memory = memory
+        self._computed: Computed | None = None
+        self._not_ordered: NotOrdered | None = None
         self._stream = stream
         self._blocks = blocks
         self._ticket = ticket
@@ -111,12 +127,23 @@ class PrefixLoad:
         self._release = release
         self._trace = trace
         self._events: list[Event] = []
+        self._fences: list[WriteFence] = []  # Of copies that the daemon makes.
         self._lease: Lease | None = None
         self._is_cancelled = False
         self._copies = threading.Lock()  # Of the events: no copy begins after `stop`.
         self.size_bytes = 0  # Of the layers begun so far.
-        self.transport = ""  # By which they come: "shm" or "grpc".
+        self.transport = (
+            ""  # By which they come: "cuda_ipc", "shm", "bulk", "grpc"; "cuda_ipc+shm" if the first could not.
+        )
         self.valid_tokens = 0  # After an error: how many tokens of the prefix, from its first on, are in the pages.
+
+    def after(self, computed: Computed) -> None:
+        """As `LayerSource.after`; that it cannot be ordered is raised by `begin`."""
+        self._computed = computed
+        try:
+            self._stream.after(computed)
+        except NotOrdered as error:
+            self._not_ordered = error
 
     def pages_of_layer(
         self, layers: PagedLayers, page_ids: PageIds, begins: Sequence[int] | None = None
@@ -139,11 +166,7 @@ class PrefixLoad:
 
     def stop(self) -> None:
         """`cancel`, and wait until nothing more is written to the pages; not for the daemon. From any thread."""
-        self.cancel()
-        with self._copies:
-            events = list(self._events)
-        for event in events:
-            event.wait(_COPIED_S)
+        stop_all([self])
 
     @property
     def is_leased(self) -> bool:
@@ -157,10 +180,12 @@ class PrefixLoad:
     def begin(self, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
         """As `LayerSource.begin`, on any thread. `next` may also be called before the event before it is done.
 
-        The last layer is there once all copies are done and can be trusted; before that the iterator raises a KVError.
+        After the last layer the iterator waits for all copies, and raises the error of the first that has one.
         If one block is damaged, was removed, or cannot be read, those before it are loaded to the end: `valid_tokens`.
         Raises ValueError for pages of another geometry.
         """
+        if self._not_ordered is not None:
+            raise self._not_ordered
         answer = self.waits.answer
         with spans.within(self._trace):
             lease = self._lease = self._blocks.adopt(self._ticket, timeout_s=answer.remaining_s)
@@ -174,77 +199,169 @@ class PrefixLoad:
             end_block = next(block for block, start in enumerate(starts) if start >= self._tokens[1])
             given = 0
             try:
-                for begun in self._all_layers(lease, end_block, pages_of_layer):
-                    yield begun
-                    given += 1
+                with closing(self._all_layers(lease, end_block, pages_of_layer)) as layers:
+                    for begun in layers:
+                        yield begun
+                        given += 1
             except (ChecksumMismatch, StorageFailed, LeaseExpired) as error:
                 bad_block = int(error.details.get("block", 0))
                 if bad_block <= self._first_block:
                     raise
                 answer.restart()
-                for layer, begun in enumerate(self._all_layers(lease, bad_block, pages_of_layer)):
-                    if given <= layer < self._blocks.shard.layers - 1:
-                        yield begun
+                with closing(self._all_layers(lease, bad_block, pages_of_layer)) as layers:
+                    for layer, begun in enumerate(layers):
+                        if given <= layer < self._blocks.shard.layers - 1:
+                            yield begun
                 self.valid_tokens = starts[bad_block]
                 raise
         finally:
             for event in self._events:  # After an error too, nothing is written to the pages any more.
-                event.wait(_COPIED_S)
+                event.wait(COPIED_S)
             self._release(lease)
 
-    def _all_layers(self, lease: Lease, end_block: int, pages_of_layer: PagesOfLayer) -> Iterator[BegunLayer]:
-        """Copy the blocks before `end_block`."""
+    def _all_layers(
+        self, lease: Lease, end_block: int, pages_of_layer: PagesOfLayer
+    ) -> Generator[BegunLayer, None, None]:
+        """Copy the blocks before `end_block`, by the first transport that can, and the rest by the next one."""
+        self.transport, given = "", 0
+        if self._memory is not None and self._memory.is_ready and self._is_computed:
+            try:
+                with closing(self._by_daemon(self._memory, lease, end_block, pages_of_layer)) as copied:
+                    for begun in copied:
+                        yield begun
+                        given += 1
+                return
+            except NEXT_TRANSPORT as error:
+                self._memory.fell_back(error)
+                self.waits.answer.restart()
+        with closing(self._by_host(lease, end_block, pages_of_layer, given)) as begun_layers:
+            yield from begun_layers
+
+    @property
+    def _is_computed(self) -> bool:
+        """Whether the engine has computed what it was given before, or will at once. If not, copies of our own follow
+        that on the GPU, and the engine's thread, whose wait for a layer is bounded, has not to wait for it.
+        """
+        return self._computed is None or self._computed.wait(_COMPUTED_S)
+
+    def _by_daemon(
+        self, memory: DeviceMemory, lease: Lease, end_block: int, pages_of_layer: PagesOfLayer
+    ) -> Generator[BegunLayer, None, None]:
+        """Have the daemon copy the blocks into the pages. Raises errors of `NEXT_TRANSPORT` too."""
+        with self._copies:
+            if self._is_cancelled:
+                raise Cancelled("the load was cancelled")
+            fence = memory.fence()
+            self._fences.append(fence)
+        blocks = range(self._first_block, end_block)
+        tokens = sum(lease.token_counts[blocks.start : blocks.stop])
+        answer, layer_s, idle_s = self.waits
+        try:
+            copied = copied_layers(memory, fence, lease, blocks, pages_of_layer, layer_s=layer_s, idle_s=idle_s)
+            with closing(copied):
+                for layer in copied:
+                    self.transport = NAME
+                    answer.restart()
+                    pages = pages_of_layer(layer)
+                    size_bytes = tokens * pages.token_bytes
+                    self.size_bytes += size_bytes
+                    yield BegunLayer(pages, Copied(), size_bytes)
+        finally:
+            fence.end()
+
+    def _used(self, transport: str) -> None:
+        if transport != self.transport.rpartition("+")[2]:
+            self.transport = f"{self.transport}+{transport}" if self.transport else transport
+
+    def _by_host(
+        self, lease: Lease, end_block: int, pages_of_layer: PagesOfLayer, first_layer: int
+    ) -> Generator[BegunLayer, None, None]:
+        """Copy the layers of the blocks from `first_layer` on, from shared memory or from what the client loads."""
         first, layers = self._first_block, self._blocks.shard.layers
         count = end_block - first
         token_counts = lease.token_counts[first:end_block]
         answer, layer_s, idle_s = self.waits
+        events = list[Event]()
         try:
             view = lease.view(
-                first, count, answer.remaining_s, verify="always", layer_timeout_s=layer_s, idle_timeout_s=idle_s
+                first, count, answer.remaining_s, verify=self._verify, layer_timeout_s=layer_s, idle_timeout_s=idle_s
             )
-            self.transport = "shm"
+            self._used("shm")
         except NotShared:
-            self.transport = "grpc"
             loaded = lease.load(first_block=first, block_count=count, layer_timeout_s=layer_s, idle_timeout_s=idle_s)
             with closing(loaded):
                 for each in loaded:
                     answer.restart()
+                    if each.index < first_layer:
+                        continue
+                    self._used(each.transport)
                     begun = self._copy(each.index, each.data, token_counts, pages_of_layer)
-                    if each.index == layers - 1:
-                        self._finish()
+                    events.append(begun.event)
                     yield begun
+            _finish(events)
             return
         with view:
-            for layer in range(layers):
-                slices = view.slices(layer)
-                answer.restart()
-                begun = self._copy(layer, slices, token_counts, pages_of_layer)
-                if layer == layers - 1:
-                    self._finish()
-                    view.check()
-                yield begun
+            try:
+                for layer in range(first_layer, layers):
+                    verify = None
+                    if self._stream.sums_slices:
+                        slices, verify = view.slices_to_verify(layer)
+                    else:
+                        slices = view.slices(layer)
+                    answer.restart()
+                    begun = self._copy(layer, slices, token_counts, pages_of_layer, view.check, verify)
+                    events.append(begun.event)
+                    if verify is not None:  # The engine may cancel the lease for the error: that is reported before.
+                        _finish([begun.event])
+                    yield begun
+                _finish(events)
+            except SliceMismatch as damaged:
+                view.report(damaged)
+            finally:
+                for event in events:  # While they read the blocks, the daemon holds them.
+                    event.wait(COPIED_S)
 
     def _copy(
-        self, layer: int, slices: Slices, token_counts: Sequence[int], pages_of_layer: PagesOfLayer
+        self,
+        layer: int,
+        slices: Slices,
+        token_counts: Sequence[int],
+        pages_of_layer: PagesOfLayer,
+        check: Callable[[], None] | None = None,
+        verify: Callable[[NDArray[np.uint64]], None] | None = None,
     ) -> BegunLayer:
         pages = pages_of_layer(layer)
         pages.check(self._blocks.layout.group_of(self._blocks.shard.layer_begin + layer))
         with self._copies:
             if self._is_cancelled:
                 raise Cancelled("the load was cancelled")
-            event = self._stream.scatter(slices, token_counts, pages)
+            event = self._stream.scatter(slices, token_counts, pages, then=check, verify=verify)
             self._events.append(event)
         size_bytes = sum(token_counts) * pages.token_bytes
         self.size_bytes += size_bytes
         return BegunLayer(pages, event, size_bytes)
 
-    def _finish(self) -> None:
-        """Wait until everything is copied. Raises what a copy raised."""
-        for event in self._events:
-            if not event.wait(_COPIED_S):
-                raise DeadlineExceeded("the copies into the engine's pages are not done in time")
-            if event.error is not None:
-                raise event.error
+
+def _finish(events: Sequence[Event]) -> None:
+    """Wait until everything is copied. Raises what a copy raised."""
+    for event in events:
+        if not event.wait(COPIED_S):
+            raise DeadlineExceeded("the copies into the engine's pages are not done in time")
+        if event.error is not None:
+            raise event.error
+
+
+def stop_all(loads: Sequence[PrefixLoad]) -> None:
+    """`PrefixLoad.stop` of each, in the time of one. They are of one engine."""
+    fences, events = list[WriteFence](), list[Event]()
+    for load in loads:
+        load.cancel()
+        with load._copies:
+            fences += load._fences
+            events += load._events
+    WriteFence.end_all(fences)
+    for event in events:
+        event.wait(COPIED_S)
 
 
 def release_on(stream: Stream) -> Callable[[Lease], None]:

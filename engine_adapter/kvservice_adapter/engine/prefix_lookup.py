@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_adapter.device.rotation import Rotation, UnsupportedRotation
+from kvservice_adapter.layer_source import HostLayer, layers_of
 from kvservice_adapter.session import Conversation, Keys
 from kvservice_api.errors import SessionNotFound
 from kvservice_api.keys import BlockChain
-from kvservice_client import BlockCache, Client, LoadedLayer, ResidencyRun, SessionState
+from kvservice_client import BlockCache, Client, ResidencyRun, SessionState
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Deadline
 
 log = logging.getLogger(__name__)
+
+_LAYER_S = 10.0  # For a layer that is promoted from SSD. Engines wait less, and compute the history instead.
 
 
 class KeyRotations(Protocol):
@@ -35,7 +39,7 @@ class StoredPrefix:
 
     tokens: int
     token_counts: tuple[int, ...]  # Of the slices that hold them; the last may hold more.
-    load: Callable[[int, int], Iterator[LoadedLayer]]  # `load(first, count)` loads these slices.
+    load: Callable[[int, int], Iterator[HostLayer]]  # `load(first, count)` loads these slices.
     release: Callable[[], None]
     residency: tuple[ResidencyRun, ...]
     keys: tuple[bytes, ...]  # The keys of the whole blocks among them, after the last cut.
@@ -61,8 +65,18 @@ def tier_of(residency: Sequence[ResidencyRun]) -> str:
 class PrefixLookup:
     """Asks one daemon about the blocks of one layout. Any thread may call it; calls wait for the daemon."""
 
-    def __init__(self, client: Client, blocks: BlockCache, turns: Callable[[], KeyRotations]) -> None:
-        """`turns` may raise UnsupportedRotation; it is called where keys are read elsewhere than stored."""
+    def __init__(
+        self,
+        client: Client,
+        blocks: BlockCache,
+        turns: Callable[[], KeyRotations],
+        *,
+        in_place: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`turns` may raise UnsupportedRotation; it is called where keys are read elsewhere than stored. Where
+        `in_place` says so, a prefix's layers are given where they are, if that is in shared memory.
+        """
+        self._in_place = in_place
         self._client = client
         self._blocks = blocks
         self._turns = turns
@@ -94,7 +108,7 @@ class PrefixLookup:
         return StoredPrefix(
             tokens,
             lease.token_counts,
-            lambda first, count: lease.load(first_block=first, block_count=count),
+            partial(layers_of, lease, in_place=self._in_place(), layer_timeout_s=_LAYER_S),
             lease.release,
             tuple(lease.residency),
             builder.chain.keys[: tokens // keys.layout.block_tokens],

@@ -10,7 +10,7 @@ from kvservice_adapter.load import LoadReport
 from kvservice_adapter.rates import Rates
 from kvservice_api.cost import Kind, Plan
 from kvservice_api.errors import KVError
-from kvservice_client import Client, Outcome, RequestReport
+from kvservice_client import Client, Outcome, RequestReport, Stats
 
 
 class ReportedHistory(Protocol):
@@ -44,7 +44,7 @@ class Request:
         self._request_id = request_id
         self._clock = client.clock
         self._began_s = self._clock.now_s()
-        self._loaded_before = dict(client.stats().loaded_bytes)
+        self._moved_before = moved_bytes(client.stats())
         self._has_first_token = False
         self.rows = 1
         self.lookup_s: float | None = None
@@ -57,8 +57,8 @@ class Request:
 
     @property
     def transport(self) -> str:
-        """The transports that moved bytes since the request began: "shm", "grpc", "grpc+shm", or "" for none."""
-        return transport_of(self._loaded_before, self._client.stats().loaded_bytes)
+        """The transports that moved bytes since the request began: "shm", "bulk", "grpc+shm" and so on; "" for none."""
+        return transport_of(self._moved_before, moved_bytes(self._client.stats()))
 
     def looked_up(self) -> None:
         self.lookup_s = self._clock.now_s() - self._began_s
@@ -128,6 +128,11 @@ def fields_of_plan(plan: Plan | None) -> dict[str, Any]:
         return {}
     estimate_s = {kind.value: seconds for kind, seconds in plan.estimate_s.items()}
     return {"plan": plan.kind.value, "plan_reason": plan.reason, "estimate_s": estimate_s}
+
+
+def moved_bytes(stats: Stats) -> dict[str, int]:
+    """Of loads, by transport: bytes that were copied, or given in place."""
+    return {name: each.loaded_bytes + each.viewed_bytes for name, each in stats.transports.items()}
 
 
 def transport_of(before: Mapping[str, int], now: Mapping[str, int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvservice_adapter.breaker import Breaker, answered
-from kvservice_adapter.device.base import Device, Pages
+from kvservice_adapter.device.base import Computed, Device, NotOrdered, Pages
 from kvservice_adapter.engine import session_sync
 from kvservice_adapter.engine.forward_saves import ForwardSaves
 from kvservice_adapter.save import OnDropped
@@ -81,8 +81,10 @@ class TurnSaver:
         """No more saves will come."""
         self._copies.close()
 
-    def save(self, turn: Turn, durability: Durability, meanwhile: ForwardSaves[Any] | None = None) -> Saved:
-        """Store what is not stored of a sequence, and have its session name it. Raises no KVError.
+    def save(
+        self, turn: Turn, durability: Durability, computed: Computed, meanwhile: ForwardSaves[Any] | None = None
+    ) -> Saved:
+        """Store what is not stored of a sequence, once it is computed, and have its session name it. Raises no KVError.
 
         `meanwhile` saved blocks of it while the model computed them. The arrays must not change until this returns.
         """
@@ -93,7 +95,9 @@ class TurnSaver:
             stored_before = self._blocks.contains(chain)
             result = SaveResult(0, 0, [])
             if stored_before < len(chain):
-                result = self._blocks.save(chain[stored_before:], self._slices(turn, stored_before), durability)
+                result = self._blocks.save(
+                    chain[stored_before:], self._slices(turn, stored_before, computed), durability
+                )
             self._breaker.record(True)
         except KVError as error:
             self._breaker.record(answered(error))
@@ -136,12 +140,16 @@ class TurnSaver:
             return error
         return None
 
-    def _slices(self, turn: Turn, first_block: int) -> list[Bytes]:
+    def _slices(self, turn: Turn, first_block: int, computed: Computed) -> list[Bytes]:
         """Each layer's slices of the blocks from one on, one after another in new memory of the host."""
         chain = turn.chain[first_block:]
         first_token = sum(turn.chain.token_counts[:first_block])
         starts = layer_starts(self._blocks.layout, self._blocks.shard, chain.token_counts)
         layers = [np.empty(of_layer[-1], np.uint8) for of_layer in starts]
+        try:
+            self._copies.after(computed)
+        except NotOrdered as error:
+            raise StorageFailed(f"the KV could not be copied: {error}") from error
         events = [
             self._copies.gather(turn.pages(layer, first_token), chain.token_counts, into)
             for layer, into in enumerate(layers)
@@ -150,5 +158,5 @@ class TurnSaver:
             if not event.wait(_PATIENCE_S):
                 raise StorageFailed("the KV could not be copied in time")
             if event.error is not None:
-                raise event.error
+                raise StorageFailed(f"the KV could not be copied: {event.error}") from event.error
         return layers

@@ -13,21 +13,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from kvservice.blocks import NO_ROW, BlockTable, Rows, Tails
+from kvservice.blocks import NO_ROW, BlockTable, Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
-from kvservice.policy.base import Hint, hint_kind
 from kvservice.store.caller import Caller
 from kvservice.store.hints.placement import ExpectedRead, HintPlacement
-from kvservice.store.hints.queue_mirror import HintSubject, HintTotals, QueueEntry, QueueLimits, QueueMirror
+from kvservice.store.hints.queue_mirror import HintSubject, HintTotals, QueueEntry, QueueLimits
+from kvservice.store.hints.stream import TICK_S, Ended, HintStream, Nearness, Ready
 from kvservice.store.leases import Client, Leases
 from kvservice.store.sessions.sessions import Sessions
+from kvservice.store.tails import Tails
 from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice.tiers.base import Tier
 from kvservice_api.errors import KVError, UnknownClient
@@ -35,7 +35,6 @@ from kvservice_api.keys import KEY_BYTES
 
 log = logging.getLogger(__name__)
 
-_TICK_S = 0.05
 _SHARE_OF_TIME = 5  # A tick that took this long is followed by a pause of four times that.
 _TOOK_MAX_S = 0.25  # What a tick may count as: the process may have been stopped meanwhile.
 _WINDOW_ENTRIES = 1024  # Of all queues, per tick: the windows.
@@ -43,45 +42,13 @@ _OTHER_ENTRIES = 512  # Of all queues, per tick: readiness of entries behind the
 _KEYS_PER_TICK = 4096  # Of each queue: the window, and the entries behind it.
 _ENTRIES_A_TURN = 32  # They take half a millisecond of the event loop, and more if they have hundreds of blocks.
 _TAILS_MAX = 16  # So many of the newest partial blocks after a key are looked at, which may be of other tenants.
-_EXPECTED_MAX = 1024  # Typing persons and running tools, per client.
 _CLIENTS_WORTH = 16  # All hints together have at most so many entries and keys as the queues of so many clients.
 _ENDED_MAX = 1024  # Reports of what has ended that wait to be acted on, of all clients.
 _ANSWERS_MAX = _ENDED_MAX // 2
 _BATCH = 256
 _LEAD_S = 10.0  # An expected request counts as queued this long before it is due,
 _LATE_S = 60.0  # and until this long after.
-_TYPING_S = 3.0
 _NEXT_S = 0.1  # A queued request without a time is expected this long after the one in front of it.
-
-
-class Nearness(Enum):
-    """How near the blocks of a queued request are."""
-
-    IN_DRAM = auto()
-    COMING = auto()
-    ON_SSD = auto()
-    ABSENT = auto()
-
-
-class Ready(NamedTuple):
-    """`ready_at_s` is a time of the monotonic clock for COMING, else 0."""
-
-    nearness: Nearness
-    ready_at_s: float = 0.0
-
-    def differs(self, sent: Ready | None, now_s: float) -> bool:
-        """Whether a client that knows `sent` needs this: an estimate that is a quarter off is sent again."""
-        if sent is None or sent.nearness is not self.nearness:
-            return True
-        return abs(sent.ready_at_s - self.ready_at_s) > max(_TICK_S, 0.25 * (self.ready_at_s - now_s))
-
-
-class QueuedReadiness(NamedTuple):
-    """What the engine learns of one queued request. `ready_in_s` is an estimate for COMING, else 0."""
-
-    request_id: str
-    nearness: Nearness
-    ready_in_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,139 +58,6 @@ class HintLimits:
     queue: QueueLimits = field(default_factory=lambda: QueueLimits(8192, 262_144))
     dram_share: float = 0.5
     bytes_per_s_max: int = 2 << 30
-
-
-class HintStream:
-    """One engine's hints, until its stream ends. Its methods only take notes, and never wait or raise."""
-
-    def __init__(self, exchange: HintExchange, caller: Caller, client: Client, limits: QueueLimits) -> None:
-        """Use `HintExchange.open`."""
-        self._exchange = exchange
-        self.caller = caller
-        self.client = client
-        self.queue = QueueMirror(limits, exchange.totals)
-        self.limits = limits
-        #: When the next request is due, the reason, and the tool's kind (see `hint_kind`); the oldest hint first.
-        self.expected: dict[HintSubject, tuple[float, Hint, int]] = {}
-        self.cursor = ""  # The last request whose readiness was evaluated.
-        self.unevaluated = 0  # Entries after it that may have another readiness than the known one.
-        self.is_over = False
-        self._known: dict[str, Ready] = {}
-        self._unsent: dict[str, None] = {}
-        self._sends_at_s = 0.0
-        self._wake = asyncio.Event()
-
-    # What the engine reports
-
-    def clear_queue(self) -> None:
-        self.queue.clear()
-        self._known.clear()
-        self._unsent.clear()
-        self._exchange.note()
-
-    def put(self, request_id: str, subject: HintSubject, starts_in_s: float | None, priority: int, before: str) -> None:
-        """Put a request into the queue. What exceeds the limits is counted and ignored."""
-        self._exchange.is_known(self.caller, subject)
-        due_s = None if starts_in_s is None else self._exchange.now_s() + starts_in_s
-        if not self.queue.put(QueueEntry(request_id, subject, due_s, priority), before):
-            self._exchange.counters.hints_over_limit += 1
-            self._forget(request_id)
-        self._exchange.note()
-
-    def remove(self, request_id: str) -> None:
-        if self.queue.remove(request_id):
-            self._forget(request_id)
-            self._exchange.note()
-
-    def expect(self, subject: HintSubject, within_s: float | None, hint: Hint, tool: str = "") -> None:
-        """The next request of this subject comes so soon; None if that is not known. `hint` is the reason."""
-        if not self._exchange.is_known(self.caller, subject):
-            return
-        self.expect_no_more(subject)
-        if len(self.expected) == _EXPECTED_MAX:
-            self.expect_no_more(next(iter(self.expected)))
-            self._exchange.counters.hints_over_limit += 1
-        if not self._exchange.totals.add(subject):
-            self._exchange.counters.hints_over_limit += 1
-            return
-        self.expected[subject] = (
-            self._exchange.now_s() + (_TYPING_S if within_s is None else within_s),
-            hint,
-            hint_kind(tool),
-        )
-        self._exchange.note()
-
-    def expect_no_more(self, subject: HintSubject) -> None:
-        if self.expected.pop(subject, None) is not None:
-            self._exchange.totals.remove(subject)
-
-    def turn_finished(self, subject: HintSubject, answer_tokens: int) -> None:
-        """The engine has answered a request. `answer_tokens` 0: it does not say how long the answer is."""
-        if self._exchange.is_known(self.caller, subject):
-            self.expect_no_more(subject)
-            if answer_tokens:
-                self._exchange.queue_ended(_Ended(self, subject, answer_tokens))
-
-    def not_needed(self, subject: HintSubject, *, write: bool) -> None:
-        """No further request reads these blocks; without `write`, they need not be written to SSD."""
-        if self._exchange.is_known(self.caller, subject):
-            self.expect_no_more(subject)
-            self._exchange.queue_ended(_Ended(self, subject, None, write))
-
-    def note_invalid(self) -> None:
-        """Count a hint that cannot be read."""
-        self._exchange.counters.hints_received += 1
-        self._exchange.counters.hints_invalid += 1
-
-    # What the engine learns
-
-    def set_ready(self, request_id: str, ready: Ready, now_s: float) -> None:
-        if ready.differs(self._known.get(request_id), now_s):
-            self._known[request_id] = ready
-            self._unsent[request_id] = None
-            self._wake.set()
-
-    async def slot(self) -> None:
-        """Await it before each part of many hints: a part may take a millisecond of the event loop."""
-        await self._exchange.loop_budget.slot()
-
-    async def changed(self, count_max: int) -> list[QueuedReadiness] | None:
-        """The requests whose readiness changed since the last call, at least one; None at the end of the stream."""
-        await self._exchange.pause_until(self._sends_at_s)
-        while not self._unsent and not self.is_over:
-            self._wake.clear()
-            await self._wake.wait()
-        if self.is_over:
-            return None
-        self._sends_at_s = self._exchange.now_s() + _TICK_S
-        names = list(islice(self._unsent, count_max))
-        for name in names:
-            del self._unsent[name]
-        self._exchange.counters.hint_readiness_sent += len(names)
-        now_s = self._exchange.now_s()
-        known = ((name, self._known[name]) for name in names)
-        return [QueuedReadiness(name, ready.nearness, max(0.0, ready.ready_at_s - now_s)) for name, ready in known]
-
-    def end(self) -> None:
-        """End the stream, as if the client had ended it, and forget what it reported."""
-        self.is_over = True
-        self.queue.clear()
-        for subject in list(self.expected):
-            self.expect_no_more(subject)
-        self._wake.set()
-
-    def _forget(self, request_id: str) -> None:
-        self._known.pop(request_id, None)
-        self._unsent.pop(request_id, None)
-
-
-class _Ended(NamedTuple):
-    """A turn that has ended, or blocks that no further request reads."""
-
-    stream: HintStream
-    subject: HintSubject
-    answer_tokens: int | None  # Of the turn; None: the blocks are not needed any more.
-    write: bool = True  # They may still be written to SSD.
 
 
 class _Window(NamedTuple):
@@ -270,7 +104,7 @@ class HintExchange:
         self._evaluated = (-1, -1, -1)  # The state of changes at the last tick.
         self._next_s = 0.0  # When an expectation begins or ends to count.
         self._work = asyncio.Event()
-        self._ended: deque[_Ended] = deque()
+        self._ended: deque[Ended] = deque()
         self._answers = 0  # Of them: lengths of answers.
         self._is_telling = False
 
@@ -334,7 +168,7 @@ class HintExchange:
         self.counters.hints_unknown += not known
         return known
 
-    def queue_ended(self, ended: _Ended) -> None:
+    def queue_ended(self, ended: Ended) -> None:
         """Tell placement soon. Reports of answers, which are many, leave places for the others."""
         is_answer = ended.answer_tokens is not None
         is_full = len(self._ended) == _ENDED_MAX or (is_answer and self._answers == _ANSWERS_MAX)
@@ -362,7 +196,7 @@ class HintExchange:
             if not any(stream.queue or stream.expected for stream in self._streams.values()):
                 self._work.clear()
             took_s = min(self.now_s() - began_s, _TOOK_MAX_S)
-            await self._clock.sleep(max(_TICK_S, (_SHARE_OF_TIME - 1) * took_s))
+            await self._clock.sleep(max(TICK_S, (_SHARE_OF_TIME - 1) * took_s))
 
     async def tick(self) -> None:
         """Evaluate what changed: the windows first, then a part of the other queued requests."""
@@ -507,7 +341,7 @@ class HintExchange:
         finally:
             self._is_telling = False
 
-    async def _tell_batch(self, batch: Sequence[_Ended]) -> None:
+    async def _tell_batch(self, batch: Sequence[Ended]) -> None:
         for each in batch:
             if each.answer_tokens is not None:
                 await self.loop_budget.slot()
@@ -515,7 +349,7 @@ class HintExchange:
         if dropped := [each for each in batch if each.answer_tokens is None]:
             await self._drop_batch(dropped)
 
-    async def _drop_batch(self, batch: Sequence[_Ended]) -> None:
+    async def _drop_batch(self, batch: Sequence[Ended]) -> None:
         """Rank blocks as the first to be evicted, except those that other sessions name or other clients use."""
         keys = [self._keys(each.stream.caller, each.subject) for each in batch]
         own = {each.subject[:2] for each in batch if not each.subject.packed_keys}

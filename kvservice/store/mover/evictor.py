@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -127,6 +128,18 @@ class Evictor:
             raise TierFull(f"no space became free in the {tier} tier in {wait_s:g} s", tier=tier) from error
         finally:
             self._waiting[tier] -= 1
+
+    def reserve_at_once(self, tier: TierName, sizes: Sequence[int]) -> list[Extent]:
+        """Space for the first of these sizes, as far as it is free and no earlier caller waits for it."""
+        self._taken[tier].set()
+        found: list[Extent] = []
+        for size_bytes in sizes if not self._waiting[tier] else ():
+            try:
+                extent = self._lifecycle.tiers[tier].reserve(size_bytes)
+            except TierFull:
+                break
+            found.append(extent)
+        return found
 
     def evict_first(self, rows: Rows) -> None:
         """Evict these rows before all others, from each tier that needs space, unless they are used before that.

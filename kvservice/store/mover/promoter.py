@@ -1,17 +1,17 @@
 """Promotion: copies blocks from a slower tier to DRAM, layer by layer. A load sends each layer once it is verified.
 
 The promoter reads the layers of all blocks of a load in the order in which the load sends them: layer 0 of every
-block first.
+block first, in small pieces (`read_order.py`). A load that joins a promotion makes it as urgent as itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +24,21 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.miss_reasons import SpaceFor
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.promotion_spans import LayerReads
+from kvservice.store.mover.read_order import ReadOrder
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import LoopBudget, Tasks, all_of
-from kvservice.tiers.base import as_kv_error
+from kvservice.tiers.base import PartRead, as_kv_error, read_together
 from kvservice.tiers.dram import DramTier
 from kvservice_api import spans
-from kvservice_api.errors import BlockNotFound, ChecksumMismatch, KVError, StorageFailed, TierFull
+from kvservice_api.errors import ChecksumMismatch, KVError, StorageFailed, TierFull
 from kvservice_api.image import BlockGeometry, Trailer
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_PIECE_BYTES = 1 << 20
-_ROWS_A_TURN = 8  # They take a millisecond of the event loop.
+_FIRST_BYTES = 64 << 10  # Of the first piece of a block at least: smaller reads take a disk as long.
+_FIRST_BATCH_ROWS = 32
+_ROWS_A_TURN = 32  # They take a millisecond of the event loop.
+_LAYER_S = 1e-6  # By so much a layer is less urgent than the one before it.
 _MEASURED_BYTES = 4 << 20  # The bandwidth is measured over this much,
 _RATE_WEIGHT = 0.2  # and the last measurement has this weight.
 _SPACE_WAIT_S = 0.2  # After this time, a load reads from the slower tier instead of waiting for space in DRAM.
@@ -54,12 +55,17 @@ class PendingPromotion:
         tier: TierName,
         extent: Extent,
         image: memoryview,
+        *,
+        due_s: float,
+        pieces: Sequence[image_check.ImagePiece],
     ) -> None:
         self.row = row
         self.generation = generation
         self.geometry = geometry
         self.tier = tier  # The tier whose copy is read.
-        self.pieces = image_check.cut(geometry, _PIECE_BYTES)
+        self.due_s = due_s  # Monotonic time by which a request needs it.
+        self.order: ReadOrder | None = None  # Once its reads have begun.
+        self.pieces = pieces  # Small ones first.
         self.extent = extent
         self.image = image
         self.trailer: Trailer | None = None
@@ -85,6 +91,17 @@ class PendingPromotion:
         if not self._is_verified[layer] and self.error is not None:
             raise self.error
         return self._is_verified[layer]
+
+    def ready_until(self, layer: int) -> int:
+        """The end of the layers from `layer` on that are read and verified. Pieces may be read in another order."""
+        while layer < len(self._is_verified) and self._is_verified[layer]:
+            layer += 1
+        return layer
+
+    async def trailer_known(self) -> None:
+        """Wait until the trailer is read, or the promotion has failed."""
+        while self.trailer is None and self.error is None:
+            await self._more.wait()
 
     def begin_reading(self) -> None:
         """Keep the image in place until `end_reading`, also if the promotion fails."""
@@ -127,6 +144,7 @@ class Promoter:
         *,
         write_behind: WriteBehind,
         reads_in_flight: int,
+        piece_bytes: int,
     ) -> None:
         self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
@@ -138,8 +156,11 @@ class Promoter:
         self._loop_budget = loop_budget
         self._write_behind = write_behind
         self._reads_in_flight = reads_in_flight
+        self._piece_bytes = piece_bytes
         self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
+        self._over: list[PendingPromotion] = []  # All their pieces are read, or have failed.
+        self._ending: asyncio.Task[None] | None = None
         self._read_ended = asyncio.Event()  # Set, and replaced, at the end of each read of any promotion.
         self.bytes_per_s = 0.0  # Of all reads together while there are some; 0 until it is known.
         self._batches = 0  # Reads that run.
@@ -217,36 +238,44 @@ class Promoter:
         wanted = np.unique(np.asarray(rows, np.int64))
         absent = wanted[~self._blocks.lie_in(wanted, self._blocks.first_tier)]
         later_bytes = int(self._blocks.size_bytes[absent].sum())
-        begun: list[PendingPromotion] = []
-        found: dict[int, PendingPromotion] = {}
+        due_s = self._clock.monotonic_s() + within_s
+        begun, batch_rows = list[PendingPromotion](), _FIRST_BATCH_ROWS
+        ordered = list(dict.fromkeys(rows))
+        _hurry([self._pending[row] for row in wanted.tolist() if row in self._pending], due_s)
         try:
-            for count, row in enumerate(dict.fromkeys(rows)):
-                if count % _ROWS_A_TURN == 0:
-                    await self._loop_budget.slot()  # If there is space, nothing below waits.
-                while row in self._reserving:
-                    await asyncio.wait({self._reserving[row]})
-                if row not in self._pending and self._should_promote(row):
-                    try:
+            for start in range(0, len(ordered), _ROWS_A_TURN):
+                await self._loop_budget.slot()  # If there is space, nothing below waits.
+                part = ordered[start : start + _ROWS_A_TURN]
+                begun += (at_once := self._reserve_at_once(part, due_s))
+                later_bytes -= sum(each.geometry.image_bytes for each in at_once)
+                for row in part:
+                    while row in self._reserving:
+                        await asyncio.wait({self._reserving[row]})
+                    if row not in self._pending and self._should_promote(row):
                         later_bytes -= int(self._blocks.size_bytes[row])
-                        begun.append(await self._reserve(row, worth, space_for, later_bytes))
-                    except (TierFull, StorageFailed) as error:
-                        log.debug("no space to promote: %s", error.message)
-                        break  # The later rows will not fit either: loads read them from the slower tier.
-                if row in self._pending:
-                    found[row] = self._pending[row]
+                        begun.append(await self._reserve(row, due_s, worth, space_for, later_bytes))
+                if len(begun) >= batch_rows:  # Reads begin while space for the next ones is reserved.
+                    self._tasks.start(self._read_all(begun, space_for), "promotion")
+                    begun, batch_rows = [], 2 * batch_rows
+        except (TierFull, StorageFailed) as error:
+            # The later rows will not fit either: loads read them from the slower tier.
+            log.debug("no space to promote: %s", error.message)
         finally:
             if begun:
-                due_s = self._clock.monotonic_s() + within_s
-                self._tasks.start(self._read_all(begun, due_s, space_for), "promotion")
-        # A promotion that was joined may have ended while this call waited for space; its image is invalid then.
-        return {row: pending for row, pending in found.items() if not pending.done.is_set()}
+                self._tasks.start(self._read_all(begun, space_for), "promotion")
+            # Without those that were joined and have ended while this call waited for space: their image is invalid.
+            found = {row: self._pending[row] for row in ordered if row in self._pending}
+            _hurry(found.values(), due_s)
+        return found
 
     def _should_promote(self, row: int) -> bool:
         blocks = self._blocks
         below = blocks.fastest(row) not in (None, blocks.first_tier)
         return below and bool(blocks.live[row])
 
-    async def _reserve(self, row: int, worth: float, space_for: SpaceFor, more_bytes: int) -> PendingPromotion:
+    async def _reserve(
+        self, row: int, due_s: float, worth: float, space_for: SpaceFor, more_bytes: int
+    ) -> PendingPromotion:
         geometry = self._lifecycle.geometry(row)
         reserving = self._reserving[row] = asyncio.get_running_loop().create_future()
         self._lifecycle.hold([row])
@@ -265,13 +294,43 @@ class Promoter:
         finally:
             del self._reserving[row]
             reserving.set_result(None)
+        return self._add(row, geometry, extent, due_s, self._cut(geometry))
+
+    def _reserve_at_once(self, rows: Sequence[int], due_s: float) -> list[PendingPromotion]:
+        """Promotions of the first rows of these that are only in slower tiers, as far as space is free."""
+        blocks, among = self._blocks, np.array(rows, np.int64)
+        are_below = blocks.live[among] & blocks.lie_anywhere(among) & ~blocks.lie_in(among, blocks.first_tier)
+        wanted = [row for row in among[are_below].tolist() if row not in self._pending and row not in self._reserving]
+        geometries = self._lifecycle.geometries(wanted)
+        sizes = [geometry.image_bytes for geometry in geometries]
+        extents = self._evictor.reserve_at_once(blocks.first_tier, sizes)
+        self._lifecycle.hold(wanted[: len(extents)])
+        pieces = {id(geometry): self._cut(geometry) for geometry in {id(each): each for each in geometries}.values()}
+        return [
+            self._add(row, geometry, extent, due_s, pieces[id(geometry)])
+            for row, geometry, extent in zip(wanted, geometries, extents, strict=False)
+        ]
+
+    def _cut(self, geometry: BlockGeometry) -> Sequence[image_check.ImagePiece]:
+        return image_check.cut(geometry, self._piece_bytes, _FIRST_BYTES)
+
+    def _add(
+        self,
+        row: int,
+        geometry: BlockGeometry,
+        extent: Extent,
+        due_s: float,
+        pieces: Sequence[image_check.ImagePiece],
+    ) -> PendingPromotion:
         image = self._dram.view(extent)[: geometry.image_bytes]
         generation, source = int(self._blocks.generation[row]), self._blocks.fastest(row)
         assert source is not None, "a held block keeps its copy"
-        pending = self._pending[row] = PendingPromotion(row, generation, geometry, source, extent, image)
+        pending = self._pending[row] = PendingPromotion(
+            row, generation, geometry, source, extent, image, due_s=due_s, pieces=pieces
+        )
         return pending
 
-    async def _read_all(self, promotions: list[PendingPromotion], due_s: float, space_for: SpaceFor) -> None:
+    async def _read_all(self, promotions: list[PendingPromotion], space_for: SpaceFor) -> None:
         """Read all pieces, several at a time, and end each promotion after its last piece."""
         began_s, reason = self._clock.monotonic_s(), space_for.name.lower()
         size_bytes = sum(each.geometry.image_bytes for each in promotions)
@@ -280,7 +339,7 @@ class Promoter:
             self._measured(promotions),
             spans.span("kvservice.promote", tier=tier, blocks=count, bytes=size_bytes, reason=reason),
         ):
-            await self._read_pieces(promotions, due_s)
+            await self._read_pieces(promotions)
         self._counters.promotion_times[reason,].observe(self._clock.monotonic_s() - began_s)
 
     @contextmanager
@@ -302,80 +361,104 @@ class Promoter:
                 self.bytes_per_s += (_RATE_WEIGHT if self.bytes_per_s else 1.0) * (rate - self.bytes_per_s)
                 self._busy_s = self._busy_bytes = 0.0
 
-    async def _read_pieces(self, promotions: list[PendingPromotion], due_s: float) -> None:
-        await self._each(promotions, lambda pending: self._read_trailer(pending, due_s))
+    async def _read_pieces(self, promotions: list[PendingPromotion]) -> None:
+        """Read all pieces, in jobs of which `reads_in_flight` run at a time."""
         missing = {pending.row: len(pending.pieces) for pending in promotions}
         trace = spans.current()
         traced = None if trace is None else LayerReads(promotions, trace, self._clock)
-
-        async def read(job: tuple[PendingPromotion, image_check.ImagePiece]) -> None:
-            pending, piece = job
-            if traced is not None:
-                traced.begin(piece)
-            await self._read_piece(pending, piece, due_s)
-            if traced is not None:
-                traced.end(piece)
-            missing[pending.row] -= 1
-            if not missing[pending.row]:
-                # As a task, so that the next pieces do not wait for the commit.
-                self._tasks.start(self._end(pending), "end of a promotion")
-
-        await self._each(_layer_major(promotions), read)
-
-    async def _each(self, jobs: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
-        """Run `work` on all jobs, in order, `reads_in_flight` at a time."""
-        shared = iter(jobs)
+        order = ReadOrder(promotions, job_bytes=self._piece_bytes, jobs_at_once=self._reads_in_flight)
+        for each in promotions:
+            each.order = order
 
         async def worker() -> None:
-            for job in shared:
-                await work(job)
+            while job := order.next():
+                for _, piece in job:
+                    if traced is not None:
+                        traced.begin(piece)
+                await self._read_job(job)
+                for pending, piece in job:
+                    if traced is not None:
+                        traced.end(piece)
+                    missing[pending.row] -= 1
+                if over := [pending for pending, _ in job if not missing[pending.row]]:
+                    # As a task, so that the next pieces do not wait for the commit.
+                    self._over += over
+                    if self._ending is None:
+                        self._end_next()
                 ended, self._read_ended = self._read_ended, asyncio.Event()
                 ended.set()
 
         await all_of(worker() for _ in range(self._reads_in_flight))
 
-    async def _read_trailer(self, pending: PendingPromotion, due_s: float) -> None:
-        source = self._blocks.extent(pending.row, pending.tier)
-        assert source is not None, "a held block keeps its copy"
-        start = image_check.trailer_start(pending.geometry)
-        expected = int(self._blocks.trailer_checksum[pending.row])
-        key = self._blocks.key_of(pending.row)
-        try:
-            pending.trailer = await self._lifecycle.tiers[pending.tier].read(
-                source,
-                start,
-                pending.image[start:],
-                lambda end: image_check.read_trailer(end, pending.geometry, key, expected),
-                priority=due_s,
+    async def _read_job(self, job: Sequence[tuple[PendingPromotion, image_check.ImagePiece]]) -> None:
+        # Of equally urgent blocks the first layers first, also of those that began a little later.
+        tier, due_s = job[0][0].tier, job[0][0].due_s + job[0][1].layer_begin * _LAYER_S
+        await self._loop_budget.slot()
+        reads = [self._reads_of(pending, piece) if pending.error is None else [] for pending, piece in job]
+        parts = list(itertools.chain.from_iterable(reads))
+        found = iter(await read_together(self._lifecycle.tiers[tier], parts, priority=due_s))
+        await self._loop_budget.slot()
+        failures = list[tuple[PendingPromotion, KVError]]()
+        waiting = list[tuple[PendingPromotion, image_check.ImagePiece, list[int]]]()  # For their trailers.
+        for (pending, piece), of_piece in zip(job, reads, strict=True):
+            results = list(itertools.islice(found, len(of_piece)))
+            failed = next((each for each in results if isinstance(each, Exception)), None)
+            self._counters.tier_read_bytes[tier] += sum(
+                len(part.into)
+                for part, result in zip(of_piece, results, strict=True)
+                if not isinstance(result, Exception)
             )
-            self._counters.tier_read_bytes[pending.tier] += len(pending.image) - start
-            if pending.trailer is None:
-                raise self._damaged(pending, "the trailer")
-        except Exception as error:
-            await self._fail(pending, as_kv_error(error))
+            if failed is not None:
+                failures.append((pending, as_kv_error(failed)))
+            elif results and pending.trailer is None and piece is not pending.pieces[0]:
+                waiting.append((pending, piece, results[-1]))
+            elif results and (damage := self._verify(pending, piece, results[-1])) is not None:
+                failures.append((pending, damage))
+        for pending, error in failures:  # Only now: the right pieces do not wait for a quarantine.
+            await self._fail(pending, error)
+        for pending, piece, sums in waiting:
+            await pending.trailer_known()
+            if (damage := self._verify(pending, piece, sums)) is not None:
+                await self._fail(pending, damage)
 
-    async def _read_piece(self, pending: PendingPromotion, piece: image_check.ImagePiece, due_s: float) -> None:
-        if pending.error is not None:
-            return
-        trailer, geometry = pending.trailer, pending.geometry
-        source = self._blocks.extent(pending.row, pending.tier)
-        assert trailer is not None and source is not None
+    def _reads_of(self, pending: PendingPromotion, piece: image_check.ImagePiece) -> list[PartRead]:
+        """What is read for this piece: with the first piece the trailer, without a turn of its own."""
+        source, geometry = self._blocks.extent(pending.row, pending.tier), pending.geometry
+        assert source is not None, "a held block keeps its copy"
         layers = range(piece.layer_begin, piece.layer_end)
-        try:
-            damaged = await self._lifecycle.tiers[pending.tier].read(
+        reads = [
+            PartRead(
                 source,
                 piece.start,
                 pending.image[piece.start : piece.end],
-                lambda pages: image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums),
-                priority=due_s,
+                lambda pages: image_check.layer_checksums(pages, piece.start, geometry, layers),
             )
-            self._counters.tier_read_bytes[pending.tier] += piece.end - piece.start
-            if damaged:
-                first_layer = self._blocks.shard_of(pending.row).layer_begin
-                raise self._damaged(pending, f"layer {first_layer + damaged[0]}")
-            pending.piece_verified(piece)
-        except Exception as error:
-            await self._fail(pending, as_kv_error(error))
+        ]
+        if piece is pending.pieces[0]:
+            expected, key = int(self._blocks.trailer_checksum[pending.row]), self._blocks.key_of(pending.row)
+
+            def take_trailer(end: memoryview) -> None:
+                pending.trailer = image_check.read_trailer(end, geometry, key, expected)
+
+            start = image_check.trailer_start(geometry)
+            reads.insert(0, PartRead(source, start, pending.image[start:], take_trailer))
+        return reads
+
+    def _verify(
+        self, pending: PendingPromotion, piece: image_check.ImagePiece, found: list[int]
+    ) -> ChecksumMismatch | None:
+        """Compare the checksums of a piece's layers with those of the trailer, which was read."""
+        if pending.error is not None:
+            return None
+        if pending.trailer is None:
+            return self._damaged(pending, "the trailer")
+        expected = pending.trailer.checksums[piece.layer_begin : piece.layer_end].tolist()
+        if found != expected:
+            damaged = next(number for number, each in enumerate(found) if each != expected[number])
+            layer = self._blocks.shard_of(pending.row).layer_begin + piece.layer_begin + damaged
+            return self._damaged(pending, f"layer {layer}")
+        pending.piece_verified(piece)
+        return None
 
     def _damaged(self, pending: PendingPromotion, what: str) -> ChecksumMismatch:
         key = self._blocks.key_of(pending.row).hex()
@@ -383,42 +466,69 @@ class Promoter:
 
     async def _fail(self, pending: PendingPromotion, error: KVError) -> None:
         """Take a damaged block out of service at once, before the other promotions have ended."""
-        error.details.setdefault("key", self._blocks.key_of(pending.row).hex())
+        if "key" not in error.details:  # Of its own: several blocks may have failed by the same error.
+            key = self._blocks.key_of(pending.row).hex()
+            error = type(error)(error.message, **{**error.details, "key": key})
         pending.failed(error)
         self._counters.storage_errors += isinstance(error, StorageFailed)
         if isinstance(error, ChecksumMismatch):
             await self._lifecycle.quarantine(pending.row, pending.generation, pending.tier, error.details["damaged"])
 
-    async def _end(self, pending: PendingPromotion) -> None:
-        """Make the block resident in DRAM, or release its space."""
-        row, blocks = pending.row, self._blocks
-        placed = False
+    def _end_next(self, ended: asyncio.Task[None] | None = None) -> None:
+        """End promotions that are over. Those that come meanwhile share the next commit of the index."""
+        self._ending = None
+        if over := self._over[:_ROWS_A_TURN]:
+            del self._over[:_ROWS_A_TURN]
+            self._ending = self._tasks.start(self._end(over), "end of promotions")
+            self._ending.add_done_callback(self._end_next)
+
+    async def _end(self, promotions: Sequence[PendingPromotion]) -> None:
+        """Make the blocks resident in DRAM, or release their space."""
+        blocks, tier = self._blocks, self._blocks.first_tier
+        placed: list[PendingPromotion] = []
         try:
-            if pending.error is None:
-                await self._lifecycle.wait_record_deletes([blocks.object_key_of(row)], blocks.first_tier)
-                if not blocks.live[row]:
-                    raise BlockNotFound("the block was discarded while it was promoted")
-                placed = True  # `place` owns the extent from here on.
-                await self._lifecycle.place([row], blocks.first_tier, [pending.extent], pending.unread)
-                blocks.verified[row] = blocks.is_resident(row, blocks.first_tier)
-                self._counters.promoted_blocks += 1
-                self._counters.promoted_bytes += pending.geometry.image_bytes
-                self._write_behind.add_missing(row)
+            right = [each for each in promotions if each.error is None]
+            await self._lifecycle.wait_record_deletes([blocks.object_key_of(each.row) for each in right], tier)
+            placed = [each for each in right if blocks.live[each.row]]  # `place` owns their extents from here on.
+            if placed:
+                await self._place(placed)
         except KVError as error:
             # The bytes are right, so loads may continue to read them.
-            log.debug("the record of a promoted block was not written: %s", error.message)
+            log.debug("the records of promoted blocks were not written: %s", error.message)
         finally:
-            del self._pending[row]
-            pending.done.set()
-            self._lifecycle.unhold([row])
-            if not placed:
-                await pending.unread()
-                self._dram.release(pending.extent)
+            for each in promotions:
+                del self._pending[each.row]
+                each.done.set()
+                if each not in placed:
+                    self._tasks.start(self._release(each), "release the space of a promotion")
+            self._lifecycle.unhold([each.row for each in promotions])
+
+    async def _place(self, promotions: Sequence[PendingPromotion]) -> None:
+        rows = np.array([each.row for each in promotions], np.int64)
+
+        async def unread() -> None:
+            for each in promotions:
+                await each.unread()
+
+        await self._lifecycle.place(
+            rows.tolist(), self._blocks.first_tier, [each.extent for each in promotions], unread
+        )
+        self._blocks.verified[rows] = self._blocks.lie_in(rows, self._blocks.first_tier)
+        self._counters.promoted_blocks += len(rows)
+        self._counters.promoted_bytes += sum(each.geometry.image_bytes for each in promotions)
+        for row in rows.tolist():
+            self._write_behind.add_missing(row)
+
+    async def _release(self, pending: PendingPromotion) -> None:
+        await pending.unread()
+        self._dram.release(pending.extent)
 
 
-def _layer_major(promotions: Sequence[PendingPromotion]) -> Iterator[tuple[PendingPromotion, image_check.ImagePiece]]:
-    """The first piece of every promotion, then the second piece of each, and so on."""
-    for number in range(max(len(pending.pieces) for pending in promotions)):
-        for pending in promotions:
-            if number < len(pending.pieces):
-                yield pending, pending.pieces[number]
+def _hurry(promotions: Iterable[PendingPromotion], due_s: float) -> None:
+    """Read those that are due later before the others with which they began."""
+    later = [pending for pending in promotions if pending.due_s > due_s]
+    for pending in later:
+        pending.due_s = due_s
+    for order in {pending.order for pending in later} - {None}:
+        assert order is not None
+        order.reorder()

@@ -33,7 +33,6 @@ from kvservice_api.image import BlockGeometry, Trailer
 
 log = logging.getLogger(__name__)
 
-_PIECE_BYTES = 4 << 20
 # Blocks with written bytes and without a committed record. They stay held, so only a few for a slower tier, whose
 # commits may hang with a network file system.
 _UNRECORDED_MAX = 1024
@@ -65,6 +64,7 @@ class WriteBehind:
         target: DurableTier,
         following: WriteBehind | None,
         writes_in_flight: int,
+        piece_bytes: int,
     ) -> None:
         """Copies from `above` to the tier after it, which is `target`. `following` copies on from there."""
         self._lifecycle = lifecycle
@@ -81,6 +81,7 @@ class WriteBehind:
         self._tasks = tasks
         self._loop_budget = loop_budget
         self._writes_in_flight = writes_in_flight
+        self._piece_bytes = piece_bytes
         self._queue: deque[tuple[int, int]] = deque()  # (row, generation)
         self._marks: set[tuple[int, int]] = set()  # Those in the queue: however long writes fail, each is in it once.
         self._queued = asyncio.Event()
@@ -316,7 +317,7 @@ class WriteBehind:
         with _released_on_error(self._target, extent):
             image = await self._image(source, geometry)
             trailer = self._trailer(row, image, geometry)
-            for piece in image_check.cut(geometry, _PIECE_BYTES):
+            for piece in image_check.cut(geometry, self._piece_bytes):
 
                 def verify(pages: memoryview, piece: image_check.ImagePiece = piece) -> None:
                     layers = range(piece.layer_begin, piece.layer_end)

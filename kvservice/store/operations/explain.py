@@ -16,10 +16,11 @@ from kvservice.store.caller import Caller
 from kvservice.store.miss_reasons import MissEvent, MissReasons, Reason
 from kvservice.store.mover.active_policy import ActivePolicy
 from kvservice.store.mover.ranking import Valuation
-from kvservice.store.operations.listings import BlockFacts, block_facts
+from kvservice.store.operations.listings import BlockFacts, begin_with, block_facts
 from kvservice.store.operations.requests import FirstMiss, LookupRecord, ReportRecord, RequestRecord
 from kvservice.store.sessions.sessions import SessionHistory
 from kvservice.store.transfers.admission import Claims
+from kvservice_api.errors import BlockNotFound, InvalidRequest
 from kvservice_api.layout import LayerGroup, Layout, Rotary
 
 
@@ -176,6 +177,20 @@ class Explain:
         # Without a history it is the time of this call; the same value for both uses.
         since_ms = self.remembers_since_ms if missing is None else missing.remembers_since_ms
         return ExplainedBlock(shards, events, missing, since_ms)
+
+    async def remembered_key(self, caller: Caller, prefix: str) -> bytes:
+        """The key of the only block in the history whose key begins with these hexadecimal digits.
+
+        Raises BlockNotFound; InvalidRequest for no such digits, or if there are several.
+        """
+        known = self._history.keys.copy()
+        keys = sorted({bytes(key) for key in known[await begin_with(known, prefix)].tolist()})
+        if not keys:
+            raise BlockNotFound(f"the history remembers no block whose key begins with {prefix}", key=prefix)
+        if len(keys) > 1:
+            names = ", ".join(key.hex() for key in keys[:3])
+            raise InvalidRequest(f"more than one key in the history begins with {prefix}: {names}", field="key_prefix")
+        return keys[0]
 
     async def valued_block(self, caller: Caller, key: bytes) -> ExplainedBlock:
         """The same, with the block's worth to the policy."""

@@ -111,7 +111,7 @@ class Listings:
         for tier in tiers:
             shown &= table.resident(tier)[start:]
         if key_prefix:
-            shown &= await _begin_with(table.key[start : start + len(shown)], key_prefix)
+            shown &= await begin_with(table.key[start : start + len(shown)], key_prefix)
         rows = np.flatnonzero(shown)[: size + 1] + start
         found = []
         for count, row in enumerate(rows[:size].tolist()):
@@ -175,7 +175,7 @@ class Listings:
         raise InvalidRequest("this daemon issued no such page token: start from the first page", field="page_token")
 
 
-async def _begin_with(keys: NDArray[np.void], prefix: str) -> NDArray[np.bool_]:
+async def begin_with(keys: NDArray[np.void], prefix: str) -> NDArray[np.bool_]:
     """Which keys begin with these hexadecimal digits. Raises InvalidRequest."""
     if not re.fullmatch(f"[0-9a-fA-F]{{1,{2 * KEY_BYTES}}}", prefix):
         raise InvalidRequest(f"{prefix!r} is not 1 to {2 * KEY_BYTES} hexadecimal digits", field="key_prefix")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvservice.blocks import BlockTable, Rows
-from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.operations.explain import Explain
 from kvservice.store.operations.requests import first_miss
@@ -20,17 +19,15 @@ class LookupCounts:
         blocks: BlockTable,
         layouts: Mapping[int, Layout],
         explain: Explain,
-        clock: Clock,
         counters: Counters,
     ) -> None:
         self._blocks = blocks
         self._layouts = layouts
         self._explain = explain
-        self._clock = clock
         self._counters = counters
 
-    def note(self, layout_id: int, keys: Sequence[bytes], rows: Rows, runs: Sequence[Run], began_s: float) -> None:
-        """A lookup of `keys`, which began at `began_s`, found `rows`, in the tiers that `runs` say."""
+    def note(self, layout_id: int, keys: Sequence[bytes], rows: Rows, runs: Sequence[Run], took_s: float) -> None:
+        """A lookup of `keys` took `took_s` seconds and found `rows`, in the tiers that `runs` say."""
         counters, blocks = self._counters, self._blocks
         counters.lookup_blocks_asked += len(keys)
         counters.lookup_blocks_hit += len(rows)
@@ -47,7 +44,6 @@ class LookupCounts:
         if miss := first_miss(blocks, self._layouts, layout_id, keys, len(rows)):
             reason = self._explain.why_missed(miss)[0].name.lower()
             counters.misses[layout_id, reason] += 1
-        took_s = self._clock.monotonic_s() - began_s
         counters.lookup_times.observe(took_s)
         if (trace := spans.current()) is not None:
             hits = zip(blocks.tiers, blocks.count_by_fastest(rows), strict=True)

@@ -117,6 +117,10 @@ class Operators:
             raise InvalidRequest(f"a key has {KEY_BYTES} bytes, not {len(key)}", field="key")
         return await self._explain.valued_block(caller, key)
 
+    async def remembered_key(self, caller: Caller, prefix: str) -> bytes:
+        """The only key in the history that begins so. Raises BlockNotFound, InvalidRequest."""
+        return await self._explain.remembered_key(caller, prefix)
+
     def explain_request(self, caller: Caller, request_id: str) -> ExplainedRequest:
         """A request's lookups and their results. Raises RequestNotFound."""
         found = self._requests.get(caller, request_id)

@@ -34,7 +34,7 @@ class LoadRecord:
     layers: int
     from_dram: int
     from_ssd: int
-    in_place: bool
+    path: str  # "stream", "in_place", "cuda_ipc" or "bulk".
     sent_bytes: int = 0
     took_ms: float = 0.0
     outcome: str = "running"
@@ -192,19 +192,10 @@ class Requests:
 
     @contextmanager
     def load(
-        self, caller: Caller, lease: Lease, blocks: range, layers: range, *, in_place: bool = False
+        self, caller: Caller, lease: Lease, blocks: range, layers: range, path: str = "stream"
     ) -> Iterator[LoadRecord]:
         """Note a load of the lease, and how it ended. The caller counts `sent_bytes`."""
-        lookup = self._by_lease.get(lease.lease_id)
-        rows = lease.rows[blocks.start : blocks.stop]
-        from_dram = int(self._blocks.lie_in(rows, self._blocks.first_tier).sum()) if lookup is not None else 0
-        from_ssd = len(blocks) - from_dram
-        record = LoadRecord(self._clock.wall_ms(), len(blocks), len(layers), from_dram, from_ssd, in_place)
-        if lookup is not None:
-            if len(lookup.loads) < _LOADS_MAX:
-                lookup.loads.append(record)
-            else:
-                lookup.loads_more += 1
+        record = self._load_record(lease, blocks, layers, path)
         began_s = self._clock.monotonic_s()
         try:
             yield record
@@ -217,3 +208,23 @@ class Requests:
             raise
         finally:
             record.took_ms = (self._clock.monotonic_s() - began_s) * 1000
+
+    def note_load(self, lease: Lease, blocks: range, layers: range, path: str, took_s: float) -> None:
+        """Note a load that a client has made, and reports now."""
+        record = self._load_record(lease, blocks, layers, path)
+        record.took_ms = took_s * 1000
+        record.outcome = "done"
+
+    def _load_record(self, lease: Lease, blocks: range, layers: range, path: str) -> LoadRecord:
+        """The record of a load that begins now."""
+        lookup = self._by_lease.get(lease.lease_id)
+        rows = lease.rows[blocks.start : blocks.stop]
+        from_dram = int(self._blocks.lie_in(rows, self._blocks.first_tier).sum()) if lookup is not None else 0
+        from_ssd = len(blocks) - from_dram
+        record = LoadRecord(self._clock.wall_ms(), len(blocks), len(layers), from_dram, from_ssd, path)
+        if lookup is not None:
+            if len(lookup.loads) < _LOADS_MAX:
+                lookup.loads.append(record)
+            else:
+                lookup.loads_more += 1
+        return record

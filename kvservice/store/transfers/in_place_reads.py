@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvservice.blocks import Extent, Rows
+from kvservice.blocks import Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import image_check
@@ -25,7 +25,7 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
 from kvservice.store.mover.promoter import PendingPromotion, Promoter
-from kvservice.store.transfers.load_times import LoadTimes, bytes_per_token
+from kvservice.store.transfers.load_times import InPlacePath, LoadTimes, bytes_per_token
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import on_thread
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared
@@ -38,11 +38,12 @@ _REPORT_S = 0.02  # While bytes arrive, clients get an answer this often: one wi
 class Located:
     """Blocks in the arena, or being promoted to it; one entry per block.
 
-    `trailer_checksums` are u64, `token_counts` u32, `shards` the stored shards as the block table has them.
+    `offsets` are those of the images, in bytes. `trailer_checksums` are u64, `token_counts` u32, `shards` the stored
+    shards as the block table has them.
     """
 
     rows: Rows
-    extents: list[Extent]
+    offsets: NDArray[np.int64]
     generations: list[int]
     trailer_checksums: NDArray[np.uint64]
     token_counts: NDArray[np.uint32]
@@ -76,8 +77,42 @@ class InPlaceReads:
         self._counters = counters
         self._executor = executor
 
+    def at_hand(self, lease: Lease) -> Located | None:
+        """The places of all blocks of a lease, which keeps them there. None if they cannot be read in place without a
+        promotion. Takes 0.1 ms for 512 blocks.
+        """
+        rows = lease.rows
+        if lease.parts or self._dram.arena.not_shared_because:
+            return None
+        if not self._blocks.lie_in(rows, self._blocks.first_tier).all():
+            return None
+        return self._located(rows, self._blocks.offset[0][rows].astype(np.int64), in_place=True)
+
+    def are_verified(self, rows: Rows) -> bool:
+        """Whether all of these blocks, which are in DRAM, were verified since the start."""
+        return bool(self._blocks.verified[rows].all())
+
+    def note_load(self, lease: Lease, blocks: range, took_s: float) -> None:
+        """Count a load that a client made from the places that `at_hand` returned. 0 seconds: it took a view."""
+        self._count(lease, lease.rows[blocks.start : blocks.stop], "in_place")
+        labels = "in_place", self._blocks.first_tier
+        self._counters.first_layer_times[labels].observe(0.0)  # All layers were in memory when it began.
+        if took_s:
+            self._counters.load_times[labels].observe(took_s)
+
+    def _located(self, rows: Rows, offsets: NDArray[np.int64], *, in_place: bool) -> Located:
+        table = self._blocks
+        return Located(
+            rows,
+            offsets,
+            self._dram.generations(offsets) if in_place else [],
+            table.trailer_checksum[rows],
+            table.token_count[rows],
+            table.shard[rows],
+        )
+
     async def run(
-        self, caller: Caller, lease: Lease, blocks: range, *, verify: bool
+        self, caller: Caller, lease: Lease, blocks: range, *, verify: bool, path: InPlacePath
     ) -> AsyncGenerator[Located | NotInPlace | int, None]:
         """First the places, then the number of layers that are ready: 0 if none is yet, until all are; also the same
         number again while bytes arrive. After that it yields nothing; the rows stay in their place until this is
@@ -86,13 +121,13 @@ class InPlaceReads:
         Raises NotShared, LeaseExpired; ChecksumMismatch or StorageFailed, with the block's position in the lease as the
         detail `block`.
         """
-        if why := self._dram.arena.not_shared_because:
+        if path == "in_place" and (why := self._dram.arena.not_shared_because):
             raise NotShared(f"blocks cannot be read in place: {why}")
         if any(block in lease.parts for block in blocks):
             yield NotInPlace("several shards make up a block")
             return
         rows = lease.rows[blocks.start : blocks.stop]
-        times = LoadTimes(self._blocks, lease, blocks, rows, self._clock, self._counters, "in_place")
+        times = LoadTimes(self._blocks, lease, blocks, rows, self._clock, self._counters, path)
         is_located = False
         promotions: dict[int, PendingPromotion] = {}
         held = AsyncExitStack()
@@ -106,26 +141,18 @@ class InPlaceReads:
                     promotions = await held.enter_async_context(self._promoter.promoting(missing))
                 if verify:
                     await self._verify(rows)
-                extents = await self._extents(rows, promotions)
-                if isinstance(extents, NotInPlace):
-                    yield extents
+                offsets = await self._offsets(rows, promotions)
+                if isinstance(offsets, NotInPlace):
+                    yield offsets
                     return
-                table = self._blocks
-                yield Located(
-                    rows,
-                    extents,
-                    self._dram.generations(extents),
-                    table.trailer_checksum[rows],
-                    table.token_count[rows],
-                    table.shard[rows],
-                )
+                yield self._located(rows, offsets, in_place=path == "in_place")
                 async for ready in self._layers(lease, promotions):
                     if ready:
                         times.first_layer()
                         times.layers_ready(ready)
                     if ready == lease.shard.layers:  # Before the client reads them, after which it may end the call.
                         is_located = True
-                        self._count(lease, rows)
+                        self._count(lease, rows, path)
                     yield ready
             except KVError as error:
                 self._counters.loads_failed += 1
@@ -139,14 +166,20 @@ class InPlaceReads:
             lease.client.on_detach.discard(left.set)
             self._lifecycle.unhold(rows)
 
-    def _count(self, lease: Lease, rows: Rows) -> None:
+    def _count(self, lease: Lease, rows: Rows, path: InPlacePath) -> None:
         tokens = int(self._blocks.token_count[rows].sum())
+        size_bytes = tokens * bytes_per_token(lease.layout, lease.shard)
+        if path == "cuda_ipc":
+            self._counters.device_blocks += len(rows)
+            self._counters.device_tokens += tokens
+            self._counters.device_bytes += size_bytes
+            return
         self._counters.located_blocks += len(rows)
         self._counters.located_tokens += tokens
-        self._counters.located_bytes += tokens * bytes_per_token(lease.layout, lease.shard)
+        self._counters.located_bytes += size_bytes
 
-    async def _extents(self, rows: Rows, promotions: dict[int, PendingPromotion]) -> list[Extent] | NotInPlace:
-        extents = []
+    async def _offsets(self, rows: Rows, promotions: dict[int, PendingPromotion]) -> NDArray[np.int64] | NotInPlace:
+        offsets = np.empty(len(rows), np.int64)
         for count, row in enumerate(rows.tolist()):
             if count % _ROWS_A_TURN == _ROWS_A_TURN - 1:
                 await asyncio.sleep(0)
@@ -157,26 +190,28 @@ class InPlaceReads:
                     key = self._blocks.key_of(row).hex()
                     raise LeaseExpired("a block was removed before its load began: look the prefix up again", key=key)
                 return NotInPlace("DRAM has no space for a block")
-            extents.append(extent)
-        return extents
+            offsets[count] = extent.offset_bytes
+        return offsets
 
     async def _layers(self, lease: Lease, promotions: dict[int, PendingPromotion]) -> AsyncGenerator[int, None]:
         wanted = lease.shard
         if promotions:
             yield 0
-        reported_s = self._clock.monotonic_s()
-        for layer in range(wanted.layer_begin, wanted.layer_end) if promotions else ():
-            for row, pending in promotions.items():
-                is_ready = False
-                while not is_ready:
-                    # Also while the disk reads for other promotions that were begun before.
-                    if not (is_ready := pending.is_ready(layer - int(self._blocks.layer_begin[row]))):
-                        assert self._promoter is not None
-                        await self._promoter.read_ended()
+        reported_s, ready = self._clock.monotonic_s(), 0
+        begins = [wanted.layer_begin - int(self._blocks.layer_begin[row]) for row in promotions]
+        parts = list(zip(promotions.values(), begins, strict=True))
+        while promotions and ready < wanted.layers:
+            for pending, begin in parts:
+                # Also while the disk reads for other promotions that were begun before.
+                while not pending.is_ready(begin + ready):
+                    assert self._promoter is not None
+                    await self._promoter.read_ended()
                     if (now_s := self._clock.monotonic_s()) - reported_s >= _REPORT_S:
                         reported_s = now_s
-                        yield layer - wanted.layer_begin
-            yield layer - wanted.layer_begin + 1
+                        yield ready
+            # Layers that came together are reported together.
+            ready = min(wanted.layers, *(pending.ready_until(begin + ready) - begin for pending, begin in parts))
+            yield ready
         if not promotions:
             yield wanted.layers
 

@@ -121,7 +121,7 @@ class InPlaceUploads:
             self._uploads.note_refused(request.keys, error.reason)
             raise error
         space = _WrittenInPlace(self._dram, self.writer(client))
-        upload = self._uploads.begin(caller, client, request, space)
+        upload = self._uploads.begin(caller, client, request, space, "in_place")
         self._open[number] = _InPlaceUpload(client, upload, space, on_ssd)
         try:
             await upload.claim()

@@ -13,6 +13,8 @@ from kvservice.store.leases import Lease
 from kvservice_api import spans
 from kvservice_api.layout import Layout, Shard
 
+InPlacePath = Literal["in_place", "cuda_ipc"]  # Read by the client, or copied to its GPU by the daemon.
+
 
 class LoadTimes:
     """One load of `rows`, which are those of blocks of a lease. Made when it begins, because then the tiers of the rows
@@ -27,7 +29,7 @@ class LoadTimes:
         rows: Rows,
         clock: Clock,
         counters: Counters,
-        path: Literal["stream", "in_place"],
+        path: Literal["stream", "bulk"] | InPlacePath,
     ) -> None:
         self._clock = clock
         self._counters = counters

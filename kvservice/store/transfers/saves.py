@@ -1,4 +1,5 @@
-"""Saves: their headers are checked here, and then their bytes arrive as frames, or clients write them in place.
+"""Saves: their headers are checked here. Then their bytes arrive as frames, or are written in place, by clients or by
+the daemon.
 
 Called on the event loop's thread.
 """
@@ -18,8 +19,9 @@ from kvservice.store.miss_reasons import MissReasons, Reason
 from kvservice.store.operations.drain import Drain
 from kvservice.store.operations.trace import TraceRecorder
 from kvservice.store.transfers.admission import Admission, Incoming
+from kvservice.store.transfers.filled_uploads import FilledUpload
 from kvservice.store.transfers.in_place_uploads import InPlaceUploads
-from kvservice.store.transfers.upload import Place, SaveOutcome, SaveRequest, Upload, Uploads
+from kvservice.store.transfers.upload import Place, SaveOutcome, SavePath, SaveRequest, Upload, Uploads
 from kvservice_api.errors import Draining, InvalidRequest, KVError, Overloaded
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Shard
@@ -80,12 +82,18 @@ class Saves:
 
         Raises Overloaded, Draining, UnknownLayout, UnknownClient, InvalidRequest; entering it IncompleteSave.
         """
+        return self._uploads.begin(caller, *self._admitted(caller, header))
+
+    def fill(self, caller: Caller, header: SaveHeader, path: SavePath) -> FilledUpload:
+        """One save whose bytes the daemon's own threads write, for use with ``async with``. Raises as `save`."""
+        return FilledUpload(self._uploads, caller, *self._admitted(caller, header), path)
+
+    def _admitted(self, caller: Caller, header: SaveHeader) -> tuple[Client, SaveRequest]:
         try:
             self._admission.saves.check()
         except Overloaded as error:
             raise self._refused(header.keys, error) from None
-        client, request = self._checked(caller, header)
-        return self._uploads.begin(caller, client, request)
+        return self._checked(caller, header)
 
     # In place
 

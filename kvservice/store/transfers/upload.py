@@ -8,11 +8,11 @@ visible.
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,10 @@ from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.admission import Admission, Claim, Claims
+from kvservice.store.transfers.arrived_slices import ArrivedSlices
+from kvservice.store.transfers.upload_space import OwnSpace, Space
 from kvservice.tiers.dram import DramTier
+from kvservice_api.copying import copy_slices
 from kvservice_api.errors import (
     BlockNotFound,
     IncompleteSave,
@@ -55,6 +58,8 @@ from kvservice_api.layout import Layout, Shard
 _HASH_IN_THREAD_BYTES = 1 << 20  # Below this size, hashing is faster than the hand-over to a thread.
 _RESERVED_A_TURN = 64  # They take a millisecond of the event loop.
 
+SavePath = Literal["stream", "in_place", "cuda_ipc", "bulk"]  # How the bytes come to their places.
+
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
@@ -77,71 +82,11 @@ class SaveOutcome:
     refused: dict[int, KVError] = field(default_factory=dict)
 
 
-class _Slices:
-    """Which bytes of one block's slices have arrived. Frames may arrive in any order, none twice."""
-
-    def __init__(self, geometry: BlockGeometry) -> None:
-        self._geometry = geometry
-        self._complete = bytearray(geometry.slice_count)
-        # Per incomplete slice: sorted, never adjacent. Complete slices have no objects, whose release would take time.
-        self._runs: dict[int, list[tuple[int, int]]] = {}
-        self.missing = geometry.slice_count
-
-    def add(self, layer: int, start: int, end: int) -> bool:
-        """Note a part of a slice. True when the slice is now complete. Raises InvalidFrame on overlap."""
-        if self._complete[layer]:
-            raise InvalidFrame(f"bytes {start}..{end} of layer {layer} arrived before", layer=layer)
-        whole = (0, self._geometry.slice_bytes(layer))
-        runs = self._runs.setdefault(layer, []) if (start, end) != whole else self._runs.get(layer, [])
-        at = bisect_left(runs, (start, end))
-        if (at and runs[at - 1][1] > start) or (at < len(runs) and runs[at][0] < end):
-            raise InvalidFrame(f"bytes {start}..{end} of layer {layer} arrived before", layer=layer)
-        joins_before = at > 0 and runs[at - 1][1] == start
-        joins_after = at < len(runs) and runs[at][0] == end
-        run = (runs[at - 1][0] if joins_before else start, runs[at][1] if joins_after else end)
-        if run != whole:
-            runs[at - joins_before : at + joins_after] = [run]
-            return False
-        self._runs.pop(layer, None)
-        self._complete[layer] = True
-        self.missing -= 1
-        return True
-
-
 class Place(NamedTuple):
     """The offset of a block's image in the arena."""
 
     position: int  # Its position in the save's keys.
     extent: Extent
-
-
-class Space(Protocol):
-    """The handling of an upload's space: a client that writes in place may still be writing there."""
-
-    def reserved(self, extent: Extent) -> None:
-        """The upload owns it from now on."""
-
-    def returned(self, extent: Extent) -> None:
-        """The upload does not need it any more, and no record has ever named it."""
-
-    def recorded(self, extent: Extent) -> None:
-        """A record is about to name it."""
-
-
-class OwnSpace:
-    """Space that only the daemon writes: it is free at once."""
-
-    def __init__(self, dram: DramTier) -> None:
-        self._dram = dram
-
-    def reserved(self, extent: Extent) -> None:
-        pass
-
-    def returned(self, extent: Extent) -> None:
-        self._dram.release(extent)
-
-    def recorded(self, extent: Extent) -> None:
-        pass
 
 
 @dataclass(slots=True, eq=False)
@@ -151,7 +96,7 @@ class _Destination:
     position: int
     claim: Claim
     geometry: BlockGeometry
-    slices: _Slices
+    slices: ArrivedSlices
     extent: Extent | None = None
     image: memoryview | None = None
 
@@ -188,9 +133,17 @@ class Uploads:
         self.claims = Claims()
         self.open: set[Upload] = set()
 
-    def begin(self, caller: Caller, client: Client, request: SaveRequest, space: Space | None = None) -> Upload:
-        """Use it as ``async with``: leaving without a commit abandons it. With `space`, the client writes in place."""
-        path = "stream" if space is None else "in_place"
+    def begin(
+        self,
+        caller: Caller,
+        client: Client,
+        request: SaveRequest,
+        space: Space | None = None,
+        path: SavePath = "stream",
+    ) -> Upload:
+        """Use it as ``async with``: leaving without a commit abandons it. With `space`, other threads or processes
+        write to the places.
+        """
         return Upload(self, caller, client, request, space or OwnSpace(self.dram), path)
 
     def note_refused(self, keys: Sequence[bytes], reason: str) -> None:
@@ -266,7 +219,7 @@ class Upload:
                 continue
             geometry = self._geometries[position]
             claim = self._all.claims.enqueue(object_key(key, self._request.shard))
-            self._destinations[position] = _Destination(position, claim, geometry, _Slices(geometry))
+            self._destinations[position] = _Destination(position, claim, geometry, ArrivedSlices(geometry))
         first: list[_Destination] = []
         others: list[_Destination] = []
         for each in self._destinations.values():
@@ -357,18 +310,24 @@ class Upload:
         if start + len(frame.payload) > starts[-1]:
             raise InvalidFrame("the payload reaches beyond the last block", layer=frame.layer)
         payload = np.frombuffer(frame.payload, np.uint8)
+        whole: list[tuple[_Destination, int, int]] = []  # Slices that this frame has all of: begin in it, size.
         block, taken = frame.first_block, 0
         while taken < len(payload):
             offset = start + taken - starts[block]
             size = min(len(payload) - taken, starts[block + 1] - starts[block] - offset)
-            self._put(block, frame.layer, offset, payload[taken : taken + size])
+            destination = self._destinations.get(block)
+            if destination is not None:  # Else the block is stored already, or refused, so its bytes are not read.
+                if size == starts[block + 1] - starts[block]:
+                    destination.slices.add(frame.layer, 0, size)
+                    whole.append((destination, taken, size))
+                else:
+                    self._put(destination, frame.layer, offset, payload[taken : taken + size])
             taken += size
             block += 1
+        if whole:
+            self._put_whole(whole, frame.layer, payload)
 
-    def _put(self, block: int, layer: int, offset: int, data: NDArray[np.uint8]) -> None:
-        destination = self._destinations.get(block)
-        if destination is None:
-            return  # The block is stored already, or refused, so its bytes are not read.
+    def _put(self, destination: _Destination, layer: int, offset: int, data: NDArray[np.uint8]) -> None:
         assert destination.image is not None
         complete = destination.slices.add(layer, offset, offset + len(data))
         begin, end = destination.geometry.slice_range(layer)
@@ -376,6 +335,19 @@ class Upload:
         np.copyto(image[begin + offset : begin + offset + len(data)], data)
         if complete:
             self._hash(destination, layer, destination.image[begin:end])
+
+    def _put_whole(
+        self, whole: Sequence[tuple[_Destination, int, int]], layer: int, payload: NDArray[np.uint8]
+    ) -> None:
+        """Copy whole slices of one layer, and compute their checksums in the same pass."""
+        images, slices, runs = [], [], []
+        for number, (destination, begin, size) in enumerate(whole):
+            assert destination.image is not None
+            images.append(np.frombuffer(destination.image, np.uint8))
+            slices.append((0, begin, size, 1))
+            runs.append((number, destination.geometry.slice_range(layer)[0], 0, 1, size, 0))
+        sums = copy_slices([payload], images, np.array(slices, np.int64), np.array(runs, np.int64))
+        self._checksums[[each.position for each, _, _ in whole], layer] = sums
 
     def _hash(self, destination: _Destination, layer: int, data: memoryview) -> None:
         """Compute the checksum of the bytes in the arena now, while they are still in the processor's cache."""
@@ -413,9 +385,7 @@ class Upload:
         if self._hashing:
             await asyncio.wait(self._hashing)
         good = self._matching(checksums)
-        rows = await self._record(good)
-        self._all.blocks.verified[rows] = True
-        await self._finish(good, rows, on_ssd=on_ssd, then_write=then_write)
+        await self._store(good, are_verified=True, on_ssd=on_ssd, then_write=then_write)
         return self.outcome
 
     def check_written(self, checksums: NDArray[np.uint64]) -> None:
@@ -428,32 +398,56 @@ class Upload:
                 field="checksums",
             )
 
-    async def commit_written(self, checksums: NDArray[np.uint64], *, on_ssd: bool) -> SaveOutcome:
-        """Make blocks visible that the client wrote to `places` itself. `checksums`: one per slice of these, flattened.
+    async def commit_written(
+        self,
+        checksums: NDArray[np.uint64],
+        *,
+        on_ssd: bool,
+        are_verified: bool = False,
+        expected: NDArray[np.uint64] | None = None,
+    ) -> SaveOutcome:
+        """Make blocks visible that were written to `places`. `checksums`: one per slice of these, flattened.
 
-        They are stored and not compared now: a view or a load of the blocks compares them.
+        They are stored and not compared now: a view or a load of the blocks compares them. `are_verified` says that
+        this daemon has computed them from the bytes in the places; blocks that are not as `expected` are refused.
+        Raises IncompleteSave.
         """
+        if self._is_ended or self._committing:
+            raise IncompleteSave("the save has ended: its client has disconnected, or it was committed before")
         written = sorted(self._destinations.values(), key=lambda each: each.position)
         self._committing = True  # If the client detaches from now on, this commit owns the extents.
         positions = [each.position for each in written]
         self._checksums[positions] = checksums.reshape(len(written), self._request.shard.layers)
+        if expected is not None:
+            sent = self._checksums.copy()
+            sent[positions] = expected.reshape(len(written), self._request.shard.layers)
+            written = sorted(self._matching(sent), key=lambda each: each.position)
         try:
-            rows = await self._record(written)
-            await self._finish(written, rows, on_ssd=on_ssd)
+            await self._store(written, are_verified=are_verified, on_ssd=on_ssd)
         finally:
             self.close()
         return self.outcome
 
-    async def _finish(
-        self, good: list[_Destination], rows: list[int], *, on_ssd: bool, then_write: bool = True
+    async def _store(
+        self, written: list[_Destination], *, are_verified: bool, on_ssd: bool, then_write: bool = True
     ) -> None:
-        """The steps after the records."""
-        await self._touch_ancestors(good)
-        self._count(good)
-        if self._all.write_behind is not None and then_write:
-            self._all.write_behind.add(rows)
-        if on_ssd:
-            await self._until_on_ssd(good, rows)
+        """Records, and the steps after them."""
+        rows = self._new_rows(written)
+        # Until the end: a row that is discarded meanwhile may be another block's as soon as nothing holds it.
+        self._all.lifecycle.hold(rows)
+        try:
+            try:
+                stored = await self._record(written, rows)
+            except asyncio.CancelledError:
+                if self._all.blocks.live[rows].any():  # The records were written before.
+                    self._note_stored(written, rows, are_verified=are_verified, then_write=then_write)
+                raise
+            self._note_stored(written, stored, are_verified=are_verified, then_write=then_write)
+            await self._touch_ancestors(written)
+            if on_ssd:
+                await self._until_on_ssd(written, stored)
+        finally:
+            self._all.lifecycle.unhold(rows)
         outcome = self.outcome
         for position, first in self._first_of.items():
             if first in outcome.refused:
@@ -477,10 +471,10 @@ class Upload:
                 )
         return good
 
-    async def _record(self, written: list[_Destination]) -> list[int]:
-        """Trailer, index record, visible. Blocks of one save share a commit."""
+    def _new_rows(self, written: list[_Destination]) -> list[int]:
+        """Rows of the blocks, whose trailers are written."""
         blocks, request, now_ms = self._all.blocks, self._request, self._all.clock.wall_ms()
-        rows, extents = [], []
+        rows: list[int] = []
         for destination in written:
             key = request.keys[destination.position]
             trailer = Trailer(key, request.shard, self._checksums[destination.position]).encode()
@@ -508,21 +502,38 @@ class Upload:
                 now_ms=now_ms,
             )
             rows.append(row)
-            extents.append(destination.extent)
-        if not rows:
-            return []
         blocks.touch(np.array(rows, np.int64), now_ms)
         blocks.note_user(np.array(rows, np.int64), self._client.number)
-        for destination, extent in zip(written, extents, strict=True):
-            self._space.recorded(extent)
+        return rows
+
+    async def _record(self, written: list[_Destination], rows: list[int]) -> list[int]:
+        """Index records, then visible. Blocks of one save share a commit. Returns the rows, or none if it failed."""
+        if not rows:
+            return []
+        extents: list[Extent] = []
+        for destination in written:
+            assert destination.extent is not None
+            extents.append(destination.extent)
+            self._space.recorded(destination.extent)
             destination.extent = destination.image = None  # From here on `admit` owns the space.
         try:
             await self._all.lifecycle.admit(rows, extents)
         except KVError as error:
             self.outcome.refused.update((destination.position, error) for destination in written)
             return []
-        self.outcome.stored.extend(destination.position for destination in written)
         return rows
+
+    def _note_stored(
+        self, written: list[_Destination], rows: list[int], *, are_verified: bool, then_write: bool
+    ) -> None:
+        """The rows of these blocks are visible; no rows: the blocks were refused."""
+        if rows:
+            self.outcome.stored.extend(destination.position for destination in written)
+        if are_verified:
+            self._all.blocks.verified[rows] = True
+        self._count(written)
+        if self._all.write_behind is not None and then_write:
+            self._all.write_behind.add(rows)
 
     async def _touch_ancestors(self, written: list[_Destination]) -> None:
         """Mark the earlier blocks of each chain as used now, after its new ones: the first have the highest value."""
@@ -572,7 +583,10 @@ class Upload:
         counters.save_blocks_stored += len(outcome.stored)
         counters.save_blocks_already_stored += len(outcome.already_stored)
         counters.save_blocks_refused += len(outcome.refused)
-        counters.save_bytes += sum(u.geometry.payload_bytes for u in good if u.position in outcome.stored)
+        stored_now = set(outcome.stored)
+        geometries = {id(each.geometry): each.geometry for each in good}  # Blocks of as many tokens share one.
+        counts = Counter(id(each.geometry) for each in good if each.position in stored_now)
+        counters.save_bytes += sum(count * geometries[which].payload_bytes for which, count in counts.items())
         self._committed = True
         self._note_refused()
 

@@ -171,7 +171,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "store_id", "boot_epoch", "started_at", "state", "dram", "ssd", "index", "blocks", "layouts", "clients", "leases", "uploads", "counters", "sessions", "set_aside_bytes", "set_aside_extents", "tiers", "hint_streams", "queued_requests", "recordings")
+    __slots__ = ("version", "store_id", "boot_epoch", "started_at", "state", "dram", "ssd", "index", "blocks", "layouts", "clients", "leases", "uploads", "counters", "sessions", "set_aside_bytes", "set_aside_extents", "tiers", "hint_streams", "queued_requests", "recordings", "cuda")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class StatusResponse(_message.Message):
     HINT_STREAMS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RECORDINGS_FIELD_NUMBER: _ClassVar[int]
+    CUDA_FIELD_NUMBER: _ClassVar[int]
     version: str
     store_id: bytes
     boot_epoch: int
@@ -221,7 +222,20 @@ class StatusResponse(_message.Message):
     hint_streams: int
     queued_requests: int
     recordings: int
-    def __init__(self, version: _Optional[str] = ..., store_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., dram: _Optional[_Union[TierStatus, _Mapping]] = ..., ssd: _Optional[_Union[TierStatus, _Mapping]] = ..., index: _Optional[_Union[IndexStatus, _Mapping]] = ..., blocks: _Optional[int] = ..., layouts: _Optional[int] = ..., clients: _Optional[int] = ..., leases: _Optional[int] = ..., uploads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., sessions: _Optional[int] = ..., set_aside_bytes: _Optional[int] = ..., set_aside_extents: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., hint_streams: _Optional[int] = ..., queued_requests: _Optional[int] = ..., recordings: _Optional[int] = ...) -> None: ...
+    cuda: CudaStatus
+    def __init__(self, version: _Optional[str] = ..., store_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., dram: _Optional[_Union[TierStatus, _Mapping]] = ..., ssd: _Optional[_Union[TierStatus, _Mapping]] = ..., index: _Optional[_Union[IndexStatus, _Mapping]] = ..., blocks: _Optional[int] = ..., layouts: _Optional[int] = ..., clients: _Optional[int] = ..., leases: _Optional[int] = ..., uploads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., sessions: _Optional[int] = ..., set_aside_bytes: _Optional[int] = ..., set_aside_extents: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., hint_streams: _Optional[int] = ..., queued_requests: _Optional[int] = ..., recordings: _Optional[int] = ..., cuda: _Optional[_Union[CudaStatus, _Mapping]] = ...) -> None: ...
+
+class CudaStatus(_message.Message):
+    __slots__ = ("refused_because", "registrations", "arena_registered_bytes", "failed")
+    REFUSED_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATIONS_FIELD_NUMBER: _ClassVar[int]
+    ARENA_REGISTERED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    refused_because: str
+    registrations: int
+    arena_registered_bytes: int
+    failed: bool
+    def __init__(self, refused_because: _Optional[str] = ..., registrations: _Optional[int] = ..., arena_registered_bytes: _Optional[int] = ..., failed: bool = ...) -> None: ...
 
 class TierStatus(_message.Message):
     __slots__ = ("capacity_bytes", "used_bytes", "blocks", "refusing_because", "configured_bytes", "short_because", "name")
@@ -466,14 +480,16 @@ class UnpinResponse(_message.Message):
     def __init__(self, unpinned: _Optional[int] = ..., not_pinned: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
-    __slots__ = ("key", "request_id", "session_id")
+    __slots__ = ("key", "request_id", "session_id", "key_prefix")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     request_id: str
     session_id: str
-    def __init__(self, key: _Optional[bytes] = ..., request_id: _Optional[str] = ..., session_id: _Optional[str] = ...) -> None: ...
+    key_prefix: str
+    def __init__(self, key: _Optional[bytes] = ..., request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., key_prefix: _Optional[str] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
     __slots__ = ("block", "request", "sessions")
@@ -683,7 +699,7 @@ class LayoutDifference(_message.Message):
     def __init__(self, field: _Optional[str] = ..., stored: _Optional[str] = ..., asked: _Optional[str] = ...) -> None: ...
 
 class ExplainedLoad(_message.Message):
-    __slots__ = ("began_at", "blocks", "layers", "blocks_from_dram", "blocks_from_ssd", "sent_bytes", "took_ms", "outcome", "in_place")
+    __slots__ = ("began_at", "blocks", "layers", "blocks_from_dram", "blocks_from_ssd", "sent_bytes", "took_ms", "outcome", "in_place", "path")
     BEGAN_AT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -693,6 +709,7 @@ class ExplainedLoad(_message.Message):
     TOOK_MS_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     IN_PLACE_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
     began_at: _timestamp_pb2.Timestamp
     blocks: int
     layers: int
@@ -702,7 +719,8 @@ class ExplainedLoad(_message.Message):
     took_ms: float
     outcome: str
     in_place: bool
-    def __init__(self, began_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., blocks: _Optional[int] = ..., layers: _Optional[int] = ..., blocks_from_dram: _Optional[int] = ..., blocks_from_ssd: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., took_ms: _Optional[float] = ..., outcome: _Optional[str] = ..., in_place: bool = ...) -> None: ...
+    path: str
+    def __init__(self, began_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., blocks: _Optional[int] = ..., layers: _Optional[int] = ..., blocks_from_dram: _Optional[int] = ..., blocks_from_ssd: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., took_ms: _Optional[float] = ..., outcome: _Optional[str] = ..., in_place: bool = ..., path: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("action",)

@@ -38,7 +38,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_tails", "keeps_generations", "takes_hints", "restores_sessions", "max_save_chains", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "max_session_slices", "session_ttl_ms")
+    __slots__ = ("version", "boot_epoch", "store_id", "max_frame_bytes", "max_keys", "max_lease_ttl_ms", "transports", "max_save_blocks", "max_save_slices", "max_tails", "keeps_generations", "takes_hints", "restores_sessions", "max_save_chains", "arena_directory", "arena_id", "arena_capacity_bytes", "arena_writable", "arena_not_shared_because", "residency_directory", "cuda_ipc_refused_because", "bulk_port", "max_session_slices", "session_ttl_ms")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BOOT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,8 @@ class GetCapabilitiesResponse(_message.Message):
     ARENA_WRITABLE_FIELD_NUMBER: _ClassVar[int]
     ARENA_NOT_SHARED_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    CUDA_IPC_REFUSED_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    BULK_PORT_FIELD_NUMBER: _ClassVar[int]
     MAX_SESSION_SLICES_FIELD_NUMBER: _ClassVar[int]
     SESSION_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     version: str
@@ -81,9 +83,11 @@ class GetCapabilitiesResponse(_message.Message):
     arena_writable: bool
     arena_not_shared_because: str
     residency_directory: str
+    cuda_ipc_refused_because: str
+    bulk_port: int
     max_session_slices: int
     session_ttl_ms: int
-    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_tails: _Optional[int] = ..., keeps_generations: bool = ..., takes_hints: bool = ..., restores_sessions: bool = ..., max_save_chains: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., store_id: _Optional[bytes] = ..., max_frame_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., max_save_blocks: _Optional[int] = ..., max_save_slices: _Optional[int] = ..., max_tails: _Optional[int] = ..., keeps_generations: bool = ..., takes_hints: bool = ..., restores_sessions: bool = ..., max_save_chains: _Optional[int] = ..., arena_directory: _Optional[str] = ..., arena_id: _Optional[bytes] = ..., arena_capacity_bytes: _Optional[int] = ..., arena_writable: bool = ..., arena_not_shared_because: _Optional[str] = ..., residency_directory: _Optional[str] = ..., cuda_ipc_refused_because: _Optional[str] = ..., bulk_port: _Optional[int] = ..., max_session_slices: _Optional[int] = ..., session_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class OpenLayoutRequest(_message.Message):
     __slots__ = ("layout", "fingerprint")
@@ -114,7 +118,7 @@ class AttachResponse(_message.Message):
     def __init__(self, client_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class LookupPrefixRequest(_message.Message):
-    __slots__ = ("client_id", "layout_fingerprint", "shard", "keys", "lease_ttl_ms", "parent_key", "request_id")
+    __slots__ = ("client_id", "layout_fingerprint", "shard", "keys", "lease_ttl_ms", "parent_key", "request_id", "locate")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +126,7 @@ class LookupPrefixRequest(_message.Message):
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LOCATE_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     layout_fingerprint: bytes
     shard: _types_pb2.Shard
@@ -129,21 +134,26 @@ class LookupPrefixRequest(_message.Message):
     lease_ttl_ms: int
     parent_key: bytes
     request_id: str
-    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ..., parent_key: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
+    locate: bool
+    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ..., parent_key: _Optional[bytes] = ..., request_id: _Optional[str] = ..., locate: bool = ...) -> None: ...
 
 class LookupPrefixResponse(_message.Message):
-    __slots__ = ("hit_blocks", "lease_id", "lease_ttl_ms", "runs", "tails")
+    __slots__ = ("hit_blocks", "lease_id", "lease_ttl_ms", "runs", "tails", "located", "located_verified")
     HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     TAILS_FIELD_NUMBER: _ClassVar[int]
+    LOCATED_FIELD_NUMBER: _ClassVar[int]
+    LOCATED_VERIFIED_FIELD_NUMBER: _ClassVar[int]
     hit_blocks: int
     lease_id: int
     lease_ttl_ms: int
     runs: _containers.RepeatedCompositeFieldContainer[ResidencyRun]
     tails: _containers.RepeatedCompositeFieldContainer[Tail]
-    def __init__(self, hit_blocks: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ..., tails: _Optional[_Iterable[_Union[Tail, _Mapping]]] = ...) -> None: ...
+    located: LocateBlocksResponse
+    located_verified: bool
+    def __init__(self, hit_blocks: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ..., tails: _Optional[_Iterable[_Union[Tail, _Mapping]]] = ..., located: _Optional[_Union[LocateBlocksResponse, _Mapping]] = ..., located_verified: bool = ...) -> None: ...
 
 class Tail(_message.Message):
     __slots__ = ("key", "token_count")
@@ -184,30 +194,36 @@ class ExportLeaseResponse(_message.Message):
     def __init__(self, ticket: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
 
 class AdoptLeaseRequest(_message.Message):
-    __slots__ = ("client_id", "ticket", "layout_fingerprint", "shard", "lease_ttl_ms")
+    __slots__ = ("client_id", "ticket", "layout_fingerprint", "shard", "lease_ttl_ms", "locate")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    LOCATE_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     ticket: bytes
     layout_fingerprint: bytes
     shard: _types_pb2.Shard
     lease_ttl_ms: int
-    def __init__(self, client_id: _Optional[bytes] = ..., ticket: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., lease_ttl_ms: _Optional[int] = ...) -> None: ...
+    locate: bool
+    def __init__(self, client_id: _Optional[bytes] = ..., ticket: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., lease_ttl_ms: _Optional[int] = ..., locate: bool = ...) -> None: ...
 
 class AdoptLeaseResponse(_message.Message):
-    __slots__ = ("lease_id", "lease_ttl_ms", "token_counts", "runs")
+    __slots__ = ("lease_id", "lease_ttl_ms", "token_counts", "runs", "located", "located_verified")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
+    LOCATED_FIELD_NUMBER: _ClassVar[int]
+    LOCATED_VERIFIED_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     lease_ttl_ms: int
     token_counts: _containers.RepeatedScalarFieldContainer[int]
     runs: _containers.RepeatedCompositeFieldContainer[ResidencyRun]
-    def __init__(self, lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., token_counts: _Optional[_Iterable[int]] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ...) -> None: ...
+    located: LocateBlocksResponse
+    located_verified: bool
+    def __init__(self, lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., token_counts: _Optional[_Iterable[int]] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ..., located: _Optional[_Union[LocateBlocksResponse, _Mapping]] = ..., located_verified: bool = ...) -> None: ...
 
 class LoadBlocksRequest(_message.Message):
     __slots__ = ("client_id", "lease_id", "first_block", "block_count", "first_layer", "layer_count", "shard")
@@ -311,6 +327,28 @@ class RefusedBlock(_message.Message):
     status: _status_pb2.Status
     def __init__(self, block: _Optional[int] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
+class OpenTransferRequest(_message.Message):
+    __slots__ = ("load", "save", "connections")
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    load: LoadBlocksRequest
+    save: SaveHeader
+    connections: int
+    def __init__(self, load: _Optional[_Union[LoadBlocksRequest, _Mapping]] = ..., save: _Optional[_Union[SaveHeader, _Mapping]] = ..., connections: _Optional[int] = ...) -> None: ...
+
+class OpenTransferResponse(_message.Message):
+    __slots__ = ("tickets", "ttl_ms", "blocks", "refused")
+    TICKETS_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    tickets: _containers.RepeatedScalarFieldContainer[bytes]
+    ttl_ms: int
+    blocks: _containers.RepeatedScalarFieldContainer[int]
+    refused: _containers.RepeatedCompositeFieldContainer[RefusedBlock]
+    def __init__(self, tickets: _Optional[_Iterable[bytes]] = ..., ttl_ms: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., refused: _Optional[_Iterable[_Union[RefusedBlock, _Mapping]]] = ...) -> None: ...
+
 class LocateBlocksRequest(_message.Message):
     __slots__ = ("client_id", "lease_id", "first_block", "block_count", "verify", "shard")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -406,12 +444,24 @@ class RenewLeaseResponse(_message.Message):
     def __init__(self, ttl_ms: _Optional[int] = ...) -> None: ...
 
 class ReleaseLeaseRequest(_message.Message):
-    __slots__ = ("client_id", "lease_id")
+    __slots__ = ("client_id", "lease_id", "loads")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     lease_id: int
-    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ...) -> None: ...
+    loads: _containers.RepeatedCompositeFieldContainer[InPlaceLoad]
+    def __init__(self, client_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., loads: _Optional[_Iterable[_Union[InPlaceLoad, _Mapping]]] = ...) -> None: ...
+
+class InPlaceLoad(_message.Message):
+    __slots__ = ("first_block", "block_count", "took_us")
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOOK_US_FIELD_NUMBER: _ClassVar[int]
+    first_block: int
+    block_count: int
+    took_us: int
+    def __init__(self, first_block: _Optional[int] = ..., block_count: _Optional[int] = ..., took_us: _Optional[int] = ...) -> None: ...
 
 class ReleaseLeaseResponse(_message.Message):
     __slots__ = ()

@@ -76,6 +76,11 @@ class BlockServiceStub(object):
                 request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksRequest.SerializeToString,
                 response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksResponse.FromString,
                 _registered_method=True)
+        self.OpenTransfer = channel.unary_unary(
+                '/kvservice_api.v1.BlockService/OpenTransfer',
+                request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.OpenTransferRequest.SerializeToString,
+                response_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.OpenTransferResponse.FromString,
+                _registered_method=True)
         self.LocateBlocks = channel.unary_stream(
                 '/kvservice_api.v1.BlockService/LocateBlocks',
                 request_serializer=kvservice__api_dot_v1_dot_blocks__pb2.LocateBlocksRequest.SerializeToString,
@@ -240,7 +245,8 @@ class BlockServiceServicer(object):
         For blocks that are stored already, the daemon ignores the bytes and reports success. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: the header is missing, repeated, or has wrong fields.
         * INVALID_ARGUMENT INVALID_FRAME: a frame is out of range, overlaps another, is too large
-        or cut off. Nothing is stored; fix the caller.
+        or cut off, or a slice has more than 16 gaps and one per 4 KiB. Nothing is stored; fix the
+        caller.
         * FAILED_PRECONDITION INCOMPLETE_SAVE: a commit before every byte arrived, or a stream
         without commit. Nothing is stored; send the whole save again.
         * FAILED_PRECONDITION UNKNOWN_LAYOUT, UNKNOWN_CLIENT: as for LookupPrefix.
@@ -250,6 +256,29 @@ class BlockServiceServicer(object):
         DATA_LOSS UPLOAD_CORRUPTED (the bytes do not match the checksum in `commit`; send them again),
         UNAVAILABLE STORAGE_FAILED (retry later), INVALID_ARGUMENT INVALID_REQUEST (a block of another
         layout is stored under this key; make the key from the layout's fingerprint).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenTransfer(self, request, context):
+        """Opens a load or a save whose bytes travel on the bulk port (`bulk_port`; the messages there are in
+        kvservice_api/bulk.py). Each ticket is for one connection, once, within `ttl_ms`, and only for this client: with TLS
+        and client certificates, only with the certificate of this call. A load keeps its blocks in place and a save its
+        space from this call on; both end if no connection has brought a ticket within `ttl_ms`, if a connection of theirs
+        is lost, or with the client's Attach stream. As in a save, the call waits for blocks that another client uploads.
+        Errors:
+        * INVALID_ARGUMENT INVALID_REQUEST: neither a load nor a save, a number of connections that is 0 or over 16; as for
+        LoadBlocks and SaveBlocks.
+        * FAILED_PRECONDITION BULK_UNAVAILABLE: this daemon has no bulk port; use LoadBlocks or SaveBlocks.
+        * FAILED_PRECONDITION LEASE_EXPIRED, PERMISSION_DENIED LEASE_NOT_YOURS: as for LoadBlocks.
+        * FAILED_PRECONDITION UNKNOWN_LAYOUT, UNKNOWN_CLIENT: as for LookupPrefix.
+        * UNAVAILABLE DRAINING: the daemon is stopping; skip this save.
+        * RESOURCE_EXHAUSTED OVERLOADED: too many loads or saves run; recompute, or skip this save.
+        On the bulk port an error is a message too. Those of LoadBlocks and SaveBlocks may come there, and:
+        * FAILED_PRECONDITION TRANSFER_ENDED: no transfer waits for this ticket (it was used, has expired, or is not this
+        client's), or another connection of the transfer was lost; use LoadBlocks or SaveBlocks, or open another.
+        Per block, in `refused`: as for ReserveBlocks; in the RESULT of a save, as for SaveBlocks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -426,6 +455,11 @@ def add_BlockServiceServicer_to_server(servicer, server):
                     servicer.SaveBlocks,
                     request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksRequest.FromString,
                     response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksResponse.SerializeToString,
+            ),
+            'OpenTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenTransfer,
+                    request_deserializer=kvservice__api_dot_v1_dot_blocks__pb2.OpenTransferRequest.FromString,
+                    response_serializer=kvservice__api_dot_v1_dot_blocks__pb2.OpenTransferResponse.SerializeToString,
             ),
             'LocateBlocks': grpc.unary_stream_rpc_method_handler(
                     servicer.LocateBlocks,
@@ -701,6 +735,33 @@ class BlockService(object):
             '/kvservice_api.v1.BlockService/SaveBlocks',
             kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksRequest.SerializeToString,
             kvservice__api_dot_v1_dot_blocks__pb2.SaveBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvservice_api.v1.BlockService/OpenTransfer',
+            kvservice__api_dot_v1_dot_blocks__pb2.OpenTransferRequest.SerializeToString,
+            kvservice__api_dot_v1_dot_blocks__pb2.OpenTransferResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice_adapter.rates import Rates
@@ -228,7 +228,6 @@ def test_a_longer_queue_makes_loading_less_attractive() -> None:
     assert Request(loads_ahead=20).plan(rates, may_mix=False).kind is Kind.RECOMPUTE
 
 
-@settings(max_examples=60)
 @given(machines, requests)
 def test_no_plan_is_expected_to_take_longer_than_computing_all_again(machine: Machine, request: Request) -> None:
     made = request.plan(machine.rates())
@@ -237,7 +236,6 @@ def test_no_plan_is_expected_to_take_longer_than_computing_all_again(machine: Ma
     assert made.compute_tokens + made.load_tokens == request.history_tokens
 
 
-@settings(max_examples=60)
 @given(machines, requests)
 def test_the_mixed_plan_is_taken_only_where_it_beats_both_others_clearly(machine: Machine, request: Request) -> None:
     made = request.plan(machine.rates())
@@ -248,7 +246,6 @@ def test_the_mixed_plan_is_taken_only_where_it_beats_both_others_clearly(machine
         assert 0 < made.compute_tokens < request.history_tokens
 
 
-@settings(max_examples=60)
 @given(machines, requests)
 def test_no_other_edge_would_have_been_better(machine: Machine, request: Request) -> None:
     request = replace(request, history_tokens=min(request.history_tokens, 40 * request.block_tokens))
@@ -272,7 +269,6 @@ def test_no_other_edge_would_have_been_better(machine: Machine, request: Request
         assert made.estimate_s[Kind.MIXED] <= only.estimate_s[Kind.MIXED] * (1 + 1e-9)
 
 
-@settings(max_examples=60)
 @given(machines, requests, st.floats(1.0, 100.0))
 def test_a_faster_link_never_makes_it_recompute(machine: Machine, request: Request, faster: float) -> None:
     made = request.plan(machine.rates())
@@ -281,7 +277,6 @@ def test_a_faster_link_never_makes_it_recompute(machine: Machine, request: Reque
         assert request.plan(better.rates()).kind is not Kind.RECOMPUTE
 
 
-@settings(max_examples=60)
 @given(machines, requests)
 def test_a_longer_history_is_never_expected_to_take_less(machine: Machine, request: Request) -> None:
     rates = machine.rates()

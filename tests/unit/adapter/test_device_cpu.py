@@ -12,10 +12,13 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from kvservice_adapter.device.base import Pages
 from kvservice_adapter.device.cpu import CpuDevice
-from tests.contracts.device import WAIT_S, DeviceContract, numbering, pages_of
+from kvservice_api import copying
+from kvservice_api.image import checksum
+from tests.contracts.device import WAIT_S, DeviceContract, noise, numbering, pages_of
 from tests.daemon import until
 
 
@@ -101,3 +104,59 @@ started.wait()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
+@pytest.fixture(params=["native", "pure Python"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "pure Python":
+        monkeypatch.setattr(copying, "native", None)
+    elif copying.native is None:
+        pytest.skip("the C extension is not built here")
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("token_major", [False, True], ids=["heads first", "tokens first"])
+def test_a_scatter_gives_the_checksum_of_each_slice_that_it_copied(token_major: bool) -> None:
+    """Blocks of 8 tokens and a shorter last one, in pages of 6 tokens; the run begins within a page."""
+    counts, page_ids = [8, 8, 8, 3], [4, 0, 6, 2, 5]
+    keys, values = (np.zeros((7, 6, 2, dim) if token_major else (7, 2, 6, dim), np.float16) for dim in (16, 8))
+    if token_major:
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    pages = Pages(keys, values, page_ids, 2)
+    slices = [noise(count * pages.token_bytes, seed) for seed, count in enumerate(counts)]
+    found: list[int] = []
+    calls: list[str] = []
+
+    def verify(sums: NDArray[np.uint64]) -> None:
+        found.extend(sums.tolist())
+        calls.append("verify")
+
+    event = CpuDevice().stream("test").scatter(slices, counts, pages, None, lambda: calls.append("then"), verify)
+
+    assert event.wait(WAIT_S)
+    assert event.error is None
+    assert found == [checksum(each.data) for each in slices]
+    assert calls == ["verify", "then"]
+    for position, (block, token) in enumerate((b, t) for b, count in enumerate(counts) for t in range(count)):
+        page, at = divmod(2 + position, 6)
+        count = counts[block]
+        stored = slices[block].view(np.uint16)
+        stored_keys = stored[: 2 * count * 16].reshape(2, count, 16)[:, token]
+        stored_values = stored[2 * count * 16 :].reshape(2, count, 8)[:, token]
+        assert np.array_equal(keys[page_ids[page], :, at].view(np.uint16), stored_keys)
+        assert np.array_equal(values[page_ids[page], :, at].view(np.uint16), stored_values)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_what_the_verification_of_a_scatter_raises_is_its_error_and_nothing_is_done_after_it() -> None:
+    pages, calls = pages_of(1, 8, [0]), list[str]()
+
+    def verify(sums: NDArray[np.uint64]) -> None:
+        raise KeyError("damaged")
+
+    stream = CpuDevice().stream("test")
+    event = stream.scatter([noise(8 * pages.token_bytes)], [8], pages, None, lambda: calls.append("then"), verify)
+
+    assert event.wait(WAIT_S)
+    assert isinstance(event.error, KeyError)
+    assert not calls

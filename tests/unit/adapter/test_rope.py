@@ -289,7 +289,8 @@ def test_what_a_models_code_does_to_its_keys_after_rotation_is_noticed() -> None
             self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
             keys = key_states * weights if layer_idx == 1 else key_states
-            return super().update(keys, value_states, layer_idx, *args, **kwargs)
+            updated: tuple[torch.Tensor, torch.Tensor] = super().update(keys, value_states, layer_idx, *args, **kwargs)
+            return updated
 
     forward = model.model.forward
     model.model.forward = lambda *args, **options: forward(*args, **{**options, "past_key_values": Normed()})

@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import ceil
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from benchmarks.adapter.paper_schedule import (
@@ -107,7 +107,6 @@ def test_nothing_to_load_needs_no_buffer() -> None:
 
 
 @given(steps=st.lists(st.sampled_from(["load", "take", "run"]), max_size=60), k=st.integers(0, 8))
-@settings(max_examples=200)
 def test_the_buffer_never_holds_more_layers_than_it_may(steps: list[str], k: int) -> None:
     buffer = ReadBuffer(12, k)
     for step in steps:

@@ -13,7 +13,7 @@ import pytest
     [
         (
             "typer",
-            "from kvservice_client.cli import main; main()",
+            "from kvctl import main; main()",
             "kvctl: typer is not installed. Install KVService with the extra 'cli'.\n",
         ),
         (

@@ -488,6 +488,19 @@ def test_an_arena_that_is_not_the_stores_is_left_alone_and_no_problem(store: Sto
     assert {path: path.stat().st_mtime_ns for path in store.shared_memory.rglob("*") if path.is_file()} == files
 
 
+def test_a_store_whose_shrinking_was_killed_is_completed_by_the_next_start(store: Store) -> None:
+    index = BlockIndex.open(store.path / "index", map_bytes=MIB)
+    arena = Arena.open(store.shared_memory, index.store_id, FILE_BYTES // 2)
+    smaller = arena.create_smaller()
+    index.replace_volatile(arena.directory / "index", smaller.arena_id, [], new_records(0), map_bytes=MIB)
+    for each in (smaller, arena, index):
+        each.close()
+    code, report = store.check()
+    assert code == 0
+    said = "a start that made the tier smaller was interrupted: the next start completes it"
+    assert report["tiers"]["dram"]["not_checked"] == said
+
+
 def test_a_store_that_moved_is_checked_where_it_is_now(store: Store, tmp_path: Path) -> None:
     moved = Store(tmp_path / "moved", store.shared_memory, store.extents)
     shutil.copytree(store.path, moved.path)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvservice import check, remove
+from kvservice import __main__, check, remove
 from kvservice.completion import _COMMANDS, script
 
 
@@ -39,3 +39,8 @@ def test_the_flags_are_those_of_the_help(
         main(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out.partition("options:")[2]))
     assert set(_COMMANDS[command]) == {"--help", *flags}
+
+
+def test_an_argument_too_many_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["completion", "bash"]) == 2
+    assert capsys.readouterr() == ("", "kvservice completion: it has no arguments\n")

@@ -93,6 +93,8 @@ def test_sizes_are_written_as_people_write_them(tmp_path: Path, text: str, size_
     [
         ("4GBB", "'4GBB' is not a size: give bytes, or a number with KiB, MiB, GiB"),
         ("-5", "'-5' is not a size"),
+        ("1 MB/s", "'1 MB/s' is not a size"),
+        ("4GiB, 8GiB", "'4GiB, 8GiB' is not a size"),
         ("many", "'many' is not a size"),
         ("99999999999TiB", "99999999999TiB is more than 1 EiB"),
     ],
@@ -107,6 +109,12 @@ def test_a_value_in_two_words_is_not_taken_for_a_setting() -> None:
     )
 
 
+def test_a_size_of_a_tier_below_ssd_is_read_as_every_other_one() -> None:
+    tier = '[{"name": "archive", "path": "/nfs/kv", "capacity_bytes": "4GiB, 8GiB"}]'
+
+    assert "'4GiB, 8GiB' is not a size" in refusal(["--tiers.below_ssd", tier])
+
+
 def test_several_drives_are_a_list_or_joined_by_colons(tmp_path: Path) -> None:
     drives = (Path("/drives/a"), Path("/drives/b"))
     file = written(tmp_path, "[ssd]\npaths = ['/drives/a', '/drives/b']\n")
@@ -114,6 +122,19 @@ def test_several_drives_are_a_list_or_joined_by_colons(tmp_path: Path) -> None:
     assert load_settings(["--config", file], {}).ssd_directories == drives
     assert load_settings(["--ssd.paths", "/drives/a:/drives/b"], {}).ssd_directories == drives
     assert load_settings([], {"KVSERVICE_STORE__PATH": "/store"}).ssd_directories == (Path("/store"),)
+
+
+def test_an_address_in_the_file_that_is_only_a_port_is_refused_with_the_form_of_one(tmp_path: Path) -> None:
+    for name in ("address", "bulk_address", "metrics_address"):
+        file = written(tmp_path, f"[server]\n{name} = 7071\n")
+
+        assert f"server.{name} in {file}: 7071 is not an address: write host:port in quotes" in refusal(
+            ["--config", file]
+        )
+
+
+def test_a_folder_that_ssd_paths_names_twice_is_named() -> None:
+    assert "ssd.paths names the folder /drives/b twice" in refusal(["--ssd.paths", "/drives/b:/drives/a:/drives/b"])
 
 
 class TestTypos:
@@ -166,6 +187,8 @@ class TestTypos:
         (["--server.address", "7070"], "'7070' is not an address"),
         (["--server.address", "127.0.0.1:70700"], "'127.0.0.1:70700' is not an address"),
         (["--server.metrics_address", "localhost"], "server.metrics_address"),
+        (["--server.bulk_address", "OFF"], "'OFF' is not an address"),
+        (["--server.bulk_address", "OFF"], "; `off` means none"),
         (["--server.frame_bytes", "8MiB"], "server.frame_bytes"),
         (["--server.unix_socket", "/" + "x" * 107], "server.unix_socket"),
         (["--mover.policy", "mru"], "mover.policy"),
@@ -265,6 +288,10 @@ class TestWhatFollowsFromSettings:
         assert maps("1GiB", "10GiB") == (16 * 2**20, 160 * 2**20)
         assert maps("128GiB", "4TiB") == (GIB, GIB)
         assert load_settings(["--index.durable_map_bytes", "8MiB"], {}).durable_map_bytes == 8 * 2**20
+
+    def test_each_ssd_drive_has_threads_also_one_whose_blocks_leave(self) -> None:
+        flags = ["--ssd.paths", "/drives/a:/drives/b", "--ssd.drained_paths", "/drives/c", "--ssd.io_threads", "5"]
+        assert load_settings(flags, {}).ssd_threads == 15
 
     def test_the_unix_socket_is_in_the_store_by_default(self) -> None:
         def socket(*flags: str) -> Path | None:

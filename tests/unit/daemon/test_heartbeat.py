@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 
@@ -43,6 +44,19 @@ def test_a_stall_of_61_ms_of_an_idle_loop_is_seen_at_any_time(begins_after_s: fl
 
     assert heartbeat.latest_ms > 20, "what the alert KVServiceEventLoopStalls counts"
     assert sum(heartbeat.delays.counts()) == 1
+
+
+def test_the_log_says_when_a_beat_was_late(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+    heartbeat = Heartbeat(clock)
+    with caplog.at_level(logging.DEBUG, "kvservice.metrics.heartbeat"):
+        clock.advance(seconds=heartbeat.beat() + 0.009)
+        clock.advance(seconds=heartbeat.beat() + 0.012)
+        heartbeat.beat()
+    (line,) = caplog.records
+    assert line.at_s == clock.monotonic_s()  # type: ignore[attr-defined]
+    assert line.own_ms == line.late_ms == pytest.approx(12)  # type: ignore[attr-defined]
+    assert heartbeat.own_latest_ms == heartbeat.latest_ms == line.late_ms  # type: ignore[attr-defined]
 
 
 async def test_it_beats_until_it_is_cancelled() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,3 +24,11 @@ def test_a_protocol_that_is_not_known_is_refused_with_those_that_are(monkeypatch
 
     with pytest.raises(ConfigError, match=r"'http/json'; it must be one of grpc, http/protobuf"):
         Tracing("1")
+
+
+def test_it_ends_without_a_new_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    monkeypatch.setattr("opentelemetry.trace.set_tracer_provider", lambda provider: None)
+    tracing = Tracing("1")
+    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+    tracing.close()

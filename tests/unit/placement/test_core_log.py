@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import TierName
@@ -95,7 +95,6 @@ def replayed(log: list[tuple[str, tuple[Any, ...], Conditions, Any]], core: Plac
             assert all(column[row] and row not in core._holds for row in space.rows)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.one_of(session_workloads(), session_workloads(context_tokens=90), path_workloads()),
     st.sampled_from(sorted(PLACEMENTS)),

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -56,7 +56,6 @@ def value_of_plan(plan: tuple[bool, ...], began_in: bool, hazards: list[float], 
     return value
 
 
-@settings(deadline=None, max_examples=40)
 @given(few_hazards, st.sampled_from([0.01, 0.1, 0.5]))
 def test_holding_pays_below_its_index_and_not_above(hazards: Floats, price: float) -> None:
     """Against every plan of ages to hold at: there are no more than 32."""

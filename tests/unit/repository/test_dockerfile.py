@@ -57,8 +57,8 @@ def test_its_environment_is_made_of_settings_and_its_volumes_are_store_and_arena
 def test_its_ports_are_those_of_the_defaults() -> None:
     server = load_settings([], {}).server
 
-    ports = {address.rpartition(":")[2] for address in (server.address, server.metrics_address)}
-    assert set(IMAGE.only("EXPOSE").words) == ports
+    grpc, metrics = (int(address.rpartition(":")[2]) for address in (server.address, server.metrics_address))
+    assert set(IMAGE.only("EXPOSE").words) == {str(port) for port in (grpc, grpc + 1, metrics)}, "bulk is beside gRPC"
 
 
 def test_its_health_check_is_a_program_and_a_verb_that_the_package_has(project: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def test_it_installs_what_the_constraints_name_and_no_torch() -> None:
 
     for command in re.findall(r"pip (?:install|wheel) [^&]*", commands):
         assert "-c constraints.txt" in command or "--no-index" in command
-    assert set(re.findall(r"\[([\w,]+)\]", commands)) == {"cli,daemon"}
+    assert set(re.findall(r"\[([\w,]+)\]", commands)) == {"cli,daemon,otel"}
 
 
 def test_vllms_image_is_made_from_the_version_that_tests_use_by_its_own_python() -> None:

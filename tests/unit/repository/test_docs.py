@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,26 @@ def test_every_option_that_the_page_on_policies_names_is_one_of_its_verbs() -> N
     ours = named_in("docs/policies.md", r"(--[a-z][a-z-]*)")
 
     assert ours <= set(re.findall(r"--[a-z][a-z-]*", help_text))
+
+
+def test_every_command_of_kvctl_that_a_page_names_takes_what_the_page_gives_it() -> None:
+    verbs = {each.name: each for each in entry_points(group="kvctl.commands")}
+
+    @cache
+    def help_of(verb: str) -> str:
+        return CliRunner(env={"COLUMNS": "300"}).invoke(program(verbs[verb].load()), ["--help"]).stdout
+
+    wrong = []
+    for page in PAGES:
+        for verb, rest in re.findall(r"kvctl ([a-z]+)([^`\n#;|]*)", page.read_text()):
+            if verb in verbs:
+                given = re.findall(r"(?<=\s)(--[a-z][a-z-]*|[A-Z]{3,})(?=[\s.,\]]|$)", rest)
+                wrong += [
+                    f"{page.relative_to(ROOT)}: kvctl {verb} {each}"
+                    for each in given
+                    if each not in help_of(verb) and not each.startswith("--tls-")  # The program adds these to all.
+                ]
+    assert not wrong
 
 
 def test_every_format_of_traces_is_in_the_table_of_its_page_and_none_else() -> None:

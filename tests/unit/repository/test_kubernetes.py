@@ -236,8 +236,14 @@ def test_the_sidecar_is_the_container_of_the_daemonset() -> None:
 def test_other_hosts_reach_ports_with_tls_only(daemon: DaemonPod) -> None:
     settings = daemon.settings
     ports = {each["name"]: each["containerPort"] for each in daemon.container["ports"]}
-    for name, address in {"grpc": settings.server.address, "metrics": settings.server.metrics_address}.items():
-        host, port = parse_listen_address(address)
+    grpc_host, grpc_port = parse_listen_address(settings.server.address)
+    assert not settings.server.bulk_address, "it is beside gRPC"
+    places = {
+        "grpc": (grpc_host, grpc_port),
+        "bulk": (grpc_host, grpc_port + 1),
+        "metrics": parse_listen_address(settings.server.metrics_address),
+    }
+    for name, (host, port) in places.items():
         assert ports.get(name, port) == port
         if host != "127.0.0.1":
             assert name in ports

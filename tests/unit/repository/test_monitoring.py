@@ -14,7 +14,7 @@ import pytest
 
 from kvservice.metrics.rows import PREFIX
 from kvservice.rpc.calls import ALERTED, CallCounts
-from kvservice_api.v1 import admin_pb2, blocks_pb2, hints_pb2, sessions_pb2
+from kvservice_api.v1 import admin_pb2, blocks_pb2, devices_pb2, hints_pb2, sessions_pb2
 from tests.prometheus import program
 from tools.generate_monitoring import LABELS, expanded
 
@@ -60,7 +60,7 @@ def test_the_first_error_of_each_alerted_reason_is_an_increase() -> None:
     (rule,) = (rule for rule in rules() if rule["alert"] == "KVServiceCallsFail")
     alerted = set(re.findall(r'reason=~"(.*?)"', rule["expr"])[0].split("|"))
     calls = CallCounts()
-    for file in (admin_pb2, blocks_pb2, hints_pb2, sessions_pb2):
+    for file in (admin_pb2, blocks_pb2, devices_pb2, hints_pb2, sessions_pb2):
         for service in file.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 calls.add_method(method.name)

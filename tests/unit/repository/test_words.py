@@ -18,6 +18,7 @@ PRODUCT = ("kvservice", "proto", "client", "engine_adapter")
 
 #: Public class names with more than one definition, and why each is right.
 SHARED_NAMES = {
+    "BulkConnection": "the two ends of one connection to the bulk port; neither package imports the other",
     "Client": "the client library's connection, and the daemon's record of the same client",
     "Clock": "time as an input, in the daemon and in the client; neither package imports the other",
     "Lease": "the two sides of one lease: what the client holds, and what the daemon counts",

@@ -166,7 +166,7 @@ def test_listeners_and_metrics_use_the_operations_of_the_store_and_named_plain_v
     plain = {(name,) for name in _VALUES} | _READINGS
     assert _read("metrics/*.py") == set(), "they read what the daemon reads for them"
     assert _read("daemon.py") <= plain | {(name,) for name in _LIFE} | {("drain", "quiet"), ("drain", "written")}
-    used = _read("rpc/*.py") - plain
+    used = _read("rpc/*.py", "device/*.py", "bulk/*.py") - plain
     assert used <= _operations(), "others are for the other parts of the store"
     assert used >= {way for way in _operations() if way[0] in _OFFERED_WHOLE}, "no listener offers them"
 
@@ -195,7 +195,7 @@ def test_only_the_parts_that_listeners_use_are_public(opened: OpenStore) -> None
 
 def test_no_request_reaches_an_operation_of_the_store_without_a_caller() -> None:
     reached = set()
-    for module, uses in _uses("rpc/*.py"):
+    for module, uses in _uses("rpc/*.py", "device/*.py", "bulk/*.py"):
         for way, call in uses.calls:
             if way[0] in _VALUES or way in _READINGS:
                 continue
@@ -204,7 +204,7 @@ def test_no_request_reaches_an_operation_of_the_store_without_a_caller() -> None
             is_given = is_made_there or (isinstance(given, ast.Name) and given.id == "caller")
             assert is_given, f"{module}:{call.lineno}: store.{'.'.join(way)} is not given a caller"
             reached.add(way)
-    assert reached == _read("rpc/*.py") - {(name,) for name in _VALUES} - _READINGS
+    assert reached == _read("rpc/*.py", "device/*.py", "bulk/*.py") - {(name,) for name in _VALUES} - _READINGS
 
 
 # The principal

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kvservice.config import ConfigError, TlsSettings
+from kvservice.config import ConfigError
+from kvservice.config_sections import TlsSettings
 from kvservice.counters import Counters
 from kvservice.rpc.tls import Certificates, read_identity
 from tests.certificates import Authority, replace

@@ -63,6 +63,7 @@ def test_with_think_times_alone_it_reaches_what_knowing_their_distribution_allow
     assert results["foresight"].ssd_written_gb <= 1.005 * results["lru"].ssd_written_gb
 
 
+@pytest.mark.slow
 def test_users_with_a_pace_of_their_own_are_known_better_than_by_the_distribution_of_all() -> None:
     workload = people(users=150, user_rate=0.4, pace_sigma=0.7, start_tokens=2000, answer_share=0, seed=4)
     on_time = {
@@ -103,6 +104,7 @@ def test_with_typing_hints_it_comes_near_who_knows_the_future(seed: int, dram_sh
     assert results["foresight"].dram_on_time >= 0.85 * results["optimum"].dram_on_time
 
 
+@pytest.mark.slow
 def test_when_most_hints_are_false_little_is_lost() -> None:
     on_time = {}
     for name, lead_s, false_share in (("none", None, 0.0), ("true", (2.0, 5.0), 0.0), ("false", (2.0, 5.0), 0.6)):
@@ -117,6 +119,7 @@ def test_when_most_hints_are_false_little_is_lost() -> None:
 # Overload, and shared prefixes.
 
 
+@pytest.mark.slow
 def test_in_overload_it_is_as_good_as_looking_at_the_queue() -> None:
     """Sessions arrive three times as fast as they are served, and the tiers hold a fifth of the waiting ones."""
     workload = sharegpt(sessions=700, session_rate=1.0, think_s=30.0, seed=1)

@@ -148,7 +148,6 @@ def played(workload: Workload, on: Machine, policy: Placement) -> tuple[Engine, 
     return engine, engine.run()
 
 
-@settings(max_examples=80, deadline=None)
 @given(workloads, machines, st.data())
 def test_tiers_channel_and_requests_keep_their_bounds_at_every_moment(
     workload: Workload, on: Machine, data: st.DataObject
@@ -188,7 +187,6 @@ class RecordedEverything(EverythingKept):
 STILL_COMPUTED = paths([1, 1], (0.0, [0]), (1.0, [0]), (2.0, [0]), (2.5, [0]), (3.0, [0, 1]), (3.0, [0, 1]), (3.0, [0]))
 
 
-@settings(max_examples=40, deadline=None)
 @given(workloads, machines)
 @example(STILL_COMPUTED, machine(service_turns_per_s=None, batch=3, prefill_tokens_per_s=60.0))
 def test_with_endless_dram_all_that_was_stored_is_on_time_and_without_tiers_nothing_is(

@@ -58,6 +58,7 @@ def test_hazards_after_short_and_after_long_answers_are_their_own() -> None:
     assert peaks_s[0] <= 10 < peaks_s[0] * 1.2 and peaks_s[1] <= 100 < peaks_s[1] * 1.2
 
 
+@pytest.mark.slow
 def test_where_gaps_follow_answers_the_bound_that_knows_answers_has_more_on_time() -> None:
     follow, apart = (people(users=150, user_rate=0.4, answer_share=share, seed=3) for share in (0.62, 0.0))
     on_time = {

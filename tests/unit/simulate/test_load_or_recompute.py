@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.policy import LruPolicy
@@ -96,7 +96,6 @@ def test_the_plan_of_the_page_on_policies_is_the_simulators() -> None:
     assert LoadOrRecompute(on, channel).read(2048 * kv_bytes, new_tokens=40) == Read(512 * kv_bytes, 1536)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.one_of(session_workloads(), session_workloads(context_tokens=90), path_workloads()),
     st.sampled_from([1.0, 30.0, 60.0, 200.0]),

@@ -11,7 +11,7 @@ import pytest
 
 from kvservice.store.leases import Client
 from kvservice.store.operations.explain import Miss
-from kvservice.store.transfers.reads import Part
+from kvservice.store.transfers.leased_bytes import Part
 from kvservice.store.types import Span
 from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame, KVError, Overloaded
 from tests.clock import HandClock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,6 +48,64 @@ async def test_a_block_is_visible_once_its_record_is_committed_and_not_before(
         assert opened.blocks.live_count == 0, "nor does an operator see it"
     await saving
     assert opened.hits(chain.keys) == 2
+
+
+@pytest.fixture
+def at_link(monkeypatch: pytest.MonkeyPatch, opened: OpenStore) -> dict[int, Callable[[], object]]:
+    """Blocks become visible one by one. What is called after so many of them."""
+    calls: dict[int, Callable[[], object]] = {}
+    link = opened.block_lifecycle._link
+
+    def called(rows: Sequence[int]) -> int:
+        linked = link(rows)
+        calls.pop(opened.blocks.live_count, lambda: None)()
+        return linked
+
+    monkeypatch.setattr(block_lifecycle, "_LINKS_A_TURN", 1)
+    monkeypatch.setattr(opened.block_lifecycle, "_link", called)
+    return calls
+
+
+async def test_a_save_that_is_cancelled_while_its_blocks_become_visible_ends_with_all_of_them(
+    opened: OpenStore, client: Client, at_link: dict[int, Callable[[], object]]
+) -> None:
+    chain, hits = some_chain(20), list[int]()
+    saving = asyncio.create_task(opened.save(client, chain, some_images(chain)))
+
+    def cancel() -> None:
+        hits.append(opened.hits(chain.keys))
+        saving.cancel()
+
+    at_link[3] = cancel
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    assert hits == [3], "in order"
+    assert opened.hits(chain.keys) == 20, "the index has their records"
+    await opened.settle()
+
+
+async def test_a_block_that_is_discarded_while_others_of_its_save_become_visible_leaves_no_mark_on_its_row(
+    opened: OpenStore, client: Client, at_link: dict[int, Callable[[], object]]
+) -> None:
+    """The row's next block would be taken as verified."""
+    chain, begun, is_begun = some_chain(60), list[tuple[int, asyncio.Task[Any]]](), asyncio.Event()
+    saving = asyncio.create_task(opened.save(client, chain, some_images(chain)))
+
+    def discard() -> None:
+        row = int(opened.blocks.rows_of_keys(chain.keys[:1])[0])
+        begun.append((row, asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys[:1]))))
+        is_begun.set()
+
+    at_link[1] = discard
+    await is_begun.wait()
+    ((row, discarding),) = begun
+    while not discarding.done() and not saving.done():
+        time.sleep(0.002)  # noqa: ASYNC251  # The commit runs on another thread, while the save gets a turn.
+        await asyncio.sleep(0)
+    assert discarding.done() and not saving.done(), "otherwise this tests nothing"
+    assert (await saving).stored == list(range(60))
+    await opened.settle()
+    assert not opened.blocks.live[row] and not opened.blocks.verified[row]
 
 
 async def test_a_copy_on_ssd_counts_once_its_record_is_committed_and_not_before(

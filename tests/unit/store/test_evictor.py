@@ -67,6 +67,35 @@ async def test_without_an_ssd_tier_the_oldest_are_lost(open_store: Callable[...,
     assert opened.counters.lost_unwritten_blocks == 2
 
 
+async def test_free_space_is_reserved_at_once_as_far_as_it_goes_and_nothing_leaves_for_it(
+    open_store: Callable[..., Any],
+) -> None:
+    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
+    client = opened.store.leases.attach(CALLER, "test")
+    keys = await saved(opened, client, 2)
+
+    extents = opened.evictor.reserve_at_once(TierName.DRAM, [BLOCK] * 3)
+
+    assert len(extents) == 2
+    assert in_dram(opened, keys) == 2
+    for extent in extents:
+        opened.dram.release(extent)
+
+
+async def test_nothing_is_reserved_at_once_while_another_waits_for_more_than_is_free(
+    open_store: Callable[..., Any],
+) -> None:
+    """Otherwise small blocks would take the space that becomes free for a large one."""
+    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
+    client = opened.store.leases.attach(CALLER, "test")
+    await saved(opened, client, 2)
+    async with opened.evictor._locks[TierName.DRAM]:  # As while another eviction runs.
+        waiting = asyncio.create_task(opened.evictor.reserve(TierName.DRAM, 3 * BLOCK, SpaceFor.SAVE))
+        await asyncio.sleep(0)
+        assert opened.evictor.reserve_at_once(TierName.DRAM, [BLOCK]) == []
+    opened.dram.release(await waiting)
+
+
 async def test_where_everything_is_leased_a_save_is_refused_at_once_and_nothing_leaves(
     open_store: Callable[..., Any],
 ) -> None:

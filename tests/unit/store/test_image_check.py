@@ -51,6 +51,16 @@ def test_pieces_and_the_trailers_pages_are_all_of_an_image_that_holds_data(geome
     assert covered.all()
 
 
+@pytest.mark.parametrize(("first", "sizes"), [(1, [1, 4, 8, 8, 8, 3]), (3, [3, 8, 8, 8, 5]), (0, [8, 8, 8, 8])])
+def test_each_piece_is_four_times_the_one_before_also_where_a_layer_is_larger_than_was_asked_for(
+    first: int, sizes: list[int]
+) -> None:
+    geometry = geometry_of(32, 8, 16, 16)
+    layer = geometry.slice_range(0)[1]
+    cut = image_check.cut(geometry, 8 * layer, max(0, first * layer - 100))
+    assert [piece.layer_end - piece.layer_begin for piece in cut] == sizes
+
+
 @pytest.fixture
 def image() -> tuple[bytearray, BlockGeometry, int]:
     """A sound image of three small slices, and its trailer's checksum."""

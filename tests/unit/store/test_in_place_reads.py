@@ -15,13 +15,14 @@ from kvservice.store.transfers.in_place_reads import Located, NotInPlace
 from kvservice_api.errors import ChecksumMismatch, LeaseExpired, NotShared, Overloaded, StorageFailed
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
-from kvservice_api.layout import Shard
+from kvservice_api.layout import Layout, Shard
 from tests.clock import FakeClock
 from tests.stores import (
     CALLER,
     KIB,
     LAYOUT,
     LIMITS,
+    MIB,
     WHOLE,
     OpenStore,
     caller_of,
@@ -53,7 +54,8 @@ async def saved(opened: OpenStore, client: Client, blocks: int = 3) -> tuple[Blo
 
 def bytes_at(opened: OpenStore, located: Located, block: int, layer: int) -> bytes:
     begin, end = GEOMETRY.slice_range(layer)
-    return bytes(opened.dram.view(located.extents[block])[begin:end])
+    extent = Extent(0, int(located.offsets[block]), GEOMETRY.image_bytes)
+    return bytes(opened.dram.view(extent)[begin:end])
 
 
 def run(opened: OpenStore, lease: Lease, *, verify: bool = False) -> Any:
@@ -73,7 +75,7 @@ async def test_places_in_dram_are_returned_at_once_and_stay_until_the_reader_end
     assert (await opened.store.moves.evict(CALLER, chain.keys, DRAM)).held == 3
     await steps.aclose()
     assert (await opened.store.moves.evict(CALLER, chain.keys, DRAM)).held == 0
-    generations = opened.dram.generations(located.extents)
+    generations = opened.dram.generations(located.offsets)
     assert generations == [generation + 1 for generation in located.generations]
 
 
@@ -86,13 +88,17 @@ async def test_blocks_on_ssd_are_promoted_layer_by_layer(opened: OpenStore, clie
     steps = run(opened, leased)
     located = await anext(steps)
     assert await anext(steps) == 0, "the places are known before the first layer is there"
-    for layer in range(LAYOUT.layers):
-        assert await anext(steps) == layer + 1
+    ready = 0
+    while ready < LAYOUT.layers:
+        before, ready = ready, await anext(steps)
+        assert ready > before, "layers that came together are reported together"
+        layer = ready - 1
         found = [bytes_at(opened, located, block, layer) for block in range(3)]
         assert found == [layer_of(image, layer) for image in images]
     await steps.aclose()
     await until(lambda: all(opened.blocks.is_resident(int(row), DRAM) for row in leased.rows))
-    assert [opened.blocks.extent(int(row), DRAM) for row in leased.rows] == located.extents
+    places = [opened.blocks.extent(int(row), DRAM) for row in leased.rows]
+    assert [each.offset_bytes for each in places if each is not None] == located.offsets.tolist()
     assert opened.blocks.verified[leased.rows].all(), "the first by its upload, the others during their promotion"
 
 
@@ -111,7 +117,7 @@ async def test_while_bytes_arrive_the_number_of_layers_is_repeated(open_store: C
     while seen[-1] < LAYOUT.layers:
         seen.append(await anext(steps))
     assert seen == sorted(seen)
-    assert all(seen.count(layer) >= 4 for layer in range(LAYOUT.layers)), "first for its blocks, then for the layer"
+    assert all(seen.count(ready) >= 3 for ready in seen if ready < LAYOUT.layers), "for each of its three blocks"
     await steps.aclose()
 
 
@@ -147,6 +153,39 @@ async def test_the_number_of_layers_is_repeated_also_while_the_disk_reads_for_ea
     await steps.aclose()
 
 
+async def test_layers_count_from_the_first_wanted_one_also_if_an_earlier_piece_is_read_after_it(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a rank of a pipeline, whose layers begin in the middle of the stored ones."""
+    layout = Layout("large", "float32", layers=4, kv_heads=2, k_head_dim=512, v_head_dim=512, block_tokens=16)
+    opened = await open_store(
+        share=True, dram_bytes=4 * MIB, ssd_bytes=8 * MIB, limits=replace(LIMITS, read_bytes=64 * KIB)
+    )
+    await opened.store.layouts.open(CALLER, layout)
+    client, chain, whole = opened.store.leases.attach(CALLER, "test"), some_chain(1, layout=layout), Shard.whole(layout)
+    images = some_images(chain, shard=whole, layout=layout)
+    await opened.save(client, chain, images, shard=whole, layout=layout, on_ssd=True)
+    await opened.store.moves.evict(CALLER, chain.keys, DRAM)
+    lease = opened.lookup(client, chain.keys, shard=replace(whole, layer_begin=2), layout=layout)
+    assert lease is not None and opened.promoter is not None
+    read_job, turn = opened.promoter._read_job, asyncio.Event()
+
+    async def second_piece_last(job: Any) -> None:
+        if job[0][1].layer_begin == 1:
+            await turn.wait()
+        await read_job(job)
+
+    monkeypatch.setattr(opened.promoter, "_read_job", second_piece_last)
+    steps = run(opened, lease)
+    assert isinstance(await anext(steps), Located)
+    seen = [await anext(steps)]
+    while 0 <= seen[-1] < lease.shard.layers:
+        seen.append(await asyncio.wait_for(anext(steps), 30))
+    assert seen == sorted(seen) and seen[0] == 0, seen
+    turn.set()
+    await steps.aclose()
+
+
 class SlowClock(FakeClock):
     """A quarter of a second passes before each look at it."""
 
@@ -173,16 +212,16 @@ async def test_a_promoted_block_without_a_record_stays_while_it_is_read(
     monkeypatch.setattr(opened.index, "put", refuse_dram)
     steps = run(opened, leased)
     located = await anext(steps)
-    for layer in range(LAYOUT.layers + 1):
-        assert await anext(steps) == layer
+    while await anext(steps) < LAYOUT.layers:
+        pass
     await until(lambda: not promotion._pending)
     for _ in range(10):  # What follows the promotion's end.
         await asyncio.sleep(0)
-    assert opened.dram.generations(located.extents) == located.generations
+    assert opened.dram.generations(located.offsets) == located.generations
     assert [bytes_at(opened, located, block, 0) for block in range(3)] == [layer_of(image, 0) for image in images]
     await steps.aclose()
     await until(lambda: opened.dram.used_bytes == 0)
-    assert [each - 1 for each in opened.dram.generations(located.extents)] == located.generations
+    assert [each - 1 for each in opened.dram.generations(located.offsets)] == located.generations
 
 
 async def test_the_end_of_the_client_ends_the_call(opened: OpenStore, client: Client) -> None:

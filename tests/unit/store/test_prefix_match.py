@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import NO_ROW, BlockTable, Extent, TierName
-from kvservice.store.leases import Client
+from kvservice.store.leases import Client, Lease
 from kvservice.store.prefix_match import match_prefix
 from kvservice.store.transfers.coverage import cover
 from kvservice_api.errors import UnknownClient
@@ -140,6 +141,33 @@ async def test_a_long_lookup_answers_as_a_short_one_and_lets_the_event_loop_go_r
         opened.leases.begin_release(caller_of(client), lease.lease_id)
     await opened.leases.drain_ended()
     assert not opened.blocks.leases.any() and not opened.blocks.holds.any()
+
+
+async def test_the_use_of_blocks_is_noted_after_the_answer_and_only_while_their_lease_exists(
+    opened: OpenStore, client: Client
+) -> None:
+    chain = some_chain(2)
+    await opened.save(client, chain, some_images(chain))
+    notes: list[Callable[[], None]] = []
+
+    async def looked_up() -> Lease:
+        lookup = opened.store.lookups.lookup
+        hit = await lookup(caller_of(client), LAYOUT.fingerprint, WHOLE, chain.keys, 30, later=notes.append)
+        assert hit.lease is not None
+        return hit.lease
+
+    lease = await looked_up()
+    rows = lease.rows
+    before = opened.blocks.access_seq[rows].tolist()
+    assert opened.blocks.leases[rows].tolist() == [1, 1]
+    assert opened.blocks.hits[rows].tolist() == [0, 0]
+    notes.pop()()
+    assert opened.blocks.hits[rows].tolist() == [1, 1]
+    assert all(after > seq for after, seq in zip(opened.blocks.access_seq[rows].tolist(), before, strict=True))
+
+    await opened.leases.release(caller_of(client), (await looked_up()).lease_id)
+    notes.pop()()
+    assert opened.blocks.hits[rows].tolist() == [1, 1], "its rows may have other blocks by then"
 
 
 async def test_a_long_lookup_ends_with_the_first_block_that_is_missing(opened: OpenStore, client: Client) -> None:

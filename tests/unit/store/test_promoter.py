@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,29 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
+from kvservice.store import image_check
 from kvservice.store.leases import Client
+from kvservice.tiers.extents import extent_size
 from kvservice.tiers.files import FileCalls
-from kvservice_api.errors import ChecksumMismatch, IndexFull, StorageFailed
+from kvservice_api.errors import ChecksumMismatch, IndexFull, StorageFailed, TierFull
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
 from tests.file_faults import FaultyCalls
-from tests.stores import CALLER, KIB, LAYOUT, PATIENT, OpenStore, caller_of, layers_of, some_chain, some_images, until
+from tests.stores import (
+    CALLER,
+    KIB,
+    LAYOUT,
+    LIMITS,
+    MIB,
+    PATIENT,
+    OpenStore,
+    caller_of,
+    layers_of,
+    some_chain,
+    some_images,
+    until,
+)
 
 BLOCK = 12 * KIB
 HEADER = 4 * KIB
@@ -62,6 +79,44 @@ async def test_a_load_from_ssd_brings_its_blocks_up(opened: OpenStore, client: C
     await opened.settle()
 
 
+async def test_blocks_that_end_while_a_commit_runs_share_the_next_one(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = replace(LIMITS, reads_in_flight=1, read_bytes=4 * KIB)  # One piece at a time.
+    opened: OpenStore = await open_store(limits=limits)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(12)
+    images = await on_ssd(opened, client, chain)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    placed, place = list[int](), opened.block_lifecycle.place
+
+    async def noted(rows: Sequence[int], *more: Any) -> None:
+        placed.append(len(rows))
+        await place(rows, *more)
+
+    monkeypatch.setattr(opened.block_lifecycle, "place", noted)
+    with opened.commits_held(TierName.DRAM):
+        assert await opened.load(lease) == layers_of(images), "no load waits for a commit"
+    await until(lambda: opened.counters.promoted_blocks == 12)
+    assert len(placed) <= 2
+    await opened.settle()
+
+
+async def test_a_load_takes_the_free_space_and_evicts_for_its_other_blocks(open_store: Callable[..., Any]) -> None:
+    opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
+    client, chain, other = opened.store.leases.attach(CALLER, "test"), some_chain(3), some_chain(3, seed=2)
+    images = await on_ssd(opened, client, chain)
+    await opened.save(client, other, some_images(other, seed=2), on_ssd=True)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+
+    assert await opened.load(lease) == layers_of(images)
+
+    await until(lambda: opened.counters.promoted_blocks == 3)
+    assert opened.counters.read_through_bytes == 0, "all of them went to DRAM"
+    await opened.settle()
+
+
 async def test_many_who_want_a_block_at_one_time_cause_one_read(
     opened: OpenStore, client: Client, calls: FaultyCalls
 ) -> None:
@@ -74,7 +129,7 @@ async def test_many_who_want_a_block_at_one_time_cause_one_read(
         *(opened.load(lease) for _ in range(5)), opened.store.moves.prefetch(CALLER, chain.keys, within_s=0, wait=True)
     )
     assert answers[:5] == [layers_of(images)] * 5
-    assert reads(calls) - before == 2 * 3, "a trailer and one piece of each block"
+    assert reads(calls) - before == 3, "one read of each block: its only piece, and the trailer that follows it"
     assert opened.counters.promoted_blocks == 3
 
 
@@ -122,6 +177,7 @@ async def test_a_landing_that_ended_while_its_joiner_waited_for_room_is_not_read
         failed.set_exception(IndexFull("no space for a record of the copy in DRAM"))
         return failed
 
+    monkeypatch.setattr(opened.evictor, "reserve_at_once", lambda *_: [])
     monkeypatch.setattr(opened.evictor, "reserve", slowly)
     monkeypatch.setattr(opened.index, "put", refuse)
     with calls.held("preadv"):
@@ -191,6 +247,109 @@ async def test_a_layer_that_is_there_does_not_wait_for_the_next_one(open_store: 
     async for _, payload in frames:
         received += payload
     assert received == b"".join(layers_of(images, shard=Shard.whole(layout)))
+
+
+async def test_the_first_layer_of_all_blocks_is_read_before_more_of_any(
+    open_store: Callable[..., Any], calls: FaultyCalls
+) -> None:
+    """In pieces that are no larger than it: small slices do not wait for a whole MiB of each block."""
+    layout = Layout(
+        model_id="thin", dtype="float32", layers=8, kv_heads=2, k_head_dim=512, v_head_dim=512, block_tokens=16
+    )
+    geometry = block_geometry(layout, Shard.whole(layout), 16)
+    slice_bytes, gap_bytes = geometry.slice_bytes(0), extent_size(geometry.image_bytes) - geometry.image_bytes
+    opened: OpenStore = await open_store(
+        calls=calls, dram_bytes=16 * MIB, ssd_bytes=16 * MIB, limits=replace(LIMITS, reads_in_flight=1)
+    )
+    await opened.store.layouts.open(CALLER, layout)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(3, layout=layout)
+    images = await on_ssd(opened, client, chain, layout=layout)
+    lease = opened.lookup(client, chain.keys, shard=Shard.whole(layout), layout=layout)
+    assert lease is not None
+    calls.made.clear()
+
+    assert await opened.load(lease) == layers_of(images, shard=Shard.whole(layout))
+
+    sizes = [call.size for call in calls.made if call.name == "preadv"]
+    early = list(takewhile(lambda size: size < 2 * slice_bytes, sizes))  # The next pieces are twice as large.
+    assert slice_bytes == 128 * KIB
+    assert sum(early) == len(chain) * (slice_bytes + 4 * KIB) + 2 * gap_bytes, "and the trailers"
+
+
+async def test_blocks_that_a_load_joins_are_read_before_the_others_of_a_guess(
+    open_store: Callable[..., Any], calls: FaultyCalls
+) -> None:
+    limits = replace(LIMITS, reads_in_flight=1, read_bytes=4 * KIB)  # One piece at a time.
+    opened: OpenStore = await open_store(calls=calls, limits=limits)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(12)
+    images = await on_ssd(opened, client, chain)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    promotion = opened.promoter
+    assert promotion is not None
+    last = int(lease.rows[-1])
+    with calls.held("preadv") as waiting:
+        guess = asyncio.create_task(promotion.promote(lease.rows.tolist(), within_s=600, wait=True))
+        await asyncio.to_thread(waiting.acquire)  # The first block is being read.
+        async with promotion.promoting([last]) as joined:
+            calls.made.clear()
+            assert list(joined) == [last]
+    await guess
+    order = [call.offset for call in calls.made if call.name == "preadv"]
+    extent = opened.blocks.extent(last, TierName.SSD)
+    assert extent is not None
+    assert order.index(HEADER + extent.offset_bytes) == 1, "right after the piece that ran with its trailer"
+    assert await opened.load(lease) == layers_of(images)
+
+
+async def test_blocks_that_a_load_joins_are_urgent_while_it_waits_for_space_for_others(
+    open_store: Callable[..., Any], calls: FaultyCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = replace(LIMITS, reads_in_flight=1, read_bytes=4 * KIB)  # One piece at a time.
+    opened: OpenStore = await open_store(calls=calls, limits=limits)
+    client, chain, other = opened.store.leases.attach(CALLER, "test"), some_chain(12), some_chain(1, seed=2)
+    await on_ssd(opened, client, chain)
+    await on_ssd(opened, client, other)
+    lease, other_lease = opened.lookup(client, chain.keys), opened.lookup(client, other.keys)
+    promotion = opened.promoter
+    assert lease is not None and other_lease is not None and promotion is not None
+    last, waits, read = int(lease.rows[-1]), asyncio.Event(), asyncio.Event()
+
+    async def no_space(*_: object, **__: object) -> None:
+        waits.set()
+        await read.wait()
+        raise TierFull("no space")
+
+    with calls.held("preadv") as waiting:
+        guess = asyncio.create_task(promotion.promote(lease.rows.tolist(), within_s=600, wait=True))
+        await asyncio.to_thread(waiting.acquire)  # The first block is being read.
+        monkeypatch.setattr(promotion._evictor, "reserve_at_once", lambda *_: [])
+        monkeypatch.setattr(promotion._evictor, "reserve", no_space)
+        load = asyncio.create_task(promotion.promote([*other_lease.rows.tolist(), last], within_s=0, wait=True))
+        await waits.wait()
+        calls.made.clear()
+    await guess
+    read.set()
+    await load
+    order = [call.offset for call in calls.made if call.name == "preadv"]
+    extent = opened.blocks.extent(last, TierName.SSD)
+    assert extent is not None
+    assert order.index(HEADER + extent.offset_bytes) == 1, "right after the piece that ran with its trailer"
+
+
+async def test_a_load_does_not_wait_for_writes_that_the_disk_takes_slowly(
+    opened: OpenStore, client: Client, calls: FaultyCalls
+) -> None:
+    chain, written = some_chain(2, seed=1), some_chain(8, seed=2)
+    images = await on_ssd(opened, client, chain)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    with calls.held("pwritev") as waiting:
+        await opened.save(client, written, some_images(written))
+        await asyncio.to_thread(waiting.acquire)
+        assert await asyncio.wait_for(opened.load(lease), 30) == layers_of(images)
+        assert opened.counters.written_behind_blocks == len(chain)
+    await until(lambda: opened.counters.written_behind_blocks == len(chain) + len(written))
 
 
 # Verified bytes
@@ -289,6 +448,29 @@ async def test_a_disk_that_cannot_be_read_fails_the_load_and_keeps_the_block(
     calls.failing.clear()  # Not earlier, because the second block may not have been read yet, and would stay in DRAM.
     assert await opened.load(lease) == layers_of(images)
     assert opened.counters.quarantined_blocks == 0
+
+
+async def test_blocks_beside_one_that_cannot_be_read_are_promoted_and_the_error_names_that_one(
+    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are read together. What else a thread may raise ends the promotion too."""
+    chain = some_chain(6)
+    images = await on_ssd(opened, client, chain)
+    sums = image_check.layer_checksums
+
+    def no_memory(pages: memoryview, *others: Any) -> list[int]:
+        if bytes(pages[:64]) == images[2][:64]:
+            raise MemoryError
+        return sums(pages, *others)
+
+    monkeypatch.setattr(image_check, "layer_checksums", no_memory)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    with pytest.raises(StorageFailed, match="MemoryError") as failed:
+        await asyncio.wait_for(opened.load(lease), 30)
+    assert failed.value.details["key"] == chain.keys[2].hex()
+    await opened.settle()
+    assert [TierName.DRAM in opened.residency(key) for key in chain.keys] == [True, True, False, True, True, True]
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16, 32])

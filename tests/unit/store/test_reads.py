@@ -55,7 +55,7 @@ async def calls() -> AsyncIterator[HeldRead]:
 async def opened(open_store: Callable[..., Any], calls: HeldRead) -> OpenStore:
     """A store whose loads read from SSD past DRAM, as if DRAM had no space."""
     store: OpenStore = await open_store(calls=calls)
-    store.reads.promoter = None
+    store.reads.shared.promoter = None
     return store
 
 
@@ -261,11 +261,11 @@ async def test_a_small_slice_is_verified_again_where_a_later_read_has_written_it
 ) -> None:
     """Pieces of a promotion share a page there: bytes that were right when read may be wrong when they are sent."""
     layout = Layout(
-        model_id="unaligned", dtype="float32", layers=44, kv_heads=2, k_head_dim=200, v_head_dim=200, block_tokens=16
+        model_id="unaligned", dtype="float32", layers=44, kv_heads=2, k_head_dim=120, v_head_dim=120, block_tokens=16
     )
     whole = Shard.whole(layout)
     geometry = block_geometry(layout, whole, 16)
-    first, second, *_ = image_check.cut(geometry, MIB)
+    first, second, *_ = image_check.cut(geometry, MIB, 64 << 10)
     shared_layer = first.layer_end - 1
     assert geometry.slice_range(shared_layer)[0] < second.start < geometry.slice_range(shared_layer)[1]
 

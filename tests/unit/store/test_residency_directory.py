@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvservice.blocks import BlockTable, TierName
@@ -90,7 +90,6 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(steps=steps)
 def test_the_directory_says_what_a_dict_would(steps: list[tuple[str, int, Shard, int]]) -> None:
     asyncio.run(_follow(steps))

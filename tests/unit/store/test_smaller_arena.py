@@ -12,7 +12,7 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.block_index import BlockIndex
-from kvservice.store.smaller_arena import replaced_by_smaller
+from kvservice.store.smaller_arena import SmallerArena
 from kvservice.tiers.arena import Arena
 from kvservice_api.image import PAGE_BYTES
 from tests.file_faults import FaultyCalls
@@ -45,15 +45,8 @@ class Filled:
             calls.failing["posix_fallocate"] = fails
         assert arena.is_too_large
         folder = arena.directory / "index"
-        smaller = await replaced_by_smaller(
-            arena,
-            self.index,
-            folder,
-            tiers=[TierName.DRAM, TierName.SSD],
-            map_bytes=MIB,
-            room_bytes=room_bytes,
-            now_ms=NOW_MS,
-        )
+        tiers = [TierName.DRAM, TierName.SSD]
+        smaller = await SmallerArena(self.index, folder, tiers, MIB, room_bytes, NOW_MS).replace(arena)
         try:
             assert not self.index.open_volatile(folder, smaller.arena_id, map_bytes=MIB)
             assert not list(smaller.directory.glob("*.new"))

@@ -7,8 +7,10 @@ import errno
 import os
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -62,6 +64,18 @@ async def prepared(tier: DramTier, arena: Arena) -> DramTier:
     await asyncio.to_thread(arena._thread.join)
     await asyncio.sleep(0)  # The thread's last callback to the loop.
     return tier
+
+
+def test_an_arena_that_gets_no_thread_can_be_closed(
+    open_arena: Callable[..., Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the error of the close hides the one of the start."""
+    arena = open_arena()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError):
+            arena.prepare(lambda ready: None)
+    arena.close()
 
 
 class TestDramTier(TierContract):

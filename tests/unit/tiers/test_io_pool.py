@@ -69,6 +69,19 @@ async def test_reads_without_end_do_not_keep_writes_off_the_disk(thread: OneThre
     assert 20 < thread.done.index("write") < 50
 
 
+@pytest.mark.parametrize("threads", [2, 4, 8])
+async def test_however_many_writes_wait_a_read_finds_a_thread(threads: int) -> None:
+    pool, gate = IoPool(threads), threading.Event()
+    writes = [asyncio.ensure_future(pool.run(WRITE, gate.wait)) for _ in range(3 * threads)]
+
+    assert await asyncio.wait_for(pool.run(0.0, lambda: "read"), 30) == "read"
+    assert not any(write.done() for write in writes)
+
+    gate.set()
+    assert all(await asyncio.gather(*writes))
+    await asyncio.to_thread(pool.close)
+
+
 async def test_work_that_did_not_begin_is_called_off_by_cancelling(thread: OneThread) -> None:
     called_off, kept = await queued([thread.queue("called off", 0.0), thread.queue("kept", 0.0)])
 

@@ -52,23 +52,29 @@ class NumberedModel:
     def keys_and_values(self, states: npt.NDArray[np.int64], layer: int) -> tuple[Numbers, Numbers]:
         """Of the tokens after which these states are known, each ``[token, head, dim]``."""
         dim = self.dim(layer)
-        place = np.arange(self.kv_heads * dim, dtype=np.int64).reshape(self.kv_heads, dim)
-        mixed = states[:, None, None] * 7919 + (layer * 512 + place) * 104_729
+        place = np.arange(self.kv_heads * dim, dtype=np.uint32).reshape(self.kv_heads, dim)
+        # Of products only the lowest bits are kept, so that they may overflow.
+        mixed = states.astype(np.uint32)[:, None, None] * np.uint32(7919) + (place + layer * 512) * np.uint32(104_729)
         return (mixed & _NUMBER_BITS).astype(np.float32), (mixed * 31 + 1 & _NUMBER_BITS).astype(np.float32)
 
-    def next_token(self, keys: Iterable[Numbers]) -> int:
-        """The token that follows, from the last layer's keys of all tokens that it attends to: ``[token, head, dim]``
-        arrays.
-        """
-        return int(sum(each.sum(dtype=np.float64) for each in keys)) % VOCABULARY
+    def key_sums(self, states: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """The sum of each token's keys in the last layer. Numbers are whole and small: each sum of them is exact."""
+        sums: npt.NDArray[np.float64] = self.keys_and_values(states, self.layers - 1)[0].sum((1, 2), np.float64)
+        return sums
+
+    def next_token(self, key_sum: float) -> int:
+        """The token that follows, from the sum of the last layer's keys of all tokens that it attends to."""
+        return int(key_sum) % VOCABULARY
 
     def generate(self, prompt: Sequence[int], count: int) -> list[int]:
         """The tokens that follow the prompt where all numbers are right."""
-        states, last = states_of(prompt).tolist(), self.layers - 1
-        keys = list(self.keys_and_values(np.array(states), last)[0][:, None])
+        states = states_of(prompt)
+        state, sums = int(states[-1]), [0.0, *np.cumsum(self.key_sums(states)).tolist()]  # Of all keys before a token.
         tokens: list[int] = []
         for _ in range(count):
-            tokens.append(self.next_token(keys[self.seen(len(keys) - 1, last) :]))
-            states.append(int(states_of(tokens[-1:], states[-1])[0]))
-            keys.append(self.keys_and_values(np.array(states[-1:]), self.layers - 1)[0])
+            first = self.seen(len(sums) - 2, self.layers - 1)
+            tokens.append(self.next_token(sums[-1] - sums[first]))
+            states = states_of(tokens[-1:], state)
+            state = int(states[0])
+            sums.append(sums[-1] + float(self.key_sums(states)[0]))
         return tokens

@@ -104,6 +104,8 @@ class Steps:
         self.orders = scheduled.kv_connector_metadata
         before_work()
         output = self.worker.execute(scheduled)
+        if not scheduled.total_num_scheduled_tokens:
+            time.sleep(0.001)  # Requests wait for the daemon, which needs the core.
         reported = output.kv_connector_output or KVConnectorOutput()
         self.bad_pages += sorted(reported.invalid_block_ids)
         wrong = {each.request_id: each for each in self.worker.wrong_pages}

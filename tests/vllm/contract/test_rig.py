@@ -48,7 +48,8 @@ def test_a_loaded_page_with_another_ones_numbers_is_found() -> None:
             steps.ask(PROMPT)
 
 
-def test_pages_that_are_never_freed_are_found() -> None:
+def test_pages_that_are_never_freed_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.vllm.contract.steps._WAIT_S", 0.5)
     with Steps(keeper(holds=True)) as steps:
         steps.ask(PROMPT)
         with pytest.raises(AssertionError):

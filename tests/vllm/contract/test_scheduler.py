@@ -24,6 +24,8 @@ BLOCK = 64
 PAGE = 32
 BEFORE_FORWARD = ["whole", "layers"]
 LOADS = [*BEFORE_FORWARD, "between_steps"]
+# Each load and each runner. What fails a load, and what a hit computes, is tried with all of both.
+SOME_WAYS = [("whole", Runner.V1), ("layers", Runner.V2), ("between_steps", Runner.V2)]
 
 _MODEL = NumberedModel()
 
@@ -203,7 +205,7 @@ def test_requests_whose_loads_between_steps_fail_share_no_page(
         expect_nothing_is_held(client, steps)
 
 
-@pytest.mark.parametrize("runner", Runner)
+@pytest.mark.parametrize(("load", "runner"), SOME_WAYS)
 def test_a_miss_is_computed(
     daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
 ) -> None:
@@ -277,7 +279,7 @@ def test_a_hit_and_what_is_left_are_computed_in_chunks(
         expect_nothing_is_held(client, steps)
 
 
-@pytest.mark.parametrize("runner", Runner)
+@pytest.mark.parametrize(("load", "runner"), SOME_WAYS)
 def test_requests_that_were_preempted_continue_with_what_they_saved(
     daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
 ) -> None:
@@ -340,7 +342,7 @@ def test_a_load_that_fails_is_computed_once(
         steps.expect(again.request_id)
 
 
-@pytest.mark.parametrize("runner", Runner)
+@pytest.mark.parametrize(("load", "runner"), SOME_WAYS)
 def test_a_daemon_that_is_killed_before_a_load_costs_a_computation(
     tmp_path: Any, load: str, runner: Runner, tokens: list[int]
 ) -> None:
@@ -360,7 +362,7 @@ def test_a_daemon_that_is_killed_before_a_load_costs_a_computation(
         steps.expect_nothing_is_held()
 
 
-@pytest.mark.parametrize("runner", Runner)
+@pytest.mark.parametrize(("load", "runner"), SOME_WAYS)
 def test_after_a_reset_of_the_connectors_cache_nothing_older_is_found(
     daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
 ) -> None:
@@ -435,8 +437,7 @@ def test_a_reset_under_running_requests_computes_them_again(
         expect_nothing_is_held(client, steps)
 
 
-@pytest.mark.parametrize("page_tokens", [32, 64, 128])
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize(("transport", "page_tokens"), [("shm", 32), ("grpc", 64), ("shm", 128)])
 def test_pages_of_any_size_hold_blocks_of_any_size(
     daemon: DaemonProcess, client: Client, load: str, transport: str, page_tokens: int, tokens: list[int]
 ) -> None:
@@ -451,7 +452,7 @@ def test_pages_of_any_size_hold_blocks_of_any_size(
         expect_nothing_is_held(client, steps)
 
 
-@pytest.mark.parametrize("runner", Runner)
+@pytest.mark.parametrize(("load", "runner"), SOME_WAYS)
 def test_a_step_that_is_scheduled_before_the_last_ones_tokens_are_known_stores_only_known_tokens(
     daemon: DaemonProcess, client: Client, load: str, runner: Runner, tokens: list[int]
 ) -> None:

@@ -186,7 +186,7 @@ class Worker:
             for draft in [*drafted, None]:  # The KV of drafts that are not accepted stays in the pages.
                 first = self._model.seen(len(row.tokens) - 1, list(self.layers).index(name))
                 keys, _ = self._read(name, row, first, len(row.tokens))
-                row.tokens.append(self._model.next_token([keys]))
+                row.tokens.append(self._model.next_token(float(keys.sum(dtype=np.float64))))
                 if row.tokens[-1] != draft:
                     break
             sampled.append(row.tokens[begin:])

@@ -23,13 +23,13 @@ from kvservice_adapter.connectors.transformers.forward_saver import Forward, For
 from kvservice_adapter.connectors.transformers.history import History, Tensors, grown
 
 
-class WholeLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
+class WholeLayer(DynamicLayer):
     """A layer that keeps all tokens, with sliding-window attention too: there the mask excludes what is before
     the window, where a layer of the library's own drops it.
     """
 
     def __init__(self, is_sliding: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.
+        super().__init__()
         self.is_sliding = is_sliding
 
 
@@ -40,7 +40,7 @@ def whole_cache(config: PretrainedConfig) -> DynamicCache:
     return cache
 
 
-class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
+class StoredLayer(DynamicLayer):
     """One layer. The first access to its keys or values waits for the history."""
 
     is_initialized = False
@@ -54,7 +54,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # The library
         self._values: torch.Tensor | None = None
         self._buffers: Tensors | None = None  # With room for more tokens; `_keys` and `_values` are their beginnings.
         self._is_awaited = False
-        super().__init__()  # type: ignore[no-untyped-call]  # Nor has its `__init__`.
+        super().__init__()
         if history.columns:
             self.dtype, self.device = history.dtype, history.device
             self.is_initialized = self._is_awaited = True

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvservice_adapter.connectors.transformers.cache import StoredCache
@@ -139,7 +140,14 @@ class CacheBuilder:
         head_tokens = chosen.compute_tokens
         slices = [_slices(each, tokens, head_tokens) for each, tokens in zip(found, reuse.tokens, strict=True)]
         self.release([each for each, part in zip(found, slices, strict=True) if part is None])
-        buffers, loaders = self._start_loads(asked, slices, reuse, head_tokens)
+        try:
+            buffers, loaders = self._start_loads(asked, slices, reuse, head_tokens)
+        except torch.OutOfMemoryError as error:  # Of the GPU; what computes the history may need less at a time.
+            self._lines.warning("nothing is loaded: no memory for the history: %s", error, kind="memory")
+            self.add("failed_loads", 1.0, reason_of(error))
+            self.release([each for each, part in zip(found, slices, strict=True) if part is not None])
+            request.tokens, request.plan = 0, None
+            return Restored(self._empty_cache(asked))
         self.rates.observe_overhead(self.clock.now_s() - begin_s)
         head = self._compute_head(asked, head_tokens) if head_tokens else None
         history = self._history(asked, buffers, loaders, reuse, head, recompute_cut)
@@ -177,6 +185,8 @@ class CacheBuilder:
         ends = [begin + sum(part.token_counts) for begin, part in zip(begins, slices, strict=True) if part is not None]
         columns = max(reuse.columns, *ends)
         buffers = Buffers(self.layout, given.pads, columns, self.model.dtype, self.model.device)
+        if self.model.device.type != "cpu":  # Its allocator orders memory by the engine's thread.
+            buffers.make(with_raw_keys=self.key_hooks is not None)
         buffer_layers = self.layout.layers  # While the head is computed, there is time to load all layers.
         if not head_tokens:
             new_tokens = given.columns - reuse.columns
@@ -238,7 +248,7 @@ class CacheBuilder:
             device=self.model.device,
             head=head,
             recompute_masked=None if recompute_cut else recompute_masked,
-            unrotate=partial(key_hooks.captured_of, self.device, given.pads) if key_hooks is not None else None,
+            unrotate=partial(key_hooks.captured_of, self.device, given.pads, {}) if key_hooks is not None else None,
             on_end=partial(self._history_ended, reuse.tier, asked.request),
             lines=self._lines,
         )

@@ -132,10 +132,12 @@ class TransformersConnector:
         self._wait_s, self._save_wait_s = wait_s, save_wait_s
         self._ropes: ModelRopes | None = None
         self._tokens_max = self._ropes_for_all().tokens_max if self._is_dynamic else None
-        self._lookup = PrefixLookup(client, self._blocks, self._ropes_of_model)
         self._metrics = metrics = EngineMetrics(model_id)
         self._breaker = Breaker(probe_of(self._blocks), clock=client.clock, on_change=metrics.breaker_changed)
         self._device = device = device or device_for(model.device)
+        if device.arena_observer is not None:
+            client.observe_arenas(device.arena_observer)
+        self._lookup = PrefixLookup(client, self._blocks, self._ropes_of_model, in_place=lambda: device.reads_in_place)
         dropped = metrics.save_dropped
         self._saver = LayerSaver(device, self._blocks, staging_bytes=staging_bytes, on_dropped=dropped)
         parts = SaverParts(
@@ -267,10 +269,11 @@ class TransformersConnector:
             self._metrics.save_dropped("BREAKER_OPEN", block_count)
             return Saved(refused=block_count, error=refusal)
         saved: list[Saved] = []
+        computed = self._device.computed()
 
         def work() -> None:
             meanwhile = saver.saves if saver is not None else None
-            saved.extend(self._turn_saver.save(turn, durability, meanwhile) for turn in turns)
+            saved.extend(self._turn_saver.save(turn, durability, computed, meanwhile) for turn in turns)
 
         if not self._in_background(work, self._save_wait_s if wait_s is None else wait_s):
             error = DeadlineExceeded("the save is not done yet; it continues in the background")

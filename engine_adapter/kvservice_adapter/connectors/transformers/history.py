@@ -49,7 +49,9 @@ def grown(states: torch.Tensor, columns: int, columns_needed: int) -> torch.Tens
 
 
 class Buffers:
-    """Each layer's keys and values ``[row, head, column, dim]``, made when its first bytes are there. Thread-safe."""
+    """Each layer's keys and values ``[row, head, column, dim]``, made when its first bytes are there, or by `make`.
+    Thread-safe.
+    """
 
     def __init__(
         self, layout: Layout, pads: Sequence[int], columns: int, dtype: torch.dtype, device: torch.device
@@ -65,6 +67,15 @@ class Buffers:
         self._lock = threading.Lock()
         self._layers: dict[int, Tensors] = {}
         self._raw: dict[int, torch.Tensor] = {}
+
+    def make(self, *, with_raw_keys: bool) -> None:
+        """Make all of them now, on the engine's thread: another stream may write to them once that has computed what
+        used their memory before.
+        """
+        for index in range(self._layout.layers):
+            self.of(index)
+            if with_raw_keys:
+                self.raw_keys(index)
 
     def of(self, index: int) -> Tensors:
         with self._lock:

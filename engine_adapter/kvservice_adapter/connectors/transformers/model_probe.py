@@ -141,7 +141,7 @@ class _Seen:
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
-class _ProbedLayer(WholeLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
+class _ProbedLayer(WholeLayer):
     def __init__(self, index: int, seen: _Seen, is_sliding: bool) -> None:
         super().__init__(is_sliding)
         self._index = index
@@ -153,7 +153,8 @@ class _ProbedLayer(WholeLayer):  # type: ignore[no-untyped-call]  # The library'
         self._seen.states[self._index] = key_states, value_states
         if self._index == self._seen.last_layer and not self._seen.needs_output:
             raise _Enough
-        return super().update(key_states, value_states, *args, **kwargs)
+        updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return updated
 
 
 def _kinds_of_layers(model: PreTrainedModel, windows: Sequence[int]) -> list[Any]:

@@ -20,6 +20,7 @@ from kvservice_adapter.connectors.transformers.history import Tensors
 from kvservice_adapter.device.base import Device
 from kvservice_adapter.rope import ModelRopes
 from kvservice_adapter.session import Conversation
+from kvservice_adapter.torch_device import turn
 from kvservice_adapter.truncation import kept_tokens
 
 
@@ -61,7 +62,7 @@ def _cut(cache: DynamicCache, device: Device, kept: Sequence[tuple[int, int]], r
     for number, layer in enumerate(layers):
         layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
         if rotations is not None:
-            device.rotate(layer.keys, rotations[number])
+            turn(device, layer.keys, rotations[number])
 
 
 def _forward(

@@ -22,7 +22,8 @@ from kvservice_adapter.connectors.transformers.history import grown
 from kvservice_adapter.connectors.transformers.model_layout import UnsupportedModel
 from kvservice_adapter.device.base import Device
 from kvservice_adapter.device.rotation import Rotation
-from kvservice_adapter.rope import ModelRopes
+from kvservice_adapter.rope import ModelRopes, Rope
+from kvservice_adapter.torch_device import turn
 from kvservice_api.layout import Layout
 
 _PROBE_TOKENS = 8
@@ -74,11 +75,24 @@ class KeyHooks:
         made = {rope: rope.placing(positions, self._layout.dtype) for rope in dict.fromkeys(self._ropes.layers)}
         return [made[rope] for rope in self._ropes.layers]
 
-    def captured_of(self, device: Device, pads: tuple[int, ...], index: int, keys: torch.Tensor) -> torch.Tensor:
-        """Keys ``[row, head, column, dim]`` of a layer as they were before rotation, up to rounding."""
-        raw = keys.clone()
+    def captured_of(
+        self,
+        device: Device,
+        pads: tuple[int, ...],
+        made: dict[tuple[Rope, int], Rotation],
+        index: int,
+        keys: torch.Tensor,
+    ) -> torch.Tensor:
+        """Keys ``[row, head, column, dim]`` of a layer as they were before rotation, up to rounding.
+
+        `made` keeps rotations for the layers after it: a device has their tables then.
+        """
+        raw, rope = keys.clone(), self._ropes.layers[index]
         for row, pad in enumerate(pads):
-            device.rotate(raw[row, :, pad:], self._ropes.layers[index].unplacing(np.arange(raw.shape[2] - pad)))
+            tokens = raw.shape[2] - pad
+            if (rope, tokens) not in made:
+                made[rope, tokens] = rope.unplacing(np.arange(tokens))
+            turn(device, raw[row, :, pad:], made[rope, tokens])
         return raw
 
     @torch.no_grad()
@@ -137,7 +151,7 @@ def as_states(captured: torch.Tensor, layout: Layout, index: int) -> torch.Tenso
     return captured.view(rows, tokens, group.kv_heads, group.k_head_dim).transpose(1, 2)
 
 
-class UnrotatedLayer(StoredLayer):  # type: ignore[no-untyped-call]  # The library's own class hook has no types.
+class UnrotatedLayer(StoredLayer):
     """Keeps its keys as they were before rotation too."""
 
     def __init__(self, index: int, cache: UnrotatedCache, layout: Layout, is_sliding: bool) -> None:

@@ -41,6 +41,7 @@ class PageSaveOrder:
     first_token: int
     page_ids: PageIds  # As far as the chain goes. Those before it may be missing (0).
     is_freed: bool
+    trace_headers: Mapping[str, str] | None = None  # As those of loads.
 
 
 @dataclass(slots=True)

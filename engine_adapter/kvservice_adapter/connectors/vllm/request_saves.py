@@ -72,4 +72,5 @@ class RequestSaves:
         chain = state.builder.prefix(end_token)[first:]
         state.saved_tokens = end_token
         is_freed |= last_pages is not None
-        return [PageSaveOrder(request.request_id, chain, first * size, pages, is_freed)]
+        headers = dict(request.trace_headers) if request.trace_headers else None
+        return [PageSaveOrder(request.request_id, chain, first * size, pages, is_freed, headers)]

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from kvservice_api.errors import InvalidRequest
 from kvservice_client.client import DEFAULT_ADDRESS
 
-Transport = Literal["auto", "shm", "grpc"]
+Transport = Literal["auto", "shm", "bulk", "grpc"]
 ADDRESS_VARIABLE = "KVSERVICE_ADDRESS"
 
 

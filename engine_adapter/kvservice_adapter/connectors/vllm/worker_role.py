@@ -20,15 +20,18 @@ from kvservice_adapter.connectors.vllm.request_progress import EndedLoad
 from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMode
 from kvservice_adapter.connectors.vllm.stats import BreakerStats, TransferStats
 from kvservice_adapter.device.arrays import view_of
+from kvservice_adapter.device.cuda_ipc import exported_pages
 from kvservice_adapter.engine.metrics import reason_of
-from kvservice_adapter.engine.page_loads import AnswerWait, PagedLayers, PrefixLoad, Waits, release_on
+from kvservice_adapter.engine.page_loads import AnswerWait, PagedLayers, PrefixLoad, Waits, release_on, stop_all
 from kvservice_adapter.engine.page_saves import Gathering, PageSave, PageSaver
 from kvservice_adapter.load import LayerLoader, LoadFailed
 from kvservice_adapter.torch_device import device_for
 from kvservice_api import spans
 from kvservice_api.errors import Cancelled, KVError
 from kvservice_client import Client, SaveResult
+from kvservice_client.device_memory import DeviceMemory
 from kvservice_client.rate_limited_log import RateLimitedLog
+from kvservice_client.transports.in_place import Verify
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class WorkerRole:
         self._unanswered_s = 0.0  # How long this step has waited for the daemon in vain, before its loads.
         self._lines = RateLimitedLog(log)
         self._layers: PagedLayers | None = None
+        self._memory: DeviceMemory | None = None
         self._lock = threading.Lock()  # Of what loads between steps report.
         self._finished: set[str] = set()
         self._bad_pages: set[int] = set()
@@ -100,6 +104,11 @@ class WorkerRole:
         self._layers = PagedLayers(keys, values, dtypes, place.group_of_layer)
         device = device_for(next(iter(kv_caches.values())).device)
         self._device = device
+        pages = exported_pages(device, keys, values, place.group_of_layer)
+        if pages is not None and self._settings.transport == "auto":
+            self._memory = self._blocks.device_memory(pages)
+        if device.arena_observer is not None:
+            self._client.observe_arenas(device.arena_observer)
         self._copying, self._loading = device.stream("kvservice-copy"), device.stream("kvservice-load")
         self._loading_between_steps = device.stream("kvservice-load-between")  # They may wait longer than a step.
         self._release = release_on(device.stream("kvservice-release"))
@@ -114,6 +123,7 @@ class WorkerRole:
                 staging_bytes=self._settings.staging_bytes,
                 on_saved=self._saved,
                 on_dropped=self._save_dropped,
+                memory=self._memory,
             )
         threading.Thread(target=self._attach, name="kvservice-start", daemon=True).start()
 
@@ -124,6 +134,8 @@ class WorkerRole:
         except KVError as error:
             log.warning("KVService is not used until the daemon answers: %s", error)
             return
+        if self._memory is not None:
+            self._memory.register()
         why = self._client.stats().shm_refused_because
         log.info(
             "connected to the KVService daemon at %s, layout %s%s",
@@ -150,7 +162,10 @@ class WorkerRole:
     def _gather(self, orders: list[PageSaveOrder]) -> _Gathered | None:
         if self._saver is None or not orders:
             return None
-        saves = [PageSave(order.chain, order.first_token, order.page_ids) for order in orders]
+        saves = [
+            PageSave(order.chain, order.first_token, order.page_ids, spans.of_headers(order.trace_headers))
+            for order in orders
+        ]
         gathering = self._saver.gather(saves, self._settings.wait_s / 2)  # The loads of the step have the other half.
         return _Gathered(gathering, {order.chain.keys[-1]: order.request_id for order in orders})
 
@@ -220,7 +235,20 @@ class WorkerRole:
     def _load(self, order: PageLoadOrder, waits: Waits) -> PrefixLoad:
         tokens = (min(order.begins), order.end_token)
         trace = spans.of_headers(order.trace_headers)
-        return PrefixLoad(self._copying, self._blocks, order.ticket, tokens, waits, self._release, trace)
+        verify: Verify = "once" if self._device.reads_in_place else "always"
+        load = PrefixLoad(
+            self._copying,
+            self._blocks,
+            order.ticket,
+            tokens,
+            waits,
+            self._release,
+            trace,
+            verify=verify,
+            memory=self._memory,
+        )
+        load.after(self._device.computed())
+        return load
 
     def _load_whole(self, order: PageLoadOrder, load: PrefixLoad) -> None:
         assert self._layers is not None
@@ -269,19 +297,21 @@ class WorkerRole:
         """Before the forward reads a layer's pages."""
         if not self._loaders:
             return
-        layer, running = self._layer_of_name[name], []
+        layer, running, failed = self._layer_of_name[name], [], []
         for order, load, loader in self._loaders:
             try:
                 self._wait_for_layer(layer, load, loader)
             except LoadFailed as error:
                 loader.cancel()
-                load.stop()  # vLLM computes into the pages after this.
-                self._load_failed(order, error, load.valid_tokens)
+                failed.append((order, load, error))
                 continue
             running.append((order, load, loader))
             if layer + 1 == self._shard.layers:
                 report = loader.report
                 self._load_ended(order, report.size_bytes, report.busy_s, report.waited_s, load.transport)
+        stop_all([load for _, load, _ in failed])  # vLLM computes into the pages after this.
+        for order, load, reason in failed:
+            self._load_failed(order, reason, load.valid_tokens)
         self._loaders = running if layer + 1 < self._shard.layers else []
 
     def _wait_for_layer(self, layer: int, load: PrefixLoad, loader: LayerLoader) -> None:
@@ -306,9 +336,10 @@ class WorkerRole:
 
     def _end_layers(self, error: Exception) -> None:
         loaders, self._loaders = self._loaders, []
-        for order, load, loader in loaders:
+        for _, _, loader in loaders:
             loader.cancel()
-            load.stop()
+        stop_all([load for _, load, _ in loaders])
+        for order, _, _ in loaders:
             self._load_failed(order, error)
 
     # What is reported after a step
@@ -375,6 +406,8 @@ class WorkerRole:
         """Send what was gathered, for a bounded time."""
         if self._saver is not None:
             self._saver.close(_CLOSED_S)
+        if self._memory is not None:  # Before vLLM frees the pages.
+            self._memory.close()
         self._breaker.close(0.0)
         self._client.close()
 

@@ -13,7 +13,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from kvservice_adapter.connectors.transformers.cache import StoredCache
-from kvservice_adapter.connectors.transformers.history import LoadedHistory
+from kvservice_adapter.connectors.transformers.history import Buffers, LoadedHistory
 from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired
 from kvservice_client import BlockChain, ChainBuilder, LoadedLayer, Outcome
 from tests.clock import ClientClock
@@ -91,6 +91,28 @@ def test_a_layer_that_does_not_come_is_computed_inside_the_forward(
     [report] = kept.reports
     assert (report.outcome, report.computed_tokens, report.loaded_tokens) == (Outcome.FAILED_OVER, 25, 0)
     assert report.outcome_reason == (error.reason if isinstance(error, KVError) else str(error))
+
+
+def test_without_memory_for_a_history_it_is_computed_and_its_leases_end(
+    kept: FailingBlocks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids = tiny_llama(), prompt(2 * BLOCK_TOKENS + 3)
+    subject = connector(kept, model)
+    subject.save(ids, computed(model, ids))
+    released = threading.Event()
+    monkeypatch.setattr(KeptLease, "release", lambda lease: released.set())
+    monkeypatch.setattr(Buffers, "__init__", _no_memory)
+
+    restored = subject.restore(ids)
+
+    assert restored.tokens == 0
+    assert torch.equal(model(ids, past_key_values=restored.cache).logits, model(ids).logits)
+    assert released.wait(30.0)
+    assert "no memory for the history" in caplog.text
+
+
+def _no_memory(*given: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_prompt_may_be_written_over_once_it_was_restored(kept: FailingBlocks) -> None:

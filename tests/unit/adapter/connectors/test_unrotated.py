@@ -18,6 +18,9 @@ from transformers import (
 )
 
 from kvservice_adapter.connectors.transformers import UnsupportedModel
+from kvservice_adapter.device.base import NotTurned
+from kvservice_adapter.device.cpu import CpuDevice
+from kvservice_adapter.device.rotation import Rotation
 from kvservice_api.errors import ChecksumMismatch
 from tests.unit.adapter.connectors.test_cache import FailingBlocks, left_padded
 from tests.unit.connector_models import BLOCK_TOKENS, KeptBlocks, computed, connector, prompt, states, tiny_llama
@@ -99,6 +102,35 @@ def test_a_history_comes_back_rotated_as_the_model_does_it(kept: FailingBlocks, 
             assert torch.allclose(keys, keys_there[:, :, : longer.shape[1]], atol=1e-5)
 
 
+class FailingDevice(CpuDevice):
+    """Turns no keys that are computed."""
+
+    def __init__(self) -> None:
+        self.rotations: list[Rotation] = []
+
+    def rotate(self, keys: torch.Tensor, rotation: Rotation) -> None:
+        self.rotations.append(rotation)
+        raise NotTurned("out of memory")
+
+
+def test_keys_of_a_history_that_is_computed_again_are_turned_where_the_device_fails_by_one_rotation_for_all_layers(
+    kept: FailingBlocks,
+) -> None:
+    model, ids, device = tiny_llama(), prompt(18), FailingDevice()
+    subject = connector(kept, model, rotated=False, device=device)
+    cache = subject.restore(ids).cache
+    output = answer(model, ids, cache)
+    subject.save(output, cache)
+    kept.fails_after, kept.error = 0, ChecksumMismatch("damaged")
+    longer = torch.cat([output, prompt(6)], 1)
+
+    again = subject.restore(longer)
+
+    assert torch.equal(answer(model, longer, again.cache), answer(model, longer))
+    assert len(device.rotations) > 1
+    assert len(set(device.rotations)) == 1
+
+
 def test_keys_come_back_in_fp32_as_the_model_has_rotated_them(kept: FailingBlocks) -> None:
     model, ids = tiny_llama(), prompt(30)
     subject = connector(kept, model, rotated=False)
@@ -158,7 +190,7 @@ def test_caches_of_others_and_rows_that_were_moved_are_refused(kept: FailingBloc
     cache = subject.restore(ids).cache
     with torch.inference_mode():
         model(ids, past_key_values=cache)
-    cache.reorder_cache(torch.tensor([0]))  # type: ignore[arg-type]
+    cache.reorder_cache(torch.tensor([0]))
     with pytest.raises(UnsupportedModel, match="before they were rotated"):
         subject.save(ids, cache)
 

@@ -1,0 +1,92 @@
+"""Tickets: random bytes with which a connection joins its transfer, once, for a short time."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from kvservice_api.bulk import TICKET_BYTES
+
+_REMEMBERED = 4096  # Tickets that have ended, kept only to count refusals by their reason.
+
+
+class HasCaller(Protocol):
+    """What a ticket is bound to."""
+
+    client_id: bytes
+    certificate: bytes  # SHA-256 of the client's certificate; empty without one.
+
+
+T = TypeVar("T", bound=HasCaller)
+
+
+class TicketRefused(Exception):
+    """`reason` is "unknown", "used", "expired" or "foreign". The client is not told which."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class _Ticket(Generic[T]):
+    transfer: T
+    number: int
+    expires_s: float
+
+
+class TransferTickets(Generic[T]):
+    """All open tickets. Any thread may call it. Only digests are kept: a lookup takes the same time for each guess."""
+
+    def __init__(self) -> None:
+        self._open: dict[bytes, _Ticket[T]] = {}
+        self._ended: OrderedDict[bytes, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
+
+    def issue(self, transfer: T, count: int, expires_s: float) -> list[bytes]:
+        tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(count)]
+        with self._lock:
+            for number, ticket in enumerate(tickets):
+                self._open[_digest(ticket)] = _Ticket(transfer, number, expires_s)
+        return tickets
+
+    def use(self, ticket: bytes, client_id: bytes, certificate: bytes, now_s: float) -> tuple[T, int]:
+        """The transfer, and the ticket's number in it. Raises TicketRefused. A stranger does not use it up."""
+        digest = _digest(ticket)
+        with self._lock:
+            found = self._open.get(digest)
+            if found is None:
+                raise TicketRefused(self._ended.get(digest, "unknown"))
+            if (found.transfer.client_id, found.transfer.certificate) != (client_id, certificate):
+                raise TicketRefused("foreign")
+            is_late = found.expires_s <= now_s
+            self._end(digest, "expired" if is_late else "used")
+        if is_late:
+            raise TicketRefused("expired")
+        return found.transfer, found.number
+
+    def expire(self, now_s: float) -> list[T]:
+        """End the tickets whose time is over. Returns their transfers."""
+        with self._lock:
+            over = {digest: each.transfer for digest, each in self._open.items() if each.expires_s <= now_s}
+            for digest in over:
+                self._end(digest, "expired")
+        return list(over.values())
+
+    def _end(self, digest: bytes, why: str) -> None:
+        del self._open[digest]
+        self._ended[digest] = why
+        if len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
+
+
+def _digest(ticket: bytes) -> bytes:
+    return hashlib.sha256(ticket).digest()

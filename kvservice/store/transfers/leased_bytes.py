@@ -1,0 +1,408 @@
+"""The bytes of leased blocks, layer by layer: from where each slice is read, cut into parts for a frame or for a thread
+that sends.
+
+The tier of a block decides only from where its slices are read: from DRAM; from DRAM during a promotion; or from SSD if
+DRAM has no space (one layer at a time, through scratch memory). Called on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+
+from kvservice.blocks import Extent, TierName
+from kvservice.clock import Clock
+from kvservice.counters import Counters
+from kvservice.store import image_check
+from kvservice.store.block_lifecycle import BlockLifecycle
+from kvservice.store.leases import Lease
+from kvservice.store.mover.promoter import PendingPromotion, Promoter
+from kvservice.store.tasks import LoopBudget, all_of
+from kvservice.store.transfers.coverage import HeadRun, cover
+from kvservice.tiers.dram import DramTier
+from kvservice.tiers.files import on_thread
+from kvservice_api.bulk import UNIT_BYTES
+from kvservice_api.errors import ChecksumMismatch, LeaseExpired, Overloaded, StorageFailed
+from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer
+from kvservice_api.layout import Layout, Shard
+
+T = TypeVar("T")
+
+_SCRATCH_BYTES = 256 << 20
+_SCRATCH_WAIT_S = 5.0
+
+_ROWS_A_TURN = 256  # They take a millisecond of the event loop.
+_VERIFIED_BYTES = 1 << 20  # Of a part that is verified right before it is sent: it is still in the cache then.
+
+
+class LayerSlice(NamedTuple):
+    """One layer of one stored object, in memory."""
+
+    row: int
+    layer: int  # Counted from the stored shard's first.
+    data: memoryview
+    expected: int | None  # Its checksum; None if it was verified when it was read.
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of one layer, at most as many as fit into one frame."""
+
+    layer: int
+    first_block: int
+    first_offset_bytes: int
+    runs: list[memoryview]
+    unverified: list[LayerSlice]  # To be verified before the first byte is sent.
+    checksums: list[int] = field(default_factory=list)  # Of its runs, for the client to verify; else none.
+
+
+@dataclass(slots=True)
+class _Source:
+    """The source of one row's slices, during a load."""
+
+    row: int
+    generation: int  # The row's generation, to detect that it has another block.
+    shard: Shard
+    geometry: BlockGeometry
+    image: memoryview | None  # In DRAM, or being promoted; None if the slices are read from SSD.
+    trailer: Trailer | None = None
+    pending: PendingPromotion | None = None
+    tier: TierName | None = None  # From which the slices are read, if not from memory.
+    extent: Extent | None = None  # Its place in that tier.
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether all of it is in DRAM."""
+        return self.image is not None and self.pending is None
+
+
+class ScratchBudget:
+    """The bound of all loads' memory for blocks that are read from SSD while DRAM is full, because clients may be
+    slow.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._used_bytes = 0
+        self._more = asyncio.Condition()
+
+    async def take(self, size_bytes: int) -> None:
+        """Wait for a share. A load that needs more than the bound gets it when no other load has a share. Raises
+        Overloaded.
+        """
+        if not size_bytes:
+            return
+        try:
+            async with self._clock.timeout(_SCRATCH_WAIT_S), self._more:
+                await self._more.wait_for(
+                    lambda: not self._used_bytes or self._used_bytes + size_bytes <= _SCRATCH_BYTES
+                )
+                self._used_bytes += size_bytes
+        except TimeoutError as error:
+            raise Overloaded("other loads use all the memory for reads from SSD while DRAM is full") from error
+
+    def release(self, size_bytes: int) -> None:
+        if size_bytes:
+            self._used_bytes -= size_bytes
+            asyncio.get_running_loop().create_task(self._wake())
+
+    async def _wake(self) -> None:
+        async with self._more:
+            self._more.notify_all()
+
+
+@dataclass(slots=True)
+class ReadsShared:
+    """What all loads of a store share."""
+
+    lifecycle: BlockLifecycle
+    dram: DramTier
+    promoter: Promoter | None
+    counters: Counters
+    executor: Executor
+    loop_budget: LoopBudget
+    scratch: ScratchBudget
+
+
+class LeasedBytes:
+    """The bytes of some blocks of a lease, while they are read. `open` it before use, and `close` it in any case."""
+
+    def __init__(self, shared: ReadsShared, lease: Lease, blocks: range) -> None:
+        self._shared = shared
+        self._blocks_table = shared.lifecycle.blocks
+        self._layout: Layout = lease.layout
+        self._shard = lease.shard
+        rows = lease.rows[blocks.start : blocks.stop].tolist()
+        self._rows_of_block = [lease.parts.get(block, (row,)) for block, row in zip(blocks, rows, strict=True)]
+        self.rows = list(dict.fromkeys(itertools.chain.from_iterable(self._rows_of_block)))
+        self._plans: list[list[list[HeadRun]] | None] = []
+        self._sources: dict[int, _Source] = {}
+        self._all_at_hand: list[tuple[_Source, list[int]]] | None = None  # With checksums; if no block is of shards.
+        self._rows_since_slot = 0
+        self.scratch_bytes = 0
+        self._held = AsyncExitStack()  # Keeps the promotions in place while they are read.
+
+    def _plan(self, rows: Sequence[int]) -> list[list[HeadRun]] | None:
+        """How several shards give one; None if one row is exactly the requested shard."""
+        stored = [self._blocks_table.shard_of(row) for row in rows]
+        if len(rows) == 1 and (stored[0].head_begin, stored[0].head_end) == (
+            self._shard.head_begin,
+            self._shard.head_end,
+        ):
+            return None
+        plan = cover(stored, self._shard)
+        assert plan is not None, "a lease holds only what covers its shard"
+        return plan
+
+    async def open(self) -> None:
+        """Find every row's bytes, and start to promote rows that only SSD has."""
+        table, shared = self._blocks_table, self._shared
+        rows = np.array(self.rows, np.int64)
+        missing = rows[~table.lie_in(rows, table.first_tier)].tolist()
+        promotions: dict[int, PendingPromotion] = {}
+        if missing and shared.promoter is not None:
+            promotions = await self._held.enter_async_context(shared.promoter.promoting(missing))
+        for row, pending in promotions.items():
+            self._sources[row] = source = self._new_source(row)
+            source.image, source.pending = pending.image, pending
+        for count, row in enumerate(self.rows):
+            await self._yield_to_loop(count)
+            if row not in promotions:
+                self._sources[row] = self._source(row)
+        for count, rows_of_block in enumerate(self._rows_of_block):
+            await self._yield_to_loop(count)
+            self._plans.append(self._plan(rows_of_block))
+        resident = [source for source in self._sources.values() if source.image is not None and not source.pending]
+        await on_thread(lambda: self._read_trailers(resident), shared.executor)
+        for source in resident:
+            if source.trailer is None:
+                await self._quarantine(source, table.first_tier, "the trailer")
+        read_through = [source for source in self._sources.values() if source.extent is not None]
+        # One layer of each is sent while the next one is read.
+        wanted_bytes = sum(2 * (source.geometry.slice_bytes_max + 2 * PAGE_BYTES) for source in read_through)
+        await shared.scratch.take(wanted_bytes)
+        self.scratch_bytes = wanted_bytes
+        await _gather(self._fetch_trailer, read_through)
+
+    def _source(self, row: int) -> _Source:
+        """The source of a block that is not being promoted."""
+        table, source = self._blocks_table, self._new_source(row)
+        tier = table.fastest(row)
+        if tier is None:
+            key = table.key_of(row).hex()
+            raise LeaseExpired("a block was removed before its load began: look the prefix up again", key=key)
+        extent = table.extent(row, tier)
+        assert extent is not None
+        if tier == table.first_tier:
+            source.image = self._shared.dram.view(extent)[: source.geometry.image_bytes]
+        else:
+            source.tier, source.extent = tier, extent
+        return source
+
+    def _new_source(self, row: int) -> _Source:
+        table = self._blocks_table
+        return _Source(row, int(table.generation[row]), table.shard_of(row), self._shared.lifecycle.geometry(row), None)
+
+    async def close(self) -> None:
+        """Release the blocks' memory. No thread reads it any more: `on_thread` returns after its work has ended."""
+        self._shared.scratch.release(self.scratch_bytes)
+        await self._held.aclose()
+
+    async def _yield_to_loop(self, count: int) -> None:
+        """Yield to the event loop regularly, because a load may have thousands of blocks, and there may be many
+        loads.
+        """
+        if count % _ROWS_A_TURN == 0:
+            await self._shared.loop_budget.slot()
+
+    def _read_trailers(self, sources: list[_Source]) -> None:
+        for source in sources:
+            assert source.image is not None
+            source.trailer = self._trailer(source, source.image)
+
+    def _trailer(self, source: _Source, image_end: memoryview) -> Trailer | None:
+        expected = int(self._blocks_table.trailer_checksum[source.row])
+        return image_check.read_trailer(image_end, source.geometry, self._blocks_table.key_of(source.row), expected)
+
+    async def _fetch_trailer(self, source: _Source) -> None:
+        start = image_check.trailer_start(source.geometry)
+        pages = image_check.scratch(source.geometry.image_bytes - start)
+        source.trailer = await self._read(source, start, pages, lambda end: self._trailer(source, end))
+        if source.trailer is None:
+            assert source.tier is not None
+            await self._quarantine(source, source.tier, "the trailer")
+
+    async def _read(
+        self, source: _Source, start: int, into: memoryview, then: Callable[[memoryview], T] | None = None
+    ) -> T | None:
+        """Read a part of a block that is only in a slower tier. An error says which block it is of."""
+        assert source.tier is not None and source.extent is not None
+        try:
+            result = await self._shared.lifecycle.tiers[source.tier].read(source.extent, start, into, then)
+        except StorageFailed as error:
+            error.details.setdefault("key", self._blocks_table.key_of(source.row).hex())
+            raise
+        self._shared.counters.tier_read_bytes[source.tier] += len(into)
+        return result
+
+    async def parts(self, layer: int, bytes_max: int) -> list[Part]:
+        """One requested layer, cut into parts of at most `bytes_max`; `layer` counts from the shard's first."""
+        return await self._cut(layer, await self._slices(layer + self._shard.layer_begin), bytes_max)
+
+    async def _slices(self, layer: int) -> dict[int, LayerSlice]:
+        """A layer of every row that has it; `layer` counts from the model's first."""
+        slices: dict[int, LayerSlice] = {}
+        coming: list[_Source] = []
+        for count, source in enumerate(self._sources.values()):
+            await self._yield_to_loop(count)
+            if not source.shard.layer_begin <= layer < source.shard.layer_end:
+                continue
+            if source.is_at_hand:
+                slices[source.row] = self._slice(source, layer - source.shard.layer_begin)
+            else:
+                coming.append(source)
+        fetched = await _gather(lambda source: self._fetch_slice(source, layer - source.shard.layer_begin), coming)
+        return slices | {found.row: found for found in fetched}
+
+    def _slice(self, source: _Source, layer: int) -> LayerSlice:
+        """The slice of a block in DRAM. Not a coroutine, because a load calls it thousands of times."""
+        begin, end = source.geometry.slice_range(layer)
+        assert source.image is not None and source.trailer is not None
+        return LayerSlice(source.row, layer, source.image[begin:end], int(source.trailer.checksums[layer]))
+
+    async def _fetch_slice(self, source: _Source, layer: int) -> LayerSlice:
+        begin, end = source.geometry.slice_range(layer)
+        if source.pending is not None:
+            pending = source.pending
+            await pending.layer_ready(layer)
+            # Small slices share pages with neighbours that are still being read, so they are verified once more.
+            expected = int(pending.checksums[layer]) if source.geometry.shares_pages(layer) else None
+            return LayerSlice(source.row, layer, pending.image[begin:end], expected)
+        assert source.trailer is not None
+        start, stop = image_check.page_range(source.geometry, layer, layer + 1)
+        pages = image_check.scratch(stop - start)
+        await self._read(source, start, pages)
+        self._shared.counters.read_through_bytes += end - begin
+        return LayerSlice(source.row, layer, pages[begin - start : end - start], int(source.trailer.checksums[layer]))
+
+    async def _cut(self, layer: int, slices: dict[int, LayerSlice], bytes_max: int) -> list[Part]:
+        parts: list[Part] = []
+        current = Part(layer, 0, 0, [], [])
+        room = bytes_max
+        for block in range(len(self._rows_of_block)):
+            await self._yield_to_loop(block)
+            verify = [
+                slices[row] for row in self._rows_of_block[block] if row in slices and slices[row].expected is not None
+            ]
+            sent = 0
+            for run in self._runs(block, layer, slices):
+                while len(run):
+                    if not room:
+                        parts.append(current)
+                        current, room = Part(layer, block, sent, [], []), bytes_max
+                    taken = run[:room]
+                    current.runs.append(taken)
+                    current.unverified.extend(verify)
+                    verify = []  # Verify a slice once, before its first byte is sent.
+                    run = run[len(taken) :]
+                    room -= len(taken)
+                    sent += len(taken)
+        parts.append(current)
+        return parts
+
+    async def units(self, layer: int) -> list[Part]:
+        """One requested layer in parts of whole slices: of `UNIT_BYTES` or little more for the client to verify, or of
+        `_VERIFIED_BYTES`. Counts as for `parts`.
+        """
+        units: list[Part] = []
+        size = UNIT_BYTES
+        if self._all_at_hand is None and not any(self._plans):
+            self._all_at_hand = self._with_checksums()
+        if self._all_at_hand is not None:  # The usual case, in a microsecond per slice.
+            for block, (source, checksums) in enumerate(self._all_at_hand):
+                if self._rows_since_slot == _ROWS_A_TURN:
+                    self._rows_since_slot = 0
+                    await self._shared.loop_budget.slot()
+                self._rows_since_slot += 1
+                if size >= UNIT_BYTES:
+                    units.append(unit := Part(layer, block, 0, [], []))
+                    size = 0
+                index = layer + self._shard.layer_begin - source.shard.layer_begin
+                begin, end = source.geometry.slices[index][:2]
+                assert source.image is not None
+                unit.runs.append(source.image[begin:end])
+                unit.checksums.append(checksums[index])
+                size += end - begin
+            return units
+        slices = await self._slices(layer + self._shard.layer_begin)
+        for block, rows in enumerate(self._rows_of_block):
+            await self._yield_to_loop(block)
+            if size >= _VERIFIED_BYTES:
+                units.append(unit := Part(layer, block, 0, [], []))
+                size = 0
+            unit.unverified.extend(slices[row] for row in rows if row in slices and slices[row].expected is not None)
+            runs = self._runs(block, layer, slices)
+            unit.runs.extend(runs)
+            size += sum(map(len, runs))
+        return units
+
+    def _with_checksums(self) -> list[tuple[_Source, list[int]]] | None:
+        """The source of each block, and the checksums of its slices. None if not all of them are in DRAM."""
+        found = []
+        for (row,) in self._rows_of_block:
+            source = self._sources[row]
+            if not source.is_at_hand or source.trailer is None:
+                return None
+            found.append((source, source.trailer.checksums.tolist()))
+        return found
+
+    def _runs(self, block: int, layer: int, slices: dict[int, LayerSlice]) -> list[memoryview]:
+        """The bytes of one block's layer, in order: all of it, or keys and then values of each run of heads."""
+        plan, rows = self._plans[block], self._rows_of_block[block]
+        if plan is None:
+            return [slices[rows[0]].data]
+        model_layer = layer + self._shard.layer_begin
+        keys, values = [], []
+        taken = 0
+        for run in plan[layer]:
+            source = self._sources[rows[run.source]]
+            begin, end = self._layout.heads_between(model_layer, run.begin, run.end)
+            begin = max(begin, taken)  # A head that two shards have is taken from the first.
+            if begin >= end:
+                continue
+            taken = end
+            data = slices[source.row].data
+            (k_start, k_end), (v_start, v_end) = source.geometry.slices[
+                model_layer - source.shard.layer_begin
+            ].head_runs(begin, end)
+            keys.append(data[k_start:k_end])
+            values.append(data[v_start:v_end])
+        return keys + values
+
+    async def dropped(self, found: LayerSlice) -> ChecksumMismatch:
+        """Drop the block of a damaged slice. Returns the error that says so."""
+        source = self._sources[found.row]
+        return await self._dropped(source, source.tier or self._blocks_table.first_tier, f"layer {found.layer}")
+
+    async def _quarantine(self, source: _Source, tier: TierName, what: str) -> NoReturn:
+        raise await self._dropped(source, tier, what)
+
+    async def _dropped(self, source: _Source, tier: TierName, what: str) -> ChecksumMismatch:
+        key = self._blocks_table.key_of(source.row).hex()
+        await self._shared.lifecycle.quarantine(source.row, source.generation, tier, what)
+        return ChecksumMismatch(f"{what} of block {key} is damaged in {tier}; the block was dropped", key=key)
+
+
+async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_Source]) -> list[T]:
+    """The results of `work` for each of them, a bounded number at a time."""
+    results: list[T] = []
+    for start in range(0, len(sources), _ROWS_A_TURN):
+        results += await all_of(map(work, sources[start : start + _ROWS_A_TURN]))
+    return results

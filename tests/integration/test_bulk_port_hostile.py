@@ -1,0 +1,286 @@
+"""Hostile use of the bulk port: refused in bounded time, counted by its reason, and without harm to anything else."""
+
+from __future__ import annotations
+
+import random
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+
+import psutil
+import pytest
+
+from kvservice_api.bulk import PREFACE, MessageKind, pack_header, pack_hello
+from kvservice_api.errors import IncompleteSave, InvalidFrame, TransferEnded
+from kvservice_api.keys import BlockChain
+from tests.daemon import DaemonProcess, until
+from tests.integration.bulk_wire import (
+    BulkSocket,
+    Received,
+    checksums_of,
+    open_load,
+    open_save,
+    read_load,
+)
+from tests.integration.known_blocks import SMALL, layers_of, new_chain, slice_bytes
+from tests.integration.wire import Wire, unharmed
+
+_CONNECTIONS_MAX = 24
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    process = DaemonProcess(
+        tmp_path_factory.mktemp("daemon"),
+        server__metrics_address="127.0.0.1:0",
+        server__bulk_connections_max=_CONNECTIONS_MAX,
+        server__transfer_idle_s=2,
+    ).start()
+    yield process
+    process.remove()
+
+
+@pytest.fixture(autouse=True)
+def chain(daemon: DaemonProcess) -> Iterator[BlockChain]:
+    """Stored blocks. After each test no socket, block, lease or space is left over, and they can be loaded."""
+    process = psutil.Process(daemon.process.pid)
+    with unharmed(daemon.address) as chain, Wire(daemon.address) as watcher:
+        watcher.attach()
+        port = watcher.capabilities().bulk_port
+        yield chain
+        until(lambda: [each.status for each in process.net_connections("tcp") if each.laddr.port == port] == ["LISTEN"])
+        load(watcher, chain)
+
+
+def load(wire: Wire, chain: BlockChain) -> None:
+    received = Received(SMALL, chain)
+    (ticket,) = open_load(wire, SMALL, chain)
+    with BulkSocket(wire) as connection:
+        read_load(connection.hello(ticket), received)
+    assert received.is_right()
+    release_all(wire)
+
+
+def release_all(wire: Wire) -> None:
+    for lease_id in wire.leases:
+        wire.release(lease_id)
+    wire.leases.clear()
+
+
+def transfers_running(daemon: DaemonProcess) -> float:
+    return sum(value for name, value in samples(daemon) if name.startswith("kvservice_transfers_running"))
+
+
+def samples(daemon: DaemonProcess) -> list[tuple[str, float]]:
+    port = daemon.wait_for_log("serving")["metrics_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return [(name, float(value)) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")]
+
+
+def refusals(daemon: DaemonProcess, reason: str) -> float:
+    return dict(samples(daemon))[f'kvservice_bulk_refusals_total{{reason="{reason}"}}']
+
+
+def test_a_ticket_that_no_transfer_waits_for_is_refused(daemon: DaemonProcess, wire: Wire, chain: BlockChain) -> None:
+    (used,) = open_load(wire, SMALL, chain)
+    with BulkSocket(wire) as connection:
+        read_load(connection.hello(used), Received(SMALL, chain))
+    (of_another,) = open_load(wire, SMALL, chain)
+    for reason, ticket, client_id in (
+        ("unknown", bytes(32), wire.client_id),
+        ("used", used, wire.client_id),
+        ("foreign", of_another, bytes(16)),
+    ):
+        before = refusals(daemon, reason)
+        with BulkSocket(wire) as connection:
+            assert isinstance(connection.hello(ticket, client_id).error(), TransferEnded)
+            assert connection.is_closed()
+        assert refusals(daemon, reason) == before + 1
+    with BulkSocket(wire) as connection:  # The stranger has not used it up.
+        read_load(connection.hello(of_another), Received(SMALL, chain))
+    release_all(wire)
+
+
+_GARBAGE: list[tuple[str, bytes]] = [
+    ("another preface", b"GET / HTTP/1.1\r\n\r\n"),
+    ("an unknown kind", PREFACE + bytes([77]) + bytes(23)),
+    ("a HELLO of another size", PREFACE + pack_header(MessageKind.HELLO, 49) + bytes(49)),
+    ("a shorter HELLO", PREFACE + pack_header(MessageKind.HELLO, 47) + bytes(47)),
+    ("a HELLO of almost all memory", PREFACE + pack_header(MessageKind.HELLO, 2**63)),
+    ("DATA before HELLO", PREFACE + pack_header(MessageKind.DATA, 4) + bytes(4)),
+    ("END before HELLO", PREFACE + pack_header(MessageKind.END, 0)),
+    ("an ERROR of too many bytes", PREFACE + pack_header(MessageKind.ERROR, 1 << 20)),
+]
+
+
+@pytest.mark.parametrize("data", [data for _, data in _GARBAGE], ids=[name for name, _ in _GARBAGE])
+def test_garbage_is_counted_and_its_connection_closed(daemon: DaemonProcess, wire: Wire, data: bytes) -> None:
+    before = refusals(daemon, "garbage")
+    with BulkSocket(wire, data) as connection:
+        assert connection.is_closed()
+    assert refusals(daemon, "garbage") == before + 1
+
+
+def test_a_client_may_leave_at_each_byte_of_its_first_messages(wire: Wire) -> None:
+    whole = PREFACE + pack_hello(bytes(32), wire.client_id)
+    for end in range(0, len(whole), 5):
+        with BulkSocket(wire, whole[:end]):
+            pass
+
+
+Sent = Callable[[BulkSocket, BlockChain], None]
+
+
+def _put(layer: int, first_block: int, size_bytes: int, offset_bytes: int = 0) -> Sent:
+    return lambda connection, _: connection.put(layer, first_block, bytes(size_bytes), offset_bytes)
+
+
+def _twice(connection: BulkSocket, _: BlockChain) -> None:
+    connection.put(0, 0, bytes(100))
+    connection.put(0, 0, bytes(100), 50)
+
+
+def _commit_of(size_bytes: int) -> Sent:
+    return lambda connection, _: connection.commit(bytes(size_bytes))
+
+
+_SLICE = slice_bytes(SMALL)
+_WRONG: dict[str, Sent] = {
+    "a layer beyond the last": _put(SMALL.layers, 0, 10),
+    "a block beyond the last": _put(0, 3, 10),
+    "the largest block": _put(0, 2**32 - 1, 10),
+    "an offset after the slice": _put(0, 0, 10, _SLICE),
+    "an offset near the largest": _put(0, 0, 10, 2**64 - 1),
+    "no bytes": _put(0, 0, 0),
+    "bytes beyond the last block": _put(0, 2, _SLICE + 1),
+    "a size near the largest": lambda connection, _: connection.socket.sendall(
+        pack_header(MessageKind.DATA, 2**64 - 1) + bytes(100)
+    ),
+    "bytes that were sent before": _twice,
+    "too few checksums": _commit_of(8),
+    "too many checksums": _commit_of(1 << 20),
+    "checksums near the largest": lambda connection, _: connection.socket.sendall(
+        pack_header(MessageKind.COMMIT, 2**64 - 8)
+    ),
+    "a HELLO": lambda connection, _: connection.socket.sendall(pack_hello(bytes(32), bytes(16))),
+    "a RESULT": lambda connection, _: connection.socket.sendall(pack_header(MessageKind.RESULT, 0)),
+}
+
+
+@pytest.mark.parametrize("send", _WRONG.values(), ids=_WRONG)
+def test_a_wrong_message_ends_its_save_alone(daemon: DaemonProcess, wire: Wire, send: Sent) -> None:
+    new = new_chain(SMALL, 3)
+    before = refusals(daemon, "frame")
+    with BulkSocket(wire) as first, BulkSocket(wire) as second:
+        opened = open_save(wire, SMALL, new, connections=2)
+        first.hello(opened.tickets[0])
+        second.hello(opened.tickets[1])
+        second.put(1, 0, bytes(10))
+        send(first, new)
+        assert isinstance(first.error(), InvalidFrame)
+        assert isinstance(second.error(), InvalidFrame)
+        assert first.is_closed() and second.is_closed()
+    assert refusals(daemon, "frame") == before + 1
+
+
+def test_bytes_of_blocks_that_are_not_wanted_end_the_save(wire: Wire, chain: BlockChain) -> None:
+    with BulkSocket(wire) as connection:
+        opened = open_save(wire, SMALL, chain)
+        assert not opened.blocks
+        connection.hello(*opened.tickets).put(0, 0, bytes(10))
+        assert isinstance(connection.error(), InvalidFrame)
+
+
+def test_a_commit_on_another_connection_than_the_first_ends_the_save(wire: Wire) -> None:
+    new = new_chain(SMALL, 1)
+    opened = open_save(wire, SMALL, new, connections=2)
+    with BulkSocket(wire) as second:
+        second.hello(opened.tickets[1]).commit(checksums_of(SMALL, new, [0]))
+        assert isinstance(second.error(), InvalidFrame)
+
+
+@pytest.mark.parametrize("sent", ["nothing", "HELLO", "half a header", "half of the bytes", "all but the COMMIT"])
+def test_a_client_that_goes_away_in_a_save_leaves_nothing(daemon: DaemonProcess, wire: Wire, sent: str) -> None:
+    new = new_chain(SMALL, 3)
+    opened = open_save(wire, SMALL, new)
+    with BulkSocket(wire) as connection:
+        connection.hello(*opened.tickets)
+        if sent == "half a header":
+            connection.socket.sendall(pack_header(MessageKind.DATA, 100)[:12])
+        elif sent == "half of the bytes":
+            connection.socket.sendall(pack_header(MessageKind.DATA, _SLICE) + bytes(_SLICE // 2))
+        elif sent == "all but the COMMIT":
+            for layer, slices in enumerate(layers_of(SMALL, new)):
+                connection.put(layer, 0, b"".join(each.tobytes() for each in slices))
+    until(lambda: wire.state()["uploads"] == 0)
+    until(lambda: transfers_running(daemon) == 0)
+
+
+def test_a_client_that_sends_nothing_more_is_ended_in_time(wire: Wire) -> None:
+    opened = open_save(wire, SMALL, new_chain(SMALL, 1))
+    with BulkSocket(wire) as connection:
+        connection.hello(*opened.tickets).put(0, 0, bytes(10))
+        assert isinstance(connection.error(), IncompleteSave)
+        assert connection.is_closed()
+
+
+def test_a_save_ends_with_the_attachment_of_its_client_while_bytes_arrive(daemon: DaemonProcess, wire: Wire) -> None:
+    with Wire(daemon.address) as leaving:
+        leaving.attach()
+        opened = open_save(leaving, SMALL, new_chain(SMALL, 200))
+        connection = BulkSocket(wire)
+        connection.hello(opened.tickets[0], leaving.client_id)
+        connection.socket.sendall(pack_header(MessageKind.DATA, 200 * _SLICE) + bytes(_SLICE))
+    with connection:
+        assert isinstance(connection.error(), TransferEnded)
+        assert connection.is_closed()
+    until(lambda: wire.state()["uploads"] == 0)
+
+
+def test_thousands_of_idle_connections_keep_no_client_out(daemon: DaemonProcess, wire: Wire, chain: BlockChain) -> None:
+    before = refusals(daemon, "full")
+    port = wire.capabilities().bulk_port
+    with ExitStack() as idle:
+        for _ in range(2000):
+            idle.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert refusals(daemon, "full") >= before + 2000 - _CONNECTIONS_MAX - 200  # Some are not yet accepted.
+        assert dict(samples(daemon))["kvservice_bulk_connections"] <= _CONNECTIONS_MAX
+
+        def loads() -> bool:  # Once the idle ones are a second old.
+            with suppress(ConnectionError):
+                load(wire, chain)
+                return True
+            release_all(wire)
+            return False
+
+        until(loads)
+
+
+def test_random_bytes_and_changed_messages_do_no_harm(wire: Wire, chain: BlockChain) -> None:
+    choose = random.Random(16)
+    for number in range(150):
+        if number % 50 == 49:  # A client may open few transfers that it never joins.
+            release_all(wire)
+            wire.attach()
+        is_save = bool(number % 3)
+        new = new_chain(SMALL, 2)
+        ticket = open_save(wire, SMALL, new).tickets[0] if is_save else open_load(wire, SMALL, chain)[0]
+        data = bytearray(PREFACE + pack_hello(ticket, wire.client_id))
+        for layer, slices in enumerate(layers_of(SMALL, new)):
+            payload = b"".join(each.tobytes() for each in slices)
+            data += pack_header(MessageKind.DATA, len(payload), layer=layer) + payload
+        data += pack_header(MessageKind.COMMIT, 8) + bytes(8)  # Of too few checksums: nothing is stored.
+        heads = [0, 8, 24, 32, 60, *(80 + layer * (24 + 2 * _SLICE) + choose.randrange(24) for layer in range(5))]
+        for _ in range(choose.randrange(1, 4)):
+            data[choose.choice([*heads, choose.randrange(len(data))])] = choose.randrange(256)
+        if number % 5 == 0:
+            data = bytearray(choose.randbytes(choose.randrange(400)))
+        with BulkSocket(wire, b"") as connection, suppress(OSError):
+            connection.socket.sendall(data[: choose.randrange(len(data) + 1)])
+            if choose.random() < 0.5:
+                connection.socket.shutdown(socket.SHUT_WR)
+                connection.is_closed()
+    release_all(wire)
+    until(lambda: wire.state()["uploads"] == 0)

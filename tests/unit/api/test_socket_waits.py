@@ -1,0 +1,79 @@
+"""When a thread that reads a socket continues: others have their turn, and no byte is waited for in vain."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from kvservice_api import copying
+from kvservice_api.socket_buffers import BLOCKED, MOVED, SocketBuffers
+
+LONG_S = 30.0
+
+
+@pytest.fixture
+def watched() -> Iterator[int]:
+    descriptor = os.eventfd(0)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def tcp() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """UNIX sockets take no notice of SO_RCVLOWAT."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
+        far, _ = listener.accept()
+        with far:
+            yield near, far
+
+
+def test_a_turn_ends_while_more_bytes_are_there_if_another_connection_can_move(watched: int) -> None:
+    if copying.native is None:
+        pytest.skip("in Python each call is a turn")
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        queued = 0
+        with suppress(BlockingIOError):
+            while True:
+                queued += near.send(bytes(16 << 10))
+        assert queued > 600 << 10, "more than a piece"
+        os.eventfd_write(watched, 1)
+        received = SocketBuffers([memoryview(bytearray(16 << 10)) for _ in range(1000)], summed=True)
+        why, count = received.receive(far, 1, LONG_S, watched)
+        assert why == MOVED and 0 < count < queued
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("missing", [1, 24, 5000, 300 << 10])
+def test_a_socket_is_readable_once_what_is_missing_has_come(
+    tcp: tuple[socket.socket, socket.socket],
+    watched: int,
+    is_native: bool,
+    missing: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also after more was missing before."""
+    if not is_native:
+        monkeypatch.setattr(copying, "native", None)
+    elif copying.native is None:
+        pytest.skip("the C extension is not built here")
+    near, far = tcp
+    readable = select.poll()
+    readable.register(far, select.POLLIN)
+    for size in (1 << 20, missing):
+        received = SocketBuffers([memoryview(bytearray(size))])
+        assert received.receive(far, 1, 0.0, watched) == (BLOCKED, 0)
+        rest = bytes(size)
+        while not received.is_done:
+            rest = rest[near.send(rest[: 256 << 10]) :]
+            if size == missing:
+                assert readable.poll(LONG_S * 1000)
+            while received.receive(far, 1, 0.0, watched)[0] != BLOCKED and not received.is_done:
+                pass

@@ -1,0 +1,200 @@
+"""The bulk port's connections, with the time as an argument: what closes them, and what they hold."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from kvservice.bulk.port import BulkPort
+from kvservice.store.types import Span
+from kvservice_api.bulk import PREFACE
+from kvservice_api.errors import BulkUnavailable
+from tests.clock import HandClock, passes
+from tests.stores import CALLER, until
+
+
+@pytest.fixture
+async def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+async def port(clock: HandClock) -> AsyncIterator[BulkPort]:
+    store: Any = None  # No transfer is opened.
+    port = BulkPort(store, clock, None, connections_max=3, idle_s=60.0, threads=2)
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    port.listen(bound)
+    port.start()
+    yield port
+    await port.close()
+
+
+async def connected(port: BulkPort, data: bytes = b"") -> socket.socket:
+    """A connection that the port has accepted."""
+    before = port.accepted
+    client = socket.create_connection(("127.0.0.1", port.port))
+    client.setblocking(False)
+    client.sendall(data)
+    await until(lambda: port.accepted > before)
+    return client
+
+
+async def is_closed(client: socket.socket, within_s: float = 30.0) -> bool:
+    async with asyncio.timeout(within_s):
+        try:
+            return await asyncio.get_running_loop().sock_recv(client, 1) == b""
+        except ConnectionError:
+            return True
+
+
+@pytest.mark.parametrize("data", [b"", PREFACE[:3], PREFACE, PREFACE + bytes([1]) + bytes(10)])
+async def test_a_connection_that_does_not_say_hello_in_time_is_closed(
+    port: BulkPort, clock: HandClock, data: bytes
+) -> None:
+    with await connected(port, data) as client:
+        clock.advance(seconds=9.0)
+        await asyncio.sleep(0)
+        assert port.connection_count == 1
+        await until(lambda: passes(clock) and not port.connection_count)
+        assert await is_closed(client)
+        assert port.refused["timeout"] == 1
+
+
+async def test_a_full_port_refuses_while_the_others_are_new(port: BulkPort) -> None:
+    opened = [await connected(port) for _ in range(3)]
+    with await connected(port) as late:
+        assert await is_closed(late)
+    assert port.refused["full"] == 1 and port.connection_count == 3
+    for each in opened:
+        each.close()
+
+
+async def test_an_old_connection_without_hello_makes_room(port: BulkPort, clock: HandClock) -> None:
+    opened = [await connected(port) for _ in range(3)]
+    clock.advance(seconds=1.0)
+    with await connected(port) as late:
+        assert await is_closed(opened[0])
+        assert port.connection_count == 3
+        late.close()
+    for each in opened:
+        each.close()
+
+
+async def test_no_connection_that_has_carried_a_transfer_makes_room_while_others_have_said_nothing(
+    port: BulkPort, clock: HandClock
+) -> None:
+    opened = [await connected(port) for _ in range(3)]
+    pooled = next(iter(port._connections.values()))
+    pooled.has_joined = pooled.is_pooled = True
+    clock.advance(seconds=0.5)
+    with await connected(port) as late:
+        assert await is_closed(late)
+    clock.advance(seconds=0.5)
+    opened += [await connected(port) for _ in range(2)]
+    assert await is_closed(opened[1]) and await is_closed(opened[2])
+    assert pooled in port._connections.values()
+    for each in opened:
+        each.close()
+
+
+async def test_the_longest_idle_connection_makes_room_but_none_that_gets_its_end(port: BulkPort) -> None:
+    opened = [await connected(port) for _ in range(3)]
+    ending, newer, older = port._connections.values()
+    for number, each in enumerate((ending, older, newer)):
+        each.has_joined, each.deadline_s = True, each.deadline_s + number
+    newer.is_pooled = older.is_pooled = True
+    with await connected(port) as late:
+        assert await is_closed(opened[2])
+        assert list(port._connections.values())[:2] == [ending, newer]
+        late.close()
+    for each_client in opened:
+        each_client.close()
+
+
+@pytest.mark.parametrize("data", [PREFACE[:3], PREFACE + bytes(10)])
+async def test_a_client_that_goes_in_its_first_message_is_counted(port: BulkPort, data: bytes) -> None:
+    (await connected(port, data)).close()
+    await until(lambda: not port.connection_count)
+    assert port.refused["lost"] == 1
+
+
+async def test_an_unexpected_error_ends_no_thread(clock: HandClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = None
+    port = BulkPort(store, clock, None, connections_max=3, idle_s=60.0, threads=1)
+    port.listen(bound := socket.socket())
+    port.start()
+    errors = [ValueError("of a test")]
+
+    def add(accepted: socket.socket) -> None:
+        accepted.close()
+        if errors:
+            raise errors.pop()
+        port.accepted += 1
+
+    monkeypatch.setattr(port, "_add", add)
+    clients = [socket.create_connection(("127.0.0.1", port.port)) for _ in range(2)]
+    await until(lambda: passes(clock) and port.accepted == 1)
+    for client in clients:
+        client.close()
+    await port.close()
+    bound.close()
+
+
+async def test_a_client_that_goes_leaves_no_connection(port: BulkPort) -> None:
+    (await connected(port, PREFACE)).close()
+    await until(lambda: not port.connection_count)
+    assert not any(port.refused.values())
+
+
+async def test_closing_the_port_closes_its_connections(port: BulkPort) -> None:
+    with await connected(port) as client:
+        await port.close()
+        assert await is_closed(client)
+
+
+class LockWithAHeldTurn:
+    """The thread that waits for the lock holds it until a thread has not got it, which `meanwhile` causes."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        self._meanwhile = meanwhile
+        self._lock, self._has_refused = threading.Lock(), threading.Event()
+
+    def acquire(self, blocking: bool = True) -> bool:
+        is_taken = self._lock.acquire(blocking)
+        if not is_taken:
+            self._has_refused.set()
+        return is_taken
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._meanwhile()
+        assert self._has_refused.wait(30.0)
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
+async def test_a_connection_that_can_move_while_turns_are_awaited_has_its_turn_afterwards(port: BulkPort) -> None:
+    with await connected(port) as client:
+        (connection,) = port._connections.values()
+        lock: Any = LockWithAHeldTurn(lambda: client.sendall(b"GET / HTTP/1.1"))
+        connection.lock = lock
+        await port.pass_turns([connection])
+        await until(lambda: port.refused["garbage"] == 1)
+
+
+async def test_without_a_listener_transfers_are_refused(clock: HandClock) -> None:
+    store: Any = None
+    port = BulkPort(store, clock, None, connections_max=3, idle_s=60.0, threads=1)
+    with pytest.raises(BulkUnavailable):
+        await port.open_load(CALLER, b"", 1, None, Span(), Span(), 1)
+    await port.close()

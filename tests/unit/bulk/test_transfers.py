@@ -1,0 +1,244 @@
+"""Loads and saves of the bulk port with a store: what they hold, and how they end. The port's time stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from google.rpc import status_pb2
+
+from kvservice.bulk.port import BulkPort, Opened
+from kvservice.bulk.transfers import OutgoingLoad, Transfer
+from kvservice.store.leases import Client
+from kvservice.store.types import Part, SaveOutcome, Span
+from kvservice_api.bulk import HEADER_BYTES, PREFACE, MessageKind, pack_hello, unpack_header
+from kvservice_api.errors import KVError, TransferEnded
+from kvservice_api.layout import Layout, Shard
+from kvservice_api.socket_buffers import SocketBuffers
+from kvservice_api.status import from_status
+from tests.clock import HandClock, passes
+from tests.stores import CALLER, MIB, OpenStore, caller_of, header_of, some_chain, some_images, until
+
+BIG = Layout(model_id="big", dtype="float32", layers=2, kv_heads=4, k_head_dim=64, v_head_dim=64, block_tokens=64)
+WHOLE = Shard.whole(BIG)
+BLOCKS = 40  # 10 MiB: more than the kernel keeps for a client that does not read.
+IDLE_S = 60.0
+
+
+@pytest.fixture
+async def opened(open_store: Callable[..., Any]) -> OpenStore:
+    store: OpenStore = await open_store(dram_bytes=32 * MIB)
+    await store.store.layouts.open(CALLER, BIG)
+    return store
+
+
+@pytest.fixture
+async def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+async def port(opened: OpenStore, clock: HandClock) -> AsyncIterator[BulkPort]:
+    port = BulkPort(opened.store, clock, None, connections_max=8, idle_s=IDLE_S, threads=2)
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)  # Accepted sockets have the same.
+    bound.bind(("127.0.0.1", 0))
+    port.listen(bound)
+    port.start()
+    yield port
+    await port.close()
+
+
+@pytest.fixture
+async def leased(opened: OpenStore, client: Client) -> int:
+    """A lease of stored blocks."""
+    chain = some_chain(BLOCKS, layout=BIG)
+    images = some_images(chain, shard=WHOLE, layout=BIG)
+    await opened.save(client, chain, images, shard=WHOLE, layout=BIG)
+    lease = opened.lookup(client, chain.keys, shard=WHOLE, layout=BIG)
+    assert lease is not None and len(lease.rows) == BLOCKS
+    return lease.lease_id
+
+
+async def open_load(port: BulkPort, client: Client, lease_id: int) -> Opened:
+    return await port.open_load(caller_of(client), b"", lease_id, None, Span(), Span(), 1)
+
+
+def joined(port: BulkPort, client: Client, opened: Opened) -> socket.socket:
+    """A connection that takes little before it is read from."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", port.port))
+    connection.setblocking(False)
+    connection.send(PREFACE + pack_hello(opened.tickets[0], client.client_id))
+    return connection
+
+
+async def receive(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = await asyncio.get_running_loop().sock_recv(connection, size - len(data))
+        assert more, "closed"
+        data += more
+    return data
+
+
+async def error_on(connection: socket.socket) -> KVError:
+    """Of the next message."""
+    header = unpack_header(await receive(connection, HEADER_BYTES))
+    assert header.kind is MessageKind.ERROR
+    return from_status(status_pb2.Status.FromString(await receive(connection, header.size_bytes)))
+
+
+async def test_blocks_of_a_load_that_ends_late_are_free_when_its_client_leaves(
+    opened: OpenStore, port: BulkPort, clock: HandClock, client: Client, leased: int
+) -> None:
+    with joined(port, client, await open_load(port, client, leased)):
+        await until(lambda: passes(clock) and bool(opened.counters.loads_failed))  # It waits for what has begun.
+        assert opened.blocks.holds.any()
+        opened.leases.detach(caller_of(client), client)
+        await until(lambda: not opened.blocks.holds.any())
+        await until(lambda: not port.connection_count)
+
+
+async def test_a_load_whose_client_leaves_before_its_first_step_ends(
+    opened: OpenStore, port: BulkPort, client: Client, leased: int
+) -> None:
+    opening = asyncio.ensure_future(open_load(port, client, leased))
+    asyncio.get_running_loop().call_soon(lambda: opened.leases.detach(caller_of(client), client))
+    with joined(port, client, await opening) as connection:
+        assert isinstance(await error_on(connection), TransferEnded)
+    assert port.ended["load", "TRANSFER_ENDED"] == 1
+
+
+async def test_a_save_whose_client_leaves_before_its_first_step_ends(
+    opened: OpenStore, port: BulkPort, client: Client
+) -> None:
+    header = header_of(some_chain(2, layout=BIG), shard=WHOLE, layout=BIG)
+    opening = asyncio.ensure_future(port.open_save(caller_of(client), b"", header, 1, no_answer, on_ssd=False))
+    asyncio.get_running_loop().call_soon(lambda: opened.leases.detach(caller_of(client), client))
+    with pytest.raises(TransferEnded):
+        await opening
+    assert port.ended["save", "TRANSFER_ENDED"] == 1
+
+
+def no_answer(_: SaveOutcome) -> bytes:
+    return b""
+
+
+class Interrupted:
+    """A connection whose thread looks for the final message as soon as it is interrupted."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self.deadline_s, self.written = 0.0, b""
+        self.reader = threading.Thread(target=self._finish)
+
+    @property
+    def is_interrupted(self) -> bool:
+        return self.reader.ident is not None
+
+    @is_interrupted.setter
+    def is_interrupted(self, value: bool) -> None:
+        if value:
+            self.reader.start()
+            self.reader.join(0.1)  # It finds no message until the transfer is ended.
+
+    def _finish(self) -> None:
+        connection: Any = self
+        list(self._transfer.finish(connection))
+
+    def write(self, buffers: SocketBuffers) -> Iterator[int]:
+        near, far = socket.socketpair()
+        with near, far:
+            buffers.send(near, 0, 1.0)
+            self.written = far.recv(100)
+        yield 0
+
+
+async def test_a_connection_that_is_interrupted_first_waits_for_the_final_message(
+    port: BulkPort, clock: HandClock
+) -> None:
+    load = OutgoingLoad(port, clock, b"", b"", IDLE_S)
+    connection: Any = Interrupted(load)
+    load.join(connection, 0)
+    connection.fd = 1 << 20  # Never open.
+    load.end(b"the end")
+    connection.reader.join()
+    assert connection.written == b"the end"
+
+
+class InAMessage:
+    """A connection that takes a turn for each message, and another one to wait."""
+
+    def write(self, buffers: SocketBuffers) -> Iterator[str]:
+        yield "writes"
+
+    def wait(self) -> Iterator[str]:
+        yield "waits"
+
+
+async def test_the_last_message_of_a_load_that_was_stopped_is_not_its_end(port: BulkPort, clock: HandClock) -> None:
+    load = OutgoingLoad(port, clock, b"", b"", IDLE_S)
+    connection: Any = InAMessage()
+    load.join(connection, 0)
+    load.put([Part(0, block, 0, [memoryview(b"some")], []) for block in range(2)], is_last=True)
+    steps: Any = load.talk(connection)
+    assert next(steps) == "writes"
+    stopping = asyncio.ensure_future(load.stop())
+    await asyncio.sleep(0)
+    assert next(steps) == "waits"
+    stopping.cancel()
+    with suppress(asyncio.CancelledError):
+        await stopping
+
+
+async def test_a_load_counts_as_open_until_its_client_has_taken_the_end(port: BulkPort, clock: HandClock) -> None:
+    load = OutgoingLoad(port, clock, b"", b"", IDLE_S)
+    connection: Any = Interrupted(load)
+    connection.fd = 1 << 20
+    load.join(connection, 0)
+    waiting = asyncio.ensure_future(load.until_taken())
+    await asyncio.sleep(0)
+    connection.reader.join()
+    assert connection.deadline_s == clock.monotonic_s() + IDLE_S
+    done, _ = await asyncio.wait({waiting}, timeout=0.02)
+    assert not done
+    load.left(connection)
+    await waiting
+
+
+async def test_a_client_that_reads_little_by_little_is_ended_in_time(
+    opened: OpenStore, port: BulkPort, clock: HandClock, client: Client, leased: int
+) -> None:
+    with joined(port, client, await open_load(port, client, leased)) as connection:
+        for _ in range(200):
+            with suppress(BlockingIOError):
+                connection.recv(4096)
+            await asyncio.sleep(0.002)
+            clock.advance(seconds=1)
+            if opened.counters.loads_failed:
+                break
+        assert opened.counters.loads_failed
+        await until(lambda: passes(clock) and not opened.blocks.holds.any())
+
+
+async def test_a_client_that_waited_for_the_daemon_has_its_whole_time_from_then_on(
+    port: BulkPort, clock: HandClock
+) -> None:
+    load = OutgoingLoad(port, clock, b"", b"", IDLE_S)
+    clock.advance(seconds=IDLE_S + 1)  # For a read from SSD.
+    load.put([Part(0, 0, 0, [memoryview(bytes(10))], [])], is_last=True)
+    waiting = asyncio.ensure_future(load.until_sent(10))
+    await asyncio.sleep(0)
+    clock.advance(seconds=IDLE_S - 1)
+    done, _ = await asyncio.wait({waiting}, timeout=0.05)
+    assert not done
+    clock.advance(seconds=1)
+    with pytest.raises(KVError, match="read nothing"):
+        await waiting

@@ -1,0 +1,612 @@
+"""The client's end of the bulk port, against a daemon that misbehaves on demand."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvservice_api.bulk import MessageKind, pack_header
+from kvservice_api.errors import (
+    BulkUnavailable,
+    Cancelled,
+    ChecksumMismatch,
+    DeadlineExceeded,
+    InvalidFrame,
+    TransferEnded,
+)
+from kvservice_api.image import checksum, layer_starts
+from kvservice_api.socket_buffers import SocketBuffers
+from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import BlockChain, Durability, Layout, Shard, TlsFiles
+from kvservice_client.buffers import Bytes
+from kvservice_client.retry import Deadline, TransferDeadline, Watchdog
+from kvservice_client.transports import bulk_transfer
+from kvservice_client.transports.base import LoadOrder, Mismatch, NotCarried, SaveOrder
+from kvservice_client.transports.bulk import BulkTransport
+from kvservice_client.transports.bulk_connections import BulkConnection, Endpoint
+from tests.bulk_daemon import BulkDaemon, Unit, error_bytes, send
+from tests.certificates import Authority
+from tests.clock import ClientClock
+from tests.daemon import NEVER_S, SOON_S, until
+
+TINY = Layout("tiny", "uint8", layers=3, kv_heads=1, k_head_dim=1, v_head_dim=0, block_tokens=4)
+ODD = Layout("odd", "float32", layers=5, kv_heads=3, k_head_dim=33, v_head_dim=17, block_tokens=96)
+LARGE = Layout("large", "float16", layers=6, kv_heads=6, k_head_dim=128, v_head_dim=128, block_tokens=512)  # 1.5 MiB.
+ID = bytes(16)
+
+
+def order_of(layout: Layout, token_counts: list[int], *, into: bool = True, first_layer: int = 0) -> LoadOrder:
+    starts = layer_starts(layout, Shard.whole(layout), token_counts)
+    buffers = [np.zeros(each[-1], np.uint8) for each in starts] if into else None
+    return LoadOrder(
+        ID, 1, 0, buffers, layout, Shard.whole(layout), token_counts, lambda: True, first_layer=first_layer
+    )
+
+
+def content(order: LoadOrder) -> list[Bytes]:
+    generator = np.random.default_rng(5)
+    return [generator.integers(0, 256, order.block_starts(each)[-1], np.uint8) for each in range(order.layer_count)]
+
+
+def units_of(order: LoadOrder, layers: list[Bytes], blocks_each: int = 1) -> list[Unit]:
+    units = []
+    for layer in range(order.first_layer, order.layer_count):
+        cuts = [*range(0, order.block_count, blocks_each), order.block_count]
+        starts = order.block_starts(layer)
+        units += [(layer, a, layers[layer][starts[a] : starts[b]].tobytes()) for a, b in pairwise(cuts)]
+    return units
+
+
+def checksums_of(order: LoadOrder, units: list[Unit]) -> dict[int, bytes]:
+    """Of the slices of each unit."""
+    found = {}
+    for number, (layer, block, data) in enumerate(units):
+        sums, starts = b"", order.block_starts(layer)
+        while data:
+            size = starts[block + 1] - starts[block]
+            sums += checksum(data[:size]).to_bytes(8, "little")
+            block, data = block + 1, data[size:]
+        found[number] = sums
+    return found
+
+
+def whole(seconds: float = NEVER_S) -> TransferDeadline:
+    return TransferDeadline(seconds, ClientClock())
+
+
+class CountingDeadline(TransferDeadline):
+    """Its time stands still. Counts its answers that begin."""
+
+    def __init__(self, layer_s: float, idle_s: float) -> None:
+        clock = ClientClock()
+        super().__init__(layer_s, clock, Watchdog(clock), idle_s)
+        self._changed = threading.Condition()
+        self.begun = 0
+
+    def begin_answer(self) -> None:
+        super().begin_answer()
+        with self._changed:
+            self.begun += 1
+            self._changed.notify_all()
+
+    def begins_again(self, before: int) -> bool:
+        """Whether it does in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.begun > before, 5.0)
+
+
+@pytest.fixture(params=[1, 3], ids=["one connection", "three connections"])
+def connections(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(bulk_transfer, "_connections", lambda size_bytes, rtt_s, with_tls: request.param)
+    count: int = request.param
+    return count
+
+
+@pytest.fixture
+def large(connections: int) -> Iterator[tuple[BulkDaemon, BulkTransport, LoadOrder, list[Bytes]]]:
+    """A load of 36 MiB: far more than the sockets hold."""
+    order = order_of(LARGE, [512] * 4)
+    layers = content(order)
+    with BulkDaemon(units_of(order, layers)) as daemon:
+        transport = BulkTransport(daemon.connection())
+        yield daemon, transport, order, layers
+        transport.close()
+
+
+Large = tuple[BulkDaemon, BulkTransport, LoadOrder, list[Bytes]]
+
+
+def hold(released: threading.Event, number: int) -> Callable[[int, socket.socket], None]:
+    """From unit `number` on, the daemon sends nothing until it is released."""
+    return lambda unit, connection: None if unit < number else (released.wait(SOON_S), None)[1]
+
+
+class TestALoad:
+    @settings(max_examples=25, deadline=None)
+    @given(data=st.data())
+    def test_of_any_blocks_in_any_units_on_any_connections_is_bit_for_bit(self, data: st.DataObject) -> None:
+        layout = data.draw(st.sampled_from([TINY, ODD, LARGE]))
+        blocks = data.draw(st.integers(1, 4 if layout is LARGE else 40))
+        counts = [layout.block_tokens] * (blocks - 1) + [data.draw(st.integers(1, layout.block_tokens))]
+        first_layer = data.draw(st.integers(0, layout.layers - 1))
+        order = order_of(layout, counts, into=data.draw(st.booleans()), first_layer=first_layer)
+        layers, count = content(order), data.draw(st.integers(1, 4))
+        units = units_of(order, layers, data.draw(st.integers(1, blocks)))
+        with BulkDaemon(units) as daemon, pytest.MonkeyPatch.context() as patch:
+            if data.draw(st.booleans()):
+                daemon.checksums = checksums_of(order, units)
+            patch.setattr(bulk_transfer, "_connections", lambda size_bytes, rtt_s, with_tls: count)
+            patch.setattr(bulk_transfer, "_FAR_RTT_S", data.draw(st.sampled_from([0.0, 1.0])))
+            transport = BulkTransport(daemon.connection())
+            loaded = list(transport.load(order, whole()))
+            transport.close()
+        assert all(map(np.array_equal, loaded, layers[first_layer:])) and len(loaded) == layout.layers - first_layer
+
+    def test_after_another_uses_its_connections_again(self, large: Large, connections: int) -> None:
+        daemon, transport, order, layers = large
+        for _ in range(3):
+            assert all(map(np.array_equal, transport.load(order, whole()), layers))
+        assert daemon.accepted == connections
+
+    def test_gives_its_first_layer_before_the_daemon_has_the_second(self, large: Large) -> None:
+        daemon, transport, order, layers = large
+        released = threading.Event()
+        daemon.before_unit = hold(released, 4)
+        load = transport.load(order, whole())
+        assert np.array_equal(next(load), layers[0])
+        released.set()
+        assert all(map(np.array_equal, load, layers[1:]))
+
+    def test_whose_connection_breaks_is_left_to_the_next_transport(self, large: Large) -> None:
+        daemon, transport, order, _ = large
+        daemon.before_unit = lambda unit, connection: daemon.drop_connections() if unit == 10 else None
+        with pytest.raises(NotCarried, match="broke"):
+            list(transport.load(order, whole()))
+
+    def test_of_a_damaged_block_raises_what_the_daemon_says(self, large: Large) -> None:
+        daemon, transport, order, _ = large
+
+        def damaged(unit: int, connection: socket.socket) -> None:
+            if unit == 10:
+                send(connection, MessageKind.ERROR, error_bytes(ChecksumMismatch("bad", block="2")))
+
+        daemon.before_unit = damaged
+        with pytest.raises(ChecksumMismatch) as caught:
+            list(transport.load(order, whole()))
+        assert caught.value.details["block"] == "2"
+
+    def test_of_bytes_that_are_not_the_stored_ones_is_left_to_the_next_transport(self, large: Large) -> None:
+        daemon, transport, order, layers = large
+        daemon.checksums = checksums_of(order, daemon.units)
+        layer, block, data = daemon.units[10]
+        daemon.units[10] = layer, block, data[:-1] + bytes([data[-1] ^ 1])
+        loaded: list[Bytes] = []
+        with pytest.raises(Mismatch, match=f"layer {layer}"):
+            loaded.extend(transport.load(order, whole()))
+        assert len(loaded) <= layer and all(map(np.array_equal, loaded, layers))
+
+    @pytest.mark.parametrize(
+        "checksums", [bytes(16), bytes(8 * 5), bytes(9)], ids=["of two slices", "of too many", "of half a checksum"]
+    )
+    def test_does_not_take_checksums_of_other_slices(self, large: Large, checksums: bytes) -> None:
+        daemon, transport, order, _ = large
+        daemon.checksums = {10: checksums}
+        with pytest.raises(InvalidFrame, match=r"CHECKSUMS|checksums"):
+            list(transport.load(order, whole()))
+
+    def test_with_a_ticket_that_is_not_known_is_left_to_the_next_transport(self, large: Large) -> None:
+        daemon, transport, order, _ = large
+        daemon.forgets_tickets = True
+        with pytest.raises((TransferEnded, NotCarried)):
+            list(transport.load(order, whole()))
+
+    @pytest.mark.parametrize(
+        ("kind", "fields", "size"),
+        [
+            (MessageKind.DATA, {"layer": 9}, 8),
+            (MessageKind.DATA, {"first_block": 4}, 8),
+            (MessageKind.DATA, {"offset_bytes": 2**40}, 8),
+            (MessageKind.DATA, {"layer": 0, "first_block": 0}, 8),  # It came before.
+            (MessageKind.DATA, {}, 0),
+            (MessageKind.RESULT, {}, 8),
+            (MessageKind.ERROR, {}, 8),  # No status.
+            (MessageKind.CHECKSUMS, {"layer": 5}, 8),  # Not of the DATA that follows.
+        ],
+    )
+    def test_does_not_take_bytes_for_places_that_it_does_not_have(
+        self, large: Large, kind: MessageKind, fields: dict[str, int], size: int
+    ) -> None:
+        daemon, transport, order, _ = large
+        daemon.before_unit = lambda unit, connection: (
+            send(connection, kind, bytes(size), **fields) if unit == 9 else None
+        )
+        with pytest.raises(InvalidFrame):
+            list(transport.load(order, whole()))
+
+
+class TestTheEndOfALoad:
+    @pytest.fixture
+    def held(self, large: Large) -> Iterator[Large]:
+        """The daemon sends one layer, and of the next one nothing."""
+        released = threading.Event()
+        large[0].before_unit = hold(released, 4)
+        yield large
+        released.set()
+
+    def check_nothing_runs(self) -> None:
+        """No thread is left that could write into the caller's buffers."""
+        assert not [each for each in threading.enumerate() if each.name == "kvservice-bulk"]
+
+    def test_comes_with_its_time(self, held: Large) -> None:
+        _, transport, order, layers = held
+        load = transport.load(order, TransferDeadline(0.3, Deadline(1).clock))
+        assert np.array_equal(next(load), layers[0])
+        with pytest.raises(DeadlineExceeded, match="allowed for this call"):
+            next(load)
+        self.check_nothing_runs()
+
+    @pytest.mark.parametrize(("layer_s", "idle_s", "match"), [(0.1, None, "layer"), (NEVER_S, 0.1, "sent nothing")])
+    def test_comes_with_the_time_of_a_layer(
+        self, held: Large, layer_s: float, idle_s: float | None, match: str
+    ) -> None:
+        _, transport, order, layers = held
+        client: Any = transport._connection
+        deadline = TransferDeadline(layer_s, client.clock, client.watchdog, idle_s)
+        load = transport.load(order, deadline)
+        with deadline.layer(NEVER_S):
+            assert np.array_equal(next(load), layers[0])
+        with deadline.layer(), pytest.raises(DeadlineExceeded, match=match):
+            next(load)
+        self.check_nothing_runs()
+
+    def test_is_put_off_by_each_part_of_a_slice_that_arrives(self, large: Large) -> None:
+        daemon, transport, order, layers = large
+        deadline = CountingDeadline(NEVER_S, idle_s=0.4)
+        were_noted = []
+
+        def in_parts(unit: int, connection: socket.socket) -> None:
+            if unit == 11:  # The last one of the third layer.
+                layer, first_block, data = daemon.units[unit]
+                connection.sendall(pack_header(MessageKind.DATA, len(data), layer=layer, first_block=first_block))
+                for begin in range(0, len(data), len(data) // 4):
+                    before = deadline.begun
+                    connection.sendall(data[begin : begin + len(data) // 4])
+                    were_noted.append(deadline.begins_again(before))
+                raise IndexError  # The connection ends: the unit was sent.
+
+        daemon.before_unit = in_parts
+        load = transport.load(order, deadline)
+        for expected in layers[:3]:
+            with deadline.layer():
+                assert np.array_equal(next(load), expected)
+        load.close()
+        assert were_noted[:3] == [True] * 3
+
+    def test_comes_with_cancel_from_another_thread(self, held: Large) -> None:
+        _, transport, order, _ = held
+        deadline = whole()
+        load = transport.load(order, deadline)
+        next(load)
+        canceller = threading.Timer(0.1, lambda: deadline.cancel(Cancelled("enough")))
+        canceller.start()
+        begin_s = time.monotonic()
+        with pytest.raises(Cancelled):
+            next(load)
+        assert time.monotonic() - begin_s < SOON_S
+        self.check_nothing_runs()
+
+    def test_comes_when_it_is_closed(self, held: Large) -> None:
+        _, transport, order, _ = held
+        load = transport.load(order, whole())
+        next(load)
+        load.close()
+        self.check_nothing_runs()
+
+    def test_comes_when_the_client_is_closed(self, held: Large) -> None:
+        _, transport, order, _ = held
+        load = transport.load(order, whole())
+        next(load)
+        transport.close()
+        with pytest.raises(NotCarried):
+            next(load)
+        self.check_nothing_runs()
+        with pytest.raises(BulkUnavailable, match="closed"):
+            next(transport.load(order, whole()))
+
+    def test_comes_when_a_connection_broke_within_its_first_message(self, large: Large, connections: int) -> None:
+        if connections == 1:
+            pytest.skip("there is no other connection")
+        daemon, transport, order, _ = large
+        first: list[socket.socket] = []
+        has_broken = threading.Event()
+
+        def broken(unit: int, connection: socket.socket) -> None:
+            first.append(connection)
+            if connection is first[0]:
+                _ = unit < 6 or has_broken.wait(SOON_S)
+                return
+            layer, first_block, data = daemon.units[unit]
+            connection.sendall(pack_header(MessageKind.DATA, len(data), layer=layer, first_block=first_block) + b"a")
+            connection.shutdown(socket.SHUT_RDWR)
+            has_broken.set()
+            raise IndexError
+
+        daemon.before_unit = broken
+        with pytest.raises(NotCarried):
+            list(transport.load(order, whole()))
+        self.check_nothing_runs()
+
+    def test_comes_when_no_thread_can_be_started(self, large: Large, connections: int) -> None:
+        _, transport, order, layers = large
+        real = threading.Thread.start
+
+        def start(thread: threading.Thread) -> None:
+            if thread.name == "kvservice-bulk":
+                raise RuntimeError("can't start new thread")
+            real(thread)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            if connections == 1:
+                assert all(map(np.array_equal, transport.load(order, whole()), layers))
+            else:
+                with pytest.raises(NotCarried, match="no thread"):
+                    list(transport.load(order, whole()))
+
+    def test_comes_with_a_signal_while_a_thread_starts(self, large: Large, connections: int) -> None:
+        if connections == 1:
+            pytest.skip("it needs no thread")
+        _, transport, order, _ = large
+        real = threading.Thread.start
+
+        def start(thread: threading.Thread) -> None:
+            real(thread)
+            if thread.name == "kvservice-bulk":
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(KeyboardInterrupt):
+                list(transport.load(order, whole()))
+        self.check_nothing_runs()
+
+    def test_a_deadline_that_has_passed_does_not_open_a_transfer(self, large: Large) -> None:
+        daemon, transport, order, _ = large
+        with pytest.raises(DeadlineExceeded):
+            next(transport.load(order, whole(0)))
+        assert not daemon.opened
+
+
+class TestASave:
+    @settings(max_examples=25, deadline=None)
+    @given(data=st.data())
+    def test_of_any_blocks_on_any_connections_stores_every_byte(self, data: st.DataObject) -> None:
+        layout = data.draw(st.sampled_from([TINY, ODD, LARGE]))
+        blocks = data.draw(st.integers(1, 4 if layout is LARGE else 40))
+        counts = [layout.block_tokens] * (blocks - 1) + [data.draw(st.integers(1, layout.block_tokens))]
+        wanted = sorted(data.draw(st.sets(st.integers(0, blocks - 1))))
+        count = data.draw(st.integers(1, 4))
+        order = save_order(layout, counts)
+        with BulkDaemon() as daemon, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bulk_transfer, "_connections", lambda size_bytes, rtt_s, with_tls: count)
+            daemon.wanted = wanted
+            daemon.slices = [[bytearray(each.size) for each in slices] for slices in order.layers]
+            transport = BulkTransport(daemon.connection())
+            results, sent_bytes = transport.save(order, Deadline(SOON_S))
+            transport.close()
+        assert results[0].stored == len(wanted)
+        assert sent_bytes == sum(slices[block].size for slices in order.layers for block in wanted)
+        for slices, arrived in zip(order.layers, daemon.slices, strict=True):
+            for block, piece in enumerate(slices):
+                assert bytes(arrived[block]) == (piece.tobytes() if block in wanted else bytes(piece.size))
+
+    def test_of_which_nothing_is_wanted_uses_one_connection(self, connections: int) -> None:
+        order = save_order(LARGE, [512] * 4)
+        with BulkDaemon() as daemon, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                bulk_transfer, "_connections", lambda size_bytes, rtt_s, with_tls: connections if size_bytes else 1
+            )
+            daemon.slices = [[bytearray(each.size) for each in slices] for slices in order.layers]
+            transport = BulkTransport(daemon.connection())
+            assert transport.save(order, Deadline(SOON_S))[1] == 0
+            transport.close()
+            assert daemon.accepted == 1
+
+    def test_whose_connections_break_is_left_to_the_next_transport(self, connections: int) -> None:
+        order = save_order(LARGE, [512] * 4)
+        with BulkDaemon() as daemon:
+            daemon.wanted, daemon.slices = [0, 1, 2, 3], []  # It does not know where to put them.
+            transport = BulkTransport(daemon.connection())
+            with pytest.raises(NotCarried):
+                transport.save(order, Deadline(SOON_S))
+            transport.close()
+
+
+def save_order(layout: Layout, counts: list[int]) -> SaveOrder:
+    load = order_of(layout, counts, into=False)
+    layers = [
+        [layer[a:b] for a, b in pairwise(load.block_starts(number))] for number, layer in enumerate(content(load))
+    ]
+    chain = BlockChain(bytes(32), tuple(bytes([number]) * 32 for number in range(len(counts))), tuple(counts))
+    return SaveOrder(ID, [chain], Durability.DRAM, layout, Shard.whole(layout), layers, 2**20)
+
+
+class TestThePort:
+    def test_without_a_listener_is_reported_once_and_tried_again_later(self, caplog: pytest.LogCaptureFixture) -> None:
+        order, clock = order_of(ODD, [96]), ClientClock()
+        with BulkDaemon(units_of(order, content(order))) as daemon:
+            daemon.stop_listening()
+            transport = BulkTransport(daemon.connection(clock))
+            for _ in range(2):
+                with pytest.raises(BulkUnavailable, match="cannot be reached"):
+                    next(transport.load(order, whole()))
+            with pytest.raises(BulkUnavailable):
+                transport.check_offered(whole())
+            assert len([each for each in caplog.records if "cannot be reached" in each.message]) == 1
+            clock.advance(seconds=31)
+            transport.check_offered(whole())
+            assert not daemon.opened, "a transfer would hold memory until its tickets expire"
+
+    def test_that_refuses_a_new_ticket_is_another_daemons_and_not_used_for_a_while(
+        self, connections: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        order, clock = order_of(LARGE, [512] * 4), ClientClock()
+        with BulkDaemon(units_of(order, content(order))) as daemon:
+            daemon.forgets_tickets = True
+            transport = BulkTransport(daemon.connection(clock))
+            with pytest.raises(TransferEnded):
+                list(transport.load(order, whole()))
+            for _ in range(2):
+                with pytest.raises(BulkUnavailable, match="leads to another daemon"):
+                    list(transport.load(order, whole()))
+            assert len([each for each in caplog.records if "another daemon" in each.message]) == 1
+            assert len(daemon.opened) == 1
+            clock.advance(seconds=31)
+            transport.check_offered(whole())
+            transport.close()
+
+    def test_that_does_not_answer_costs_a_second_at_most(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        order = order_of(ODD, [96])
+        monkeypatch.setattr("kvservice_client.transports.bulk_connections.CONNECT_S", 0.1)
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as full, BulkDaemon() as daemon:
+            port = full.getsockname()[1]
+            waiting = [socket.socket() for _ in range(4)]  # They fill the backlog: more connections get no answer.
+            for each in waiting:
+                each.setblocking(False)
+                each.connect_ex(("127.0.0.1", port))
+            daemon.port = port
+            transport = BulkTransport(daemon.connection())
+            begin_s = time.monotonic()
+            with pytest.raises(BulkUnavailable):
+                next(transport.load(order, whole()))
+            assert time.monotonic() - begin_s < SOON_S
+            until(lambda: transport._pool._unreachable is not None)
+            client: Any = transport._connection
+            for layer_s, idle_s in [(0.1, None), (SOON_S, 0.01)]:
+                other = BulkTransport(daemon.connection())
+                deadline = TransferDeadline(layer_s, client.clock, client.watchdog, idle_s)
+                with deadline.layer(), pytest.raises(BulkUnavailable, match="not ready"):
+                    next(other.load(order, deadline))
+                assert deadline.remaining_s, "the next transport has time left"
+                until(lambda other=other: other._pool._unreachable is not None)  # type: ignore[misc]
+            for each in waiting:
+                each.close()
+            assert not daemon.opened
+
+    def test_whose_name_is_found_slowly_is_used_by_the_next_load(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        order, found, real = order_of(ODD, [96]), threading.Event(), socket.getaddrinfo
+
+        def slow(*args: Any, **options: Any) -> Any:
+            found.wait(SOON_S)
+            return real(*args, **options)
+
+        with BulkDaemon(units_of(order, content(order))) as daemon:
+            transport = BulkTransport(daemon.connection())
+            monkeypatch.setattr(socket, "getaddrinfo", slow)
+            for _ in range(2):
+                with pytest.raises(BulkUnavailable, match="not ready"):
+                    next(transport.load(order, TransferDeadline(0.1, Deadline(1).clock)))
+            found.set()
+            until(lambda: bool(transport._pool._idle))
+            assert all(map(np.array_equal, transport.load(order, whole()), content(order)))
+            assert daemon.accepted == 1
+            transport.close()
+
+    def test_is_reached_at_the_second_address_of_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        order, real = order_of(ODD, [96]), BulkConnection.connect
+        limits = []
+
+        def connect(self: BulkConnection, address: Any, context: Any, limit: Deadline) -> None:
+            limits.append(limit.allowed_s)
+            if len(limits) == 1:
+                raise TimeoutError
+            real(self, address, context, limit)
+
+        monkeypatch.setattr(BulkConnection, "connect", connect)
+        with BulkDaemon(units_of(order, content(order))) as daemon:
+            transport = BulkTransport(daemon.connection(ClientClock()))
+            both = [(socket.AF_INET, 1, 6, "", ("127.0.0.1", daemon.port))] * 2
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+            assert all(map(np.array_equal, transport.load(order, whole()), content(order)))
+            transport.close()
+        assert limits == [0.5, 1.0], "each address has its part of the second"
+
+    def test_is_connected_to_again_after_the_daemon_has_closed_or_was_restarted(self, large: Large) -> None:
+        daemon, transport, order, layers = large
+        assert all(map(np.array_equal, transport.load(order, whole()), layers))
+        before = daemon.accepted
+        daemon.drop_connections()
+        until(lambda: all(each.is_stale for each in transport._pool._idle))
+        assert all(map(np.array_equal, transport.load(order, whole()), layers))
+        daemon.boot_epoch += 1
+        assert all(map(np.array_equal, transport.load(order, whole()), layers))
+        assert daemon.accepted == 3 * before
+
+    def test_is_connected_to_again_if_the_tls_files_or_the_daemon_change_while_a_transfer_is_opened(self) -> None:
+        order = order_of(ODD, [96])
+        layers = content(order)
+
+        class Changing(BulkDaemon):
+            def open(self, request: pb.OpenTransferRequest) -> pb.OpenTransferResponse:
+                self.boot_epoch = 2
+                return super().open(request)
+
+        with Changing(units_of(order, layers)) as daemon:
+            transport = BulkTransport(daemon.connection())
+            assert all(map(np.array_equal, transport.load(order, whole()), layers))
+            assert daemon.accepted == 2
+            transport.close()
+
+    def test_with_tls_shows_the_certificate_of_its_name_or_is_not_used(self, tmp_path: Path, connections: int) -> None:
+        authority = Authority()
+        pair, mine = authority.issue().write(tmp_path), authority.issue("client").write(tmp_path, "client")
+        ca = authority.write(tmp_path, "ca")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*pair)
+        context.load_verify_locations(ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+        order = order_of(LARGE, [512] * 2)
+        layers, contents = content(order), TlsFiles(ca, *mine).read()
+        with BulkDaemon(units_of(order, layers), context=context) as daemon:
+            transport = BulkTransport(daemon.connection(tls=(contents, "127.0.0.1")))
+            for _ in range(2):
+                assert all(map(np.array_equal, transport.load(order, whole()), layers))
+            assert daemon.accepted == connections
+            transport.close()
+            other = BulkTransport(daemon.connection(tls=(contents, "kv.example.com")))
+            with pytest.raises(BulkUnavailable, match="certificate"):
+                next(other.load(order, whole()))
+
+
+def test_a_deadline_ends_a_wait_for_bytes_that_came_until_shortly_before() -> None:
+    near, far = socket.socketpair()
+    connection = BulkConnection(socket.AF_UNIX, Endpoint("here", 1, 1, None))
+    connection.close()
+    connection._socket = near
+    comes_until_s = time.monotonic() + 0.5
+
+    def send_some() -> None:
+        while time.monotonic() < comes_until_s:
+            far.sendall(bytes(128 << 10))
+            time.sleep(0.02)
+
+    sender = threading.Thread(target=send_some)
+    with near, far:
+        sender.start()
+        began_s = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            connection.receive(SocketBuffers([memoryview(bytearray(64 << 20))]), Deadline(0.6))
+        took_s = time.monotonic() - began_s
+        sender.join()
+    assert took_s < 0.9
