@@ -23,13 +23,13 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvservice_api.cached_property import cached_property
 from kvservice_api.errors import InvalidRequest
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 import psutil
 import pytest
 
-from kvservice_api.bulk import PREFACE, MessageKind, pack_header, pack_hello
+from kvservice_api.bulk import PREFACE, TICKET_BYTES, MessageKind, pack_header, pack_hello
 from kvservice_api.errors import IncompleteSave, InvalidFrame, TransferEnded
 from kvservice_api.keys import BlockChain
 from tests.daemon import DaemonProcess, until
@@ -248,14 +248,13 @@ def test_thousands_of_idle_connections_keep_no_client_out(daemon: DaemonProcess,
         assert refusals(daemon, "full") >= before + 2000 - _CONNECTIONS_MAX - 200  # Some are not yet accepted.
         assert dict(samples(daemon))["kvservice_bulk_connections"] <= _CONNECTIONS_MAX
 
-        def loads() -> bool:  # Once the idle ones are a second old.
-            with suppress(ConnectionError):
-                load(wire, chain)
-                return True
-            release_all(wire)
+        def is_let_in() -> bool:  # Once the idle ones are a second old.
+            with suppress(ConnectionError), BulkSocket(wire) as connection:
+                return isinstance(connection.hello(bytes(TICKET_BYTES)).error(), TransferEnded)
             return False
 
-        until(loads)
+        until(is_let_in)
+        load(wire, chain)
 
 
 def test_random_bytes_and_changed_messages_do_no_harm(wire: Wire, chain: BlockChain) -> None:

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvservice_api.cached_property import cached_property
 from kvservice_api.errors import BulkUnavailable, KVError, NotShared, NoWriterLock, TransferEnded
 from kvservice_api.image import checksum, layer_starts
 from kvservice_api.keys import BlockChain

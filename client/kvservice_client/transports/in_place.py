@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Literal, NoReturn, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice_api import spans
+from kvservice_api.cached_property import cached_property
 from kvservice_api.copying import NO_RUNS, Table, copy_slices
 from kvservice_api.errors import ChecksumMismatch, InvalidFrame, InvalidRequest, KVError, LeaseExpired, NotShared
 from kvservice_api.image import BlockGeometry, Trailer, block_geometry, checksum
