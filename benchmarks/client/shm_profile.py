@@ -96,7 +96,7 @@ def _show(title: str, runs: list[dict[str, float]], size_bytes: int) -> None:
         print(f"  {name:44}{median(each.get(name, 0.0) for each in runs):10.2f}")
 
 
-def main() -> None:
+def main(blocks: int = _BLOCKS, runs: int = _RUNS) -> None:
     leftovers.begin(None)
     clock = _Clock()
     with (
@@ -104,21 +104,19 @@ def main() -> None:
         parts.daemon(folder, leftovers.SHARED_MEMORY, 2 << 30, 0) as daemon,
         connect(daemon.address, 30, transport="shm") as client,
     ):
-        memory = Memory(client, LAYOUT, blocks=_BLOCKS, runs=_RUNS)
-        size_bytes = _BLOCKS * LAYOUT.block_tokens * LAYOUT.bytes_per_token
+        memory = Memory(client, LAYOUT, blocks=blocks, runs=runs)
+        size_bytes = blocks * LAYOUT.block_tokens * LAYOUT.bytes_per_token
         memory.load(), memory.save()  # The first ones fault the mappings in.
         print(f"memcpy: {max(limits.memcpy(512 << 20).values()):.2f} GB/s")
         clock.wrap_calls()
         clock.wrap(shm.ShmTransport, "_located", "call LocateBlocks, its first answer")
-        for function in ("_copy_slices", "_write_slices"):
-            clock.wrap(shm, function, f"threads: {function}")
-        clock.wrap(shm, "copy_slices", "threads: copy_slices, of it")
+        clock.wrap(shm, "copy_slices", "threads: copy_slices")
         chain = memory._saved()
-        _show("load", [_measure(clock, daemon.pid, lambda: memory._load(chain)) for _ in range(_RUNS)], size_bytes)
+        _show("load", [_measure(clock, daemon.pid, lambda: memory._load(chain)) for _ in range(runs)], size_bytes)
         client.admin.discard(chain)
         saves, saved = [], list[BlockChain]()
-        for _ in range(_RUNS):
-            saves.append(_measure(clock, daemon.pid, lambda: saved.append(memory._save(_BLOCKS))))
+        for _ in range(runs):
+            saves.append(_measure(clock, daemon.pid, lambda: saved.append(memory._save(blocks))))
             client.admin.discard(saved.pop())
         _show("save", saves, size_bytes)
 

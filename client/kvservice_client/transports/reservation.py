@@ -53,10 +53,12 @@ class Reservation:
         if any(offset + geometry.image_bytes > len(arena) for offset, geometry in places):
             raise InvalidFrame("the daemon reserved space outside the arena")
         self.positions: list[int] = list(answer.blocks)  # Of the reserved blocks, among those of all chains.
-        self._ranges = [
-            [(offset + begin, offset + end) for offset, each in places for begin, end in [each.slice_range(layer)]]
-            for layer in range(saved.shard.layers)
-        ]
+        # Where each slice begins and ends in `memory`: i64, shape [layer, block, 2].
+        self.ranges: NDArray[np.int64] = np.empty((saved.shard.layers, len(places), 2), np.int64)
+        unlike = {id(each): each for each in geometries}.values()  # Blocks of as many tokens share one.
+        within = {id(each): np.array([piece[:2] for piece in each.slices], np.int64) for each in unlike}
+        for number, (offset, geometry) in enumerate(places):
+            self.ranges[:, number] = within[id(geometry)] + offset
         self.sums: NDArray[np.uint64] = np.zeros((len(places), saved.shard.layers), "<u8")
         self._is_sealed = np.zeros(self.sums.shape, bool)
         self._abandon = weakref.finalize(self, end, True)
@@ -75,7 +77,7 @@ class Reservation:
     @property
     def size_bytes(self) -> int:
         """Bytes of all slices to write."""
-        return sum(end - begin for ranges in self._ranges for begin, end in ranges)
+        return int(np.diff(self.ranges).sum())
 
     def slices(self, layer: int) -> list[Bytes]:
         """The memory of one layer: for each of `blocks` its slice, ``[K, V][head][token][dim]``, as flat bytes.
@@ -84,9 +86,9 @@ class Reservation:
         layer, ReservationEnded.
         """
         self._check_open()
-        ranges = self._ranges[self._checked(layer)]
+        ranges = self.ranges[self._checked(layer)]
         held = np.asarray(_Held(self._arena, self))
-        return [held[begin:end] for begin, end in ranges]
+        return [held[begin:end] for begin, end in ranges.tolist()]
 
     def seal(self, layer: int, number: int | None = None) -> None:
         """Compute the checksums of a layer that is written, or only of its slice at this position in `blocks`.
@@ -95,7 +97,7 @@ class Reservation:
         InvalidRequest for another number.
         """
         self._check_open()
-        ranges = self._ranges[self._checked(layer)]
+        ranges = self.ranges[self._checked(layer)].tolist()
         last = len(ranges) - 1
         numbers = range(last + 1) if number is None else (arguments.whole(number, "number", 0, last),)
         for each in numbers:
@@ -149,15 +151,12 @@ class Reservation:
         """The arena, writable. It does not keep the reservation."""
         return self._arena
 
-    def place(self, number: int, layer: int) -> tuple[int, int]:
-        """Begin and end of one slice in `memory`, by its position in `blocks`."""
-        return self._ranges[layer][number]
-
     def slice_sizes(self, layer: int) -> list[int]:
-        return [end - begin for begin, end in self._ranges[layer]]
+        sizes: list[int] = np.diff(self.ranges[layer]).ravel().tolist()
+        return sizes
 
     def _checked(self, layer: int) -> int:
-        return arguments.whole(layer, "layer", 0, len(self._ranges) - 1)
+        return arguments.whole(layer, "layer", 0, len(self.ranges) - 1)
 
     def _check_open(self) -> None:
         if self._generation != forks.generation:

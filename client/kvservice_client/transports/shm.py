@@ -171,16 +171,22 @@ class ShmTransport(Transport):
 
     def _write(self, order: SaveOrder, reservation: Reservation, deadline: Deadline) -> None:
         """Copy the reserved blocks to their places, and compute their checksums."""
-        streamed = (size_bytes := reservation.size_bytes) >= STREAMED_BYTES_MIN
+        begins, ends = reservation.ranges.reshape(-1, 2).T  # Layer after layer, as all that follows.
+        sizes, streamed = ends - begins, (size_bytes := reservation.size_bytes) >= STREAMED_BYTES_MIN
+        sources = [slices[position] for slices in order.layers for position in reservation.positions]
+        sums = np.empty(len(sources), np.uint64)
+
+        def write(part: range) -> None:
+            some, count = slice(part.start, part.stop), len(part)
+            slices, runs = np.zeros((count, 4), np.int64), np.zeros((count, 6), np.int64)
+            slices[:, 0], slices[:, 2], slices[:, 3] = np.arange(count), sizes[some], 1
+            runs[:, 1], runs[:, 3], runs[:, 4] = begins[some], 1, sizes[some]
+            sums[some] = copy_slices(sources[some], [reservation.memory], slices, runs, streamed=streamed)
+
         with self._copiers.begin(size_bytes) as batch:
-            running: list[Group] = []
-            for layer in range(len(order.layers)):
-                work = partial(_write_slices, order, reservation, layer, streamed)
-                running.append(batch.start(work, reservation.slice_sizes(layer)))
-                if len(running) > _GROUPS_AHEAD:
-                    batch.finish(running.pop(0), deadline)
-            for group in running:
-                batch.finish(group, deadline)
+            piece_bytes = min(_PIECE_BYTES_MAX, max(_PIECE_BYTES_MIN, size_bytes // 8))
+            batch.finish(batch.start(write, sizes.tolist(), piece_bytes), deadline)
+        reservation.sums[:] = sums.reshape(len(order.layers), -1).T
 
     def _commit(
         self, client_id: bytes, reservation_id: int, checksums: bytes, deadline: Deadline
@@ -229,15 +235,6 @@ def _start_copy(
             raise InPlaceMismatch(f"layer {layers[layer]} of block {block} is not what its checksum says")
 
     return targets, batch.start(copy, slices[:, 2].tolist(), piece_bytes)
-
-
-def _write_slices(order: SaveOrder, reservation: Reservation, layer: int, streamed: bool, part: range) -> None:
-    sources = [order.layers[layer][reservation.positions[number]] for number in part]
-    places = [reservation.place(number, layer) for number in part]
-    slices = np.array([(each, 0, end - begin, 1) for each, (begin, end) in enumerate(places)], np.int64)
-    runs = np.array([(0, begin, 0, 1, end - begin, 0) for begin, end in places], np.int64)
-    sums = copy_slices(sources, [reservation.memory], slices, runs, streamed=streamed)
-    reservation.sums[part.start : part.stop, layer] = sums
 
 
 class _AbandonQueue:
