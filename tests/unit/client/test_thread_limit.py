@@ -10,12 +10,26 @@ from typing import Any, cast
 
 import pytest
 
+from kvservice_api.errors import DaemonUnavailable
 from kvservice_api.mapping import Mapping
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client import BlockChain, Client, Outcome, QueuedRequest, RequestReport
 from kvservice_client.arena_map import _Threads
+from kvservice_client.retry import Deadline
 from kvservice_client.transports.shm import _AbandonQueue
 from tests.daemon import SOON_S
 from tests.thread_limit import no_threads
+
+
+def test_a_client_without_threads_raises_kverrors_and_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = BlockChain(bytes(32), (bytes(32),), (1,))
+    with Client("127.0.0.1:1", timeout_s=SOON_S) as client, no_threads(monkeypatch):
+        for _ in range(2):  # Also not later: a thread that did not start is not waited for.
+            with pytest.raises(DaemonUnavailable, match="no thread to attach"):
+                client._connection.attach_stream.current(Deadline(SOON_S))
+            client.report_request(RequestReport(request_id="one", outcome=Outcome.DONE))
+            client.hints().set_queue([QueuedRequest("one", chain)])
+        assert client._connection.reporter.dropped == 2
 
 
 def test_a_reservation_that_no_thread_could_abandon_is_abandoned_with_the_next_one(
