@@ -62,8 +62,9 @@ class Batch:
     def __init__(self, pool: Callable[[], ThreadPoolExecutor], helpers: int = _HELPERS) -> None:
         self._pool = pool
         self._helpers_max = helpers
-        # Of a re-entrant lock: the garbage collector may leave a batch on any thread, also on a helper's.
-        self._changed = threading.Condition()
+        # Re-entrant: the garbage collector may leave a batch on any thread, also on a helper's.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._parts: deque[tuple[Group, Callable[[range], None], range]] = deque()
         self._helping = 0
         self._running: set[int] = set()  # The threads that run a part now.
@@ -75,7 +76,7 @@ class Batch:
         """
         parts = list(_parts(sizes, part_bytes))
         group = Group(len(parts))
-        with self._changed:
+        with self._lock:
             self._parts.extend((group, work, part) for part in parts)
             others = len(self._parts) - 1  # The waiting thread does one of the parts.
             wanted = max(0, min(self._helpers_max, others) - self._helping)
@@ -99,7 +100,7 @@ class Batch:
             self._run(*part)
 
     def _next(self, *, helper: bool = False) -> tuple[Group, Callable[[range], None], range] | None:
-        with self._changed:
+        with self._lock:
             if self._parts:
                 self._running.add(threading.get_ident())
                 return self._parts.popleft()
@@ -115,9 +116,10 @@ class Batch:
             if not isinstance(error, Exception):
                 raise
         finally:
-            with self._changed:
+            with self._lock:
                 self._running.remove(threading.get_ident())
-                self._changed.notify_all()
+                if not self._parts:  # Only then may a thread wait for the end of all.
+                    self._changed.notify_all()
                 group.left -= 1
                 if not group.left:
                     group.done.set()
@@ -134,7 +136,7 @@ class Batch:
         is_over = False
         while not is_over:
             try:
-                with self._changed:
+                with self._lock:
                     self._parts.clear()
                     is_over = self._changed.wait_for(lambda: self._running <= {own})
             except BaseException as error:  # Of a signal handler. No part may run after this returns.
