@@ -18,13 +18,13 @@ from benchmarks.gpu.compute import Compute, Hook
 from kvservice_adapter.breaker import Breaker, probe_of
 from kvservice_adapter.device.base import Device, Stream
 from kvservice_adapter.device.cuda_ipc import exported_pages
-from kvservice_adapter.engine.page_loads import AnswerWait, PagedLayers, PageIds, PrefixLoad, Waits, release_on
+from kvservice_adapter.engine.page_loads import AnswerWait, PagedLayers, PrefixLoad, Waits, release_on
 from kvservice_adapter.engine.page_saves import Gathering, PageSave, PageSaver
 from kvservice_adapter.load import LayerLoader
 from kvservice_adapter.save import LayerSaver
 from kvservice_client import BlockCache, BlockChain, Client, Durability, Layout, Lease, SaveResult, block_chain
 from kvservice_client import Clock as RetryClock
-from kvservice_client.device_memory import DeviceMemory
+from kvservice_client.device_memory import DeviceMemory, PageIds
 from kvservice_client.transports.in_place import Verify
 
 TRANSPORTS = ("cuda_ipc", "shm")

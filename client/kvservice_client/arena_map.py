@@ -156,11 +156,18 @@ class _Threads:
         self._closing, self._unused = threading.Event(), threading.Event()
 
     def start(self, work: Callable[..., None], mapping: Mapping, fd: int, *given: object) -> None:
-        """Call `work(mapping, file, closing, unused, *given)`. `fd` may be closed afterwards."""
-        file = os.dup(fd)
-        self._files.add(file)
+        """Call `work(mapping, file, closing, unused, *given)` on a thread, if there is one. `fd` may be closed
+        afterwards.
+        """
+        with forks.held_off():  # A child closes all registered files.
+            file = os.dup(fd)
+            self._files.add(file)
         run = partial(self._run, work, mapping, file, *given)
-        threading.Thread(target=run, name="kvservice-arena", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="kvservice-arena", daemon=True).start()
+        except RuntimeError as error:
+            self._close(file)
+            log.info("the daemon's memory is used without a thread that prepares it: %s", error)
 
     def end(self) -> None:
         """The arena is not used any more, or the process ends."""
@@ -174,6 +181,10 @@ class _Threads:
         try:
             work(mapping, file, self._closing, self._unused, *given)
         finally:
+            self._close(file)
+
+    def _close(self, file: int) -> None:
+        with forks.held_off():  # So that a child never closes a number that has become another file's.
             self._files.remove(file)
             os.close(file)
 

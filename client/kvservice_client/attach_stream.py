@@ -74,8 +74,12 @@ class AttachStream:
             if self._closed.is_set():
                 raise DaemonUnavailable("the client is closed")
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kvservice-attach", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="kvservice-attach", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise DaemonUnavailable(f"there is no thread to attach to the daemon: {error}") from error
+                self._thread = thread
             attempt = self._attempts_failed + 1
             self._retry_now.set()
             has_ended = deadline.clock.wait_for(

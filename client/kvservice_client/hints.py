@@ -16,7 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -287,8 +287,10 @@ class EngineHints:
 
     def _wake(self) -> None:
         if self._thread is None and not self._is_closed:
-            self._thread = threading.Thread(target=self._run, name="kvservice-hints", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="kvservice-hints", daemon=True)
+            with suppress(RuntimeError):  # The process has too many threads: the next hint tries again.
+                thread.start()
+                self._thread = thread
         self._changed.notify_all()
 
     def _run(self) -> None:

@@ -109,8 +109,13 @@ class Reporter:
                 self.dropped += 1
                 return
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kvservice-reports", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="kvservice-reports", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # The process has too many threads: the next report tries again.
+                    self.dropped += 1
+                    return
+                self._thread = thread
             self.dropped += len(self._queue) == _QUEUE_MAX
             self._queue.append((began_s, message))
             self._changed.notify_all()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kvservice_api.errors import DeadlineExceeded, KVError
+from kvservice_api.errors import DeadlineExceeded, KVError, Overloaded
 from kvservice_client import arguments, forks
 
 T = TypeVar("T")
@@ -213,14 +213,18 @@ class Watchdog:
         self._must_look = False
 
     def add(self, deadline: TransferDeadline) -> None:
+        """Raises Overloaded if there is no thread that could cancel it."""
         with self._changed:
-            self._watched.add(deadline)
             if not self._has_thread:
+                try:
+                    threading.Thread(target=self._run, name="kvservice-layers", daemon=True).start()
+                except RuntimeError as error:
+                    raise Overloaded(f"no thread for the time limits of transfers: {error}") from error
                 self._has_thread = True
-                threading.Thread(target=self._run, name="kvservice-layers", daemon=True).start()
             elif deadline.end_s < self._wakes_at_s:  # Otherwise the thread sees it when it wakes up.
                 self._must_look = True
                 self._changed.notify()
+            self._watched.add(deadline)
 
     def remove(self, deadline: TransferDeadline) -> None:
         with self._changed:

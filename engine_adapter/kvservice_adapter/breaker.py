@@ -85,12 +85,16 @@ class Breaker:
                 self._open()
 
     def _open(self) -> None:
+        arguments = (weakref.ref(self), self._ends, self._probe_s, self._clock)
+        thread = threading.Thread(target=_run, args=arguments, name="kvservice-breaker", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # The process has too many threads. Without one to probe it would stay open for ever.
+            return
+        self._thread = thread
         self._state = State.OPEN
         self._opened += 1
         self._on_change(True)
-        arguments = (weakref.ref(self), self._ends, self._probe_s, self._clock)
-        self._thread = threading.Thread(target=_run, args=arguments, name="kvservice-breaker", daemon=True)
-        self._thread.start()
 
     def _probed(self) -> bool:
         """Probe once. Whether the breaker is closed."""

@@ -18,7 +18,7 @@ from kvservice_adapter.device.rotation import Rotation
 from kvservice_api.errors import NotShared
 from kvservice_client import LayerGroup, Lease, LoadedLayer
 
-COPIED_S = 30.0  # For the copies of one load, from memory to memory.
+COPIED_S = 30.0  # For copies between host memory and an engine's pages.
 
 PagesOfLayer = Callable[[int], Pages]
 

@@ -133,6 +133,7 @@ def read_identity(files: TlsSettings, wall_s: Callable[[], float] = time.time) -
 
 def _identity(certificate: PemFile, key: PemFile, client_ca: PemFile | None, now_s: float) -> Identity:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 0  # To resume sessions: they would make a bulk connection that is new and idle look ended.
     load_pair(context, certificate, key)
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # A client that trusts just this certificate.
     trust.check_hostname = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ ENDED: Final = 2  # The other side has closed the connection.
 _PIECE_BYTES = 512 << 10  # By one call of Python, and summed after it.
 _LOW_BYTES = 256 << 10  # Waited for, if so many are missing: each wait costs as much as copying 50 KiB.
 _TLS_BYTES = 256 << 10  # Sent by one call: it returns once all of them are written, and only then they count.
-_RECORDS_BYTES = 256 << 10  # Received by one call on TLS. Each record may take the time limit of the socket.
+_RECORDS_BYTES = 256 << 10  # Received by one call on TLS.
 _JOINED_BYTES = 16 << 10  # Smaller buffers are sent together on TLS: a record.
 _BUFFERS_MAX = 512  # In one call; Linux takes 1024.
 _PARTIAL_BYTES = 72  # What `socket_buffers.c` keeps of the checksum of a buffer that is there in part.
@@ -64,7 +65,8 @@ class SocketBuffers:
             return self._move(source, turn_bytes, wait_s, watched, is_sending=False)
         try:
             if isinstance(source, ssl.SSLSocket):
-                count = _receive_records(source, self._buffers[self._at][self._offset :][:_RECORDS_BYTES])
+                into = self._buffers[self._at][self._offset :][:_RECORDS_BYTES]
+                count = _receive_records(source, into, wait_s)
             else:
                 flags = socket.MSG_WAITALL if watched < 0 else socket.MSG_DONTWAIT
                 count = source.recvmsg_into(self._next(_PIECE_BYTES), 0, flags)[0]
@@ -157,13 +159,14 @@ class SocketBuffers:
             source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
 
 
-def _receive_records(source: ssl.SSLSocket, into: memoryview) -> int:
-    """Fill it: TLS reads a record of at most 16 KiB per call. Less if nothing comes in the socket's time limit. Returns
-    the number of bytes, 0 at the end. Raises as `SSLSocket.recv_into` if none has come.
+def _receive_records(source: ssl.SSLSocket, into: memoryview, wait_s: float) -> int:
+    """Fill it: TLS reads a record of at most 16 KiB per call. Less if nothing comes in the socket's time limit, and
+    after `wait_s`: each record may take the time limit of the socket. Returns the number of bytes, 0 at the end. Raises
+    as `SSLSocket.recv_into` if none has come.
     """
-    size = len(into)
+    size, end_s = len(into), time.monotonic() + wait_s
     filled = count = source.recv_into(into, size)
-    while count and filled < size:
+    while count and filled < size and time.monotonic() < end_s:
         try:
             count = source.recv_into(into[filled:], size - filled)
         except (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError):

@@ -260,10 +260,11 @@ class BulkConnections:
         finally:
             with user.changed:
                 attempt.is_awaited = made is not None
+                unused = None if attempt.is_awaited else attempt.made  # Read here: later ones its thread puts back.
                 if not attempt.is_done:
                     self._unawaited = attempt
-            if made is None and attempt.made is not None:
-                self.put_back(attempt.made)
+            if unused is not None:
+                self.put_back(unused)
         if made is not None:
             return made
         user.check_not_over()

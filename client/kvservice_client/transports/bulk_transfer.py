@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from types import TracebackType
 from typing import Self
 
@@ -250,6 +250,15 @@ class BulkTransfer:
             endpoint = self.first.endpoint
             why = f"the bulk port {endpoint.port} of {endpoint.host} leads to another daemon: it refuses a new ticket"
             self._pool.forget(endpoint, why)
+        if threading.current_thread() not in self._threads:
+            self._close()
+            return
+        # The garbage collector ends a load that was dropped on one of its own threads, which cannot wait for itself.
+        with suppress(RuntimeError):  # No thread can be started: the connections are closed with their last users.
+            threading.Thread(target=self._close, name="kvservice-bulk-end", daemon=True).start()
+
+    def _close(self) -> None:
+        """Wait for all threads, and close the connections that are not kept."""
         interrupt: BaseException | None = None
         while self._threads:
             try:

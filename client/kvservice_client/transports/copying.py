@@ -6,7 +6,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from kvservice_api.copying import native
 from kvservice_client import forks
@@ -61,10 +62,12 @@ class Batch:
     def __init__(self, pool: Callable[[], ThreadPoolExecutor], helpers: int = _HELPERS) -> None:
         self._pool = pool
         self._helpers_max = helpers
-        self._lock = threading.Lock()
+        # Re-entrant: the garbage collector may leave a batch on any thread, also on a helper's.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._parts: deque[tuple[Group, Callable[[range], None], range]] = deque()
         self._helping = 0
-        self._helpers: list[Future[None]] = []
+        self._running: set[int] = set()  # The threads that run a part now.
         self._generation = forks.generation
 
     def start(self, work: Callable[[range], None], sizes: Sequence[int], part_bytes: int = _PART_BYTES) -> Group:
@@ -75,11 +78,12 @@ class Batch:
         group = Group(len(parts))
         with self._lock:
             self._parts.extend((group, work, part) for part in parts)
-            wanted = (
-                min(self._helpers_max, len(self._parts) - 1) - self._helping
-            )  # The waiting thread does one of the parts.
-            self._helping += max(0, wanted)
-        self._helpers += [self._pool().submit(self._help) for _ in range(wanted)]
+            others = len(self._parts) - 1  # The waiting thread does one of the parts.
+            wanted = max(0, min(self._helpers_max, others) - self._helping)
+            self._helping += wanted
+        with suppress(RuntimeError):  # No thread can be started: the waiting thread does all parts.
+            for _ in range(wanted):
+                self._pool().submit(self._help)
         return group
 
     def finish(self, group: Group, deadline: Deadline) -> None:
@@ -98,6 +102,7 @@ class Batch:
     def _next(self, *, helper: bool = False) -> tuple[Group, Callable[[range], None], range] | None:
         with self._lock:
             if self._parts:
+                self._running.add(threading.get_ident())
                 return self._parts.popleft()
             self._helping -= helper  # In one step with the check of the queue: later work requests another helper.
             return None
@@ -112,6 +117,9 @@ class Batch:
                 raise
         finally:
             with self._lock:
+                self._running.remove(threading.get_ident())
+                if not self._parts:  # Only then may a thread wait for the end of all.
+                    self._changed.notify_all()
                 group.left -= 1
                 if not group.left:
                     group.done.set()
@@ -122,13 +130,15 @@ class Batch:
     def __exit__(self, *exc: object) -> None:
         if self._generation != forks.generation:
             return  # The helpers and their work exist only in the parent.
-        with self._lock:
-            self._parts.clear()
-        running = [helper for helper in self._helpers if not helper.cancel()]
+        # The garbage collector may call this within a part: that one cannot be waited for.
+        own = threading.get_ident()
         interrupt: BaseException | None = None
-        while not all(helper.done() for helper in running):
+        is_over = False
+        while not is_over:
             try:
-                wait(running)
+                with self._lock:
+                    self._parts.clear()
+                    is_over = self._changed.wait_for(lambda: self._running <= {own})
             except BaseException as error:  # Of a signal handler. No part may run after this returns.
                 interrupt = error
         if interrupt is not None:

@@ -74,9 +74,8 @@ class InPlace:
             geometry.slices[order.shard.layer_begin - shard.layer_begin :]
             for geometry, shard in zip(self._geometries, self._shards, strict=True)
         ]
-        self._is_whole = [
-            shard.heads == order.shard.heads for shard in self._shards
-        ]  # Each shard covers the request's.
+        # Each shard covers the request's.
+        self._is_whole = [shard.heads == order.shard.heads for shard in self._shards]
         self.layers_ready = first.layers_ready
 
     def _checked(self, token_counts: list[int]) -> list[BlockGeometry]:

@@ -261,7 +261,10 @@ class _AbandonQueue:
             if self._is_running:
                 return
             self._is_running = True
-        threading.Thread(target=self._run, name="kvservice-abandon", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="kvservice-abandon", daemon=True).start()
+        except RuntimeError:  # The interpreter exits, or there are too many threads: the next request starts one.
+            self._is_running = False
 
     def _run(self) -> None:
         while True:

@@ -215,7 +215,7 @@ class Event(ABC):
 
 
 class StreamClosed(RuntimeError):
-    """Work was submitted to a closed stream."""
+    """Work was submitted to a closed stream, or to one that can start no thread. It is not done."""
 
 
 class Stream(ABC):

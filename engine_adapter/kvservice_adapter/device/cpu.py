@@ -101,12 +101,16 @@ class Worker:
         with self._lock:
             if self._closed:
                 raise StreamClosed(f"the stream {self._name} takes no more work")
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                try:
+                    thread.start()  # Before the work is queued: work that is refused must not be done later.
+                except RuntimeError as error:
+                    raise StreamClosed(f"the stream {self._name} takes no work: {error}") from error
+                self._thread = thread
             self._queue.put((work, event))
             if self._dropped:
                 self._queue.put(None)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
 
     def close(self) -> None:
         """Refuse later work, and end the thread when all earlier work is done."""

@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 _CAPTURING = "the engine's work is being captured in a CUDA graph, in which no event of others may be"
 _CAPTURE_IMPLICIT = 906  # The legacy default stream while another one captures.
 _ASK_S, _ASK_MAX_S = 0.0002, 0.005  # Between two questions whether an event is done.
+_FOREVER_S = 1e9
 _BROKEN = "the CUDA device has failed for this process"
-
 
 _opened: weakref.WeakValueDictionary[int, CudaDevice] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
@@ -365,9 +365,6 @@ class CudaStream(Stream):
         if not getattr(self._thread, "is_set", False):
             self._device.gpu.use()
             self._thread.is_set = True
-
-
-_FOREVER_S = 1e9
 
 
 def _layer_pages(pages: Pages, gpu: Gpu) -> LayerPages:

@@ -32,12 +32,10 @@ from kvservice_api.errors import (
     StorageFailed,
 )
 from kvservice_client import BlockCache, Clock, Lease
-from kvservice_client.device_memory import NAME, DeviceMemory, WriteFence
+from kvservice_client.device_memory import NAME, DeviceMemory, PageIds, WriteFence
 from kvservice_client.transports.in_place import SliceMismatch, Verify
 
 _COMPUTED_S = 0.005
-
-PageIds = Sequence[Sequence[int]]  # Of one sequence, from its first token on: per group of layers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +130,8 @@ class PrefixLoad:
         self._is_cancelled = False
         self._copies = threading.Lock()  # Of the events: no copy begins after `stop`.
         self.size_bytes = 0  # Of the layers begun so far.
-        self.transport = (
-            ""  # By which they come: "cuda_ipc", "shm", "bulk", "grpc"; "cuda_ipc+shm" if the first could not.
-        )
+        # By which they come: "cuda_ipc", "shm", "bulk", "grpc"; "cuda_ipc+shm" if the first could not carry all.
+        self.transport = ""
         self.valid_tokens = 0  # After an error: how many tokens of the prefix, from its first on, are in the pages.
 
     def after(self, computed: Computed) -> None:

@@ -18,14 +18,15 @@ from kvservice_adapter.breaker import Breaker, answered
 from kvservice_adapter.device.base import Computed, Device, Event, StreamClosed
 from kvservice_adapter.engine.device_copies import NEXT_TRANSPORT
 from kvservice_adapter.engine.metrics import reason_of
-from kvservice_adapter.engine.page_loads import PagedLayers, PageIds
+from kvservice_adapter.engine.page_loads import PagedLayers
 from kvservice_adapter.engine.save_spans import SaveSpans
+from kvservice_adapter.layer_source import COPIED_S
 from kvservice_adapter.save import LayerSaver, OnDropped, SaveJob
 from kvservice_api import spans
 from kvservice_api.errors import DeadlineExceeded, KVError, NotShared
 from kvservice_api.keys import BlockChain
 from kvservice_client import BlockCache, Clock, Durability, SaveResult
-from kvservice_client.device_memory import DeviceMemory, SavePlace
+from kvservice_client.device_memory import DeviceMemory, PageIds, SavePlace
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.transports.reservation import Reservation
 
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 _JOB_SHARE = 4  # Of the staging, at most, for one job: what is gathered is sent while the rest is gathered.
 _RESERVED_BLOCKS = 32  # In one call; the next ones are gathered while it is committed.
 _SILENT_S = 1.0  # After a reservation without an answer in time.
-_COPIED_S = 30.0  # For the copies of one layer, from memory to memory.
 
 
 class PageSave(NamedTuple):
@@ -170,7 +170,7 @@ class PageSaver:
         memory = self._memory
         if memory is None or not self._may_ask or not memory.is_ready:
             return False
-        if not computed.wait(_COPIED_S):
+        if not computed.wait(COPIED_S):
             return False
         places = [(save.chain, SavePlace(save.first_token, save.page_ids)) for save in saves]
         began_s, saving, span = self._clock.now_s(), None, _span_of(saves)
@@ -388,7 +388,7 @@ def _parts(saves: Sequence[PageSave]) -> Iterator[list[PageSave]]:
 def _finish(events: Sequence[Event]) -> None:
     """Wait until everything is copied. Raises what a copy raised."""
     for event in events:
-        if not event.wait(_COPIED_S):
+        if not event.wait(COPIED_S):
             raise TimeoutError("the copies out of the engine's pages are not done in time")
         if event.error is not None:
             raise event.error

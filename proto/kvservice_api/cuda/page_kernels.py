@@ -112,9 +112,8 @@ class PageKernels:
         self._gpu = gpu
         self._lock = threading.Lock()
         self._rotations: OrderedDict[int, tuple[RotationLike, DeviceRotation]] = OrderedDict()
-        self._free: list[
-            tuple[DeviceAllocation, dict[int, Any]]
-        ] = []  # Memory of dropped rotations, and its last uses.
+        # Memory of dropped rotations, and its last uses.
+        self._free: list[tuple[DeviceAllocation, dict[int, Any]]] = []
         source = files("kvservice_api.cuda").joinpath("pages.cu").read_text()
         with gpu.current():
             module = cupy.RawModule(code=source, options=("--std=c++17",))

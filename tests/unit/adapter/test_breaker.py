@@ -20,6 +20,7 @@ from kvservice_api.errors import (
 )
 from kvservice_client import Clock
 from tests.daemon import until
+from tests.thread_limit import no_threads
 
 
 class Daemon(Clock):
@@ -81,6 +82,15 @@ def opened(breaker: Breaker) -> Breaker:
     breaker.record(False)
     assert breaker.state is State.OPEN
     return breaker
+
+
+def test_it_opens_only_with_a_thread_that_can_close_it(breaker: Breaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    with no_threads(monkeypatch):
+        for _ in range(3):
+            breaker.record(False)
+    assert breaker.allow()
+    breaker.record(False)
+    assert not breaker.allow()
 
 
 def test_it_opens_after_so_many_failures_in_a_row_and_then_allows_nothing(breaker: Breaker) -> None:

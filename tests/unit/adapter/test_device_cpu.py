@@ -14,12 +14,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kvservice_adapter.device.base import Pages
+from kvservice_adapter.device.base import Pages, StreamClosed
 from kvservice_adapter.device.cpu import CpuDevice
 from kvservice_api import copying
 from kvservice_api.image import checksum
 from tests.contracts.device import WAIT_S, DeviceContract, noise, numbering, pages_of
 from tests.daemon import until
+from tests.thread_limit import no_threads
 
 
 def threads_named(name: str) -> list[threading.Thread]:
@@ -51,6 +52,16 @@ def test_a_closed_streams_thread_ends() -> None:
     stream.close()
 
     until(lambda: not threads_named("closed-stream"))
+
+
+def test_work_that_no_thread_could_do_is_refused_and_never_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine may use the pages for other tokens by then."""
+    stream, done = CpuDevice().stream("test"), list[str]()
+    with no_threads(monkeypatch), pytest.raises(StreamClosed, match="can't start new thread"):
+        stream.submit(lambda: done.append("refused"))
+    assert stream.submit(lambda: done.append("accepted")).wait(WAIT_S)
+    assert done == ["accepted"]
+    stream.close()
 
 
 def test_an_event_that_is_kept_does_not_keep_the_tensors() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import select
 import socket
+import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from kvservice_api import copying
 from kvservice_api.socket_buffers import BLOCKED, MOVED, SocketBuffers
+from tests.certificates import Authority
 
 LONG_S = 30.0
 
@@ -77,3 +81,24 @@ def test_a_socket_is_readable_once_what_is_missing_has_come(
                 assert readable.poll(LONG_S * 1000)
             while received.receive(far, 1, 0.0, watched)[0] != BLOCKED and not received.is_done:
                 pass
+
+
+def test_with_tls_a_move_ends_after_its_time_although_more_records_have_come(tmp_path: Path) -> None:
+    of_daemon = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    of_daemon.load_cert_chain(*Authority().issue().write(tmp_path))
+    of_client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    of_client.check_hostname, of_client.verify_mode = False, ssl.CERT_NONE
+    near, far = socket.socketpair()
+
+    def send() -> None:
+        with of_daemon.wrap_socket(far, server_side=True) as daemon:
+            for _ in range(3):
+                daemon.sendall(bytes(100))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with of_client.wrap_socket(near) as client:
+        sender.join()
+        received = SocketBuffers([memoryview(bytearray(300))])
+        assert received.receive(client, 1, 0.0) == (MOVED, 100)
+        assert received.receive(client, 1, LONG_S) == (MOVED, 200)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvservice.config_sections import TlsSettings
+from kvservice.rpc.tls import read_identity
 from kvservice_api.bulk import MessageKind, pack_header
 from kvservice_api.errors import (
     BulkUnavailable,
@@ -34,10 +39,11 @@ from kvservice_client.retry import Deadline, TransferDeadline, Watchdog
 from kvservice_client.transports import bulk_transfer
 from kvservice_client.transports.base import LoadOrder, Mismatch, NotCarried, SaveOrder
 from kvservice_client.transports.bulk import BulkTransport
-from kvservice_client.transports.bulk_connections import BulkConnection, Endpoint
+from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections, Endpoint, User
 from tests.bulk_daemon import BulkDaemon, Unit, error_bytes, send
 from tests.certificates import Authority
 from tests.clock import ClientClock
+from tests.collections import without_collections
 from tests.daemon import NEVER_S, SOON_S, until
 
 TINY = Layout("tiny", "uint8", layers=3, kv_heads=1, k_head_dim=1, v_head_dim=0, block_tokens=4)
@@ -269,6 +275,40 @@ class TestTheEndOfALoad:
         with deadline.layer(), pytest.raises(DeadlineExceeded, match=match):
             next(load)
         self.check_nothing_runs()
+
+    def test_comes_when_the_garbage_collector_drops_it_on_one_of_its_own_threads(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bulk_transfer, "_connections", lambda size_bytes, rtt_s, with_tls: 2)
+        is_dropped, is_collected = threading.Event(), threading.Event()
+
+        class Collecting(LoadOrder):
+            def buffer(self, layer: int) -> Bytes:
+                if layer >= 2:
+                    gc.collect()
+                    is_collected.set()
+                return super().buffer(layer)
+
+        plain = order_of(LARGE, [512] * 4, into=False)
+        units = units_of(plain, content(plain))
+
+        def hold_back(number: int, connection: socket.socket) -> None:
+            if units[number][0] >= 2:
+                is_dropped.wait(SOON_S)
+
+        with BulkDaemon(units) as daemon, without_collections():
+            daemon.before_unit = hold_back
+            transport = BulkTransport(daemon.connection())
+            order = Collecting(**{each.name: getattr(plain, each.name) for each in fields(plain)})
+            cycle: list[object] = [load := transport.load(order, whole())]
+            next(load)
+            next(load)
+            cycle.append(cycle)
+            del cycle, load
+            is_dropped.set()
+            assert is_collected.wait(SOON_S)
+            until(lambda: not any(each.name.startswith("kvservice-bulk") for each in threading.enumerate()))
+            transport.close()
 
     def test_is_put_off_by_each_part_of_a_slice_that_arrives(self, large: Large) -> None:
         daemon, transport, order, layers = large
@@ -523,6 +563,41 @@ class TestThePort:
             assert daemon.accepted == 1
             transport.close()
 
+    def test_that_is_reached_as_its_user_gives_up_is_kept_for_one_transfer(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two that shared a connection would read each other's bytes."""
+        has_given_up = threading.Event()
+        with BulkDaemon() as daemon:
+            client = daemon.connection()
+            pool = BulkConnections(client, lambda: False)
+            connected = pool._connected
+
+            def late(endpoint: Endpoint) -> BulkConnection:
+                assert has_given_up.wait(SOON_S)
+                return connected(endpoint)
+
+            class Changed(threading.Condition):
+                """The thread that connects does all of its work where its user has just looked for a result."""
+
+                looks = 0
+
+                def __exit__(self, *exc: Any) -> None:
+                    super().__exit__(*exc)
+                    if threading.current_thread() is threading.main_thread():
+                        self.looks += 1
+                        if self.looks == 2:
+                            has_given_up.set()
+                            until(lambda: bool(pool._idle))
+
+            user = SimpleNamespace(changed=Changed(), is_over=False, check_not_over=lambda: None)
+            monkeypatch.setattr(pool, "_connected", late)
+            deadline = Deadline(0.1, ClientClock())  # It stands still.
+            with pytest.raises(BulkUnavailable, match="not ready"):
+                pool.take(pool.endpoint(client.limits(deadline)), deadline, cast(User, user))
+            assert len(pool._idle) == 1
+            pool.close()
+
     def test_is_reached_at_the_second_address_of_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         order, real = order_of(ODD, [96]), BulkConnection.connect
         limits = []
@@ -566,6 +641,23 @@ class TestThePort:
             transport = BulkTransport(daemon.connection())
             assert all(map(np.array_equal, transport.load(order, whole()), layers))
             assert daemon.accepted == 2
+            transport.close()
+
+    def test_with_tls_that_was_reached_too_late_is_used_by_the_next_load(self, tmp_path: Path) -> None:
+        """The daemon's certificate context, which sends nothing after the handshake by itself."""
+        authority = Authority()
+        certificate, key = authority.issue().write(tmp_path)
+        ca = authority.write(tmp_path, "ca")
+        context = read_identity(TlsSettings(certificate=str(certificate), key=str(key))).context
+        order = order_of(ODD, [96])
+        layers = content(order)
+        with BulkDaemon(units_of(order, layers), context=context) as daemon:
+            transport = BulkTransport(daemon.connection(tls=(TlsFiles(ca).read(), "127.0.0.1")))
+            pool = transport._pool
+            pool.put_back(pool._connected(pool.endpoint(transport._connection.limits(whole()))))
+            until(lambda: len(daemon._connections) == 2)  # The second is made after the handshake.
+            assert all(map(np.array_equal, transport.load(order, whole()), layers))
+            assert daemon.accepted == 1
             transport.close()
 
     def test_with_tls_shows_the_certificate_of_its_name_or_is_not_used(self, tmp_path: Path, connections: int) -> None:

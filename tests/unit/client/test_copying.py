@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,8 @@ from kvservice_api.errors import DeadlineExceeded
 from kvservice_client.retry import Deadline
 from kvservice_client.transports import copying
 from kvservice_client.transports.copying import Batch, Copiers
+from tests.collections import without_collections
+from tests.daemon import SOON_S
 
 MIB = 1 << 20
 
@@ -111,6 +115,62 @@ def test_leaving_a_batch_waits_for_what_runs_and_drops_the_rest(pool: ThreadPool
         assert running.wait(60)
         threading.Timer(0.05, go_on.set).start()
     assert 1 <= len(done) <= 3
+
+
+def test_leaving_a_batch_waits_for_a_helper_whose_start_has_raised() -> None:
+    """A thread pool may raise because it has too few threads, and have queued the work for those that it has."""
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *work: Any, **options: Any) -> Any:
+            super().submit(*work, **options)
+            raise RuntimeError("can't start new thread")
+
+    running, go_on = threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def work(part: range) -> None:
+        running.set()
+        go_on.wait(60)
+        done.append(part.start)
+
+    with Pool(1) as pool:
+        with Batch(lambda: pool) as batch:
+            batch.start(work, [MIB] * 100)
+            assert running.wait(60)
+            threading.Timer(0.05, go_on.set).start()
+        assert len(done) == 1
+
+
+def test_a_batch_without_helpers_does_all_work() -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    done: list[int] = []
+    with Batch(lambda: pool) as batch:
+        batch.finish(batch.start(lambda part: done.append(part.start), [MIB] * 3), Deadline(10))
+    assert done == [0, 1, 2]
+
+
+def test_a_transfer_that_the_garbage_collector_ends_on_its_own_helper_does_not_wait_for_that() -> None:
+    pool, is_dropped, is_collected = ThreadPoolExecutor(1), threading.Event(), threading.Event()
+
+    def work(part: range) -> None:
+        is_dropped.wait(60)
+        gc.collect()
+        is_collected.set()
+
+    def transfer() -> Iterator[None]:
+        with Batch(lambda: pool) as batch:
+            batch.start(work, [MIB] * 2)
+            yield
+
+    with without_collections():
+        cycle: list[object] = [running := transfer()]
+        next(running)
+        cycle.append(cycle)
+        del cycle, running
+        is_dropped.set()
+        assert is_collected.wait(SOON_S)
+    pool.shutdown()
 
 
 @pytest.mark.usefixtures("interrupts")

@@ -7,11 +7,12 @@ import threading
 
 import pytest
 
-from kvservice_api.errors import Cancelled, DaemonUnavailable, DeadlineExceeded, KVError, TierFull
+from kvservice_api.errors import Cancelled, DaemonUnavailable, DeadlineExceeded, KVError, Overloaded, TierFull
 from kvservice_client.retry import SYSTEM_CLOCK, Deadline, TransferDeadline, Watchdog, retry
 from tests.clock import ClientClock
 from tests.daemon import NEVER_S, SOON_S
 from tests.forking import in_child
+from tests.thread_limit import no_threads
 
 
 class Attempts:
@@ -137,6 +138,18 @@ def test_many_layers_have_one_watchdog_thread() -> None:
         with deadline.layer():
             pass
     assert count() == before + 1
+
+
+def test_a_layer_whose_time_no_thread_can_watch_is_refused_and_a_later_one_is_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watchdog = Watchdog(SYSTEM_CLOCK)
+    with no_threads(monkeypatch), pytest.raises(Overloaded, match="can't start new thread"):
+        TransferDeadline(0.05, SYSTEM_CLOCK, watchdog).begin_layer()
+    late, call = TransferDeadline(0.05, SYSTEM_CLOCK, watchdog), threading.Event()
+    late.begin_layer()
+    late.add_call(call.set)
+    assert call.wait(SOON_S)
 
 
 def test_the_watchdog_of_a_forked_child_works() -> None:

@@ -34,6 +34,7 @@ ALLOWED = {
         {"time", "call_later"},
         "a measurement: the processor time of the loop's thread, and timers that are cheaper than tasks",
     ),
+    "proto/kvservice_api/socket_buffers.py": ({"time"}, "the end of a move: as in C, which goes by the kernel's clock"),
     "proto/kvservice_api/spans.py": ({"time"}, "a measurement: when a span begins and ends"),
     "kvservice/simulate/account.py": ({"time"}, "a measurement: how long the simulation took"),
     "engine_adapter/kvservice_adapter/connectors/transformers/cache.py": ({"time"}, "a measurement: a forward pass"),

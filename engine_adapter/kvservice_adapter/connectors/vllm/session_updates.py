@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvservice_adapter.breaker import Breaker
@@ -67,8 +68,10 @@ class SessionUpdates:
             self._has_news = True
             self._changed.notify_all()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kvservice-sessions", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="kvservice-sessions", daemon=True)
+                with suppress(RuntimeError):  # The process has too many threads: the next turn tries again.
+                    thread.start()
+                    self._thread = thread
 
     def is_named(self, session_id: str) -> bool:
         """Whether this engine has let the session name blocks, and has not ended it."""
