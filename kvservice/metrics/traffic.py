@@ -116,7 +116,8 @@ LOADS = (
     total(
         "loads_failed_total",
         "Loads that ended with an error of the store.",
-        "Any increase: see `rpc_errors_total` of `LoadBlocks` and `LocateBlocks` for the reason.",
+        "Any increase: for the reason see `rpc_errors_total` of `LoadBlocks`, `LocateBlocks` and `LoadToDevice`, and "
+        "`bulk_transfers_total`.",
     ),
     total(
         "read_through_bytes_total",

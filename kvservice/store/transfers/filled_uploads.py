@@ -72,9 +72,10 @@ class FilledUpload:
         """Make the blocks of `places` visible. `checksums`: u64 of the bytes there, ``[place, layer]`` flattened.
 
         With the checksums that the client `expected`, in the same order, blocks with others are refused with
-        UploadCorrupted. Raises InvalidRequest for another number of checksums, IncompleteSave if the client has
-        disconnected.
+        UploadCorrupted. Raises IncompleteSave if the client has disconnected, InvalidRequest for another number of
+        checksums.
         """
+        self._upload.check_open()  # First: an upload that has ended has no slices, so any checksums are too many.
         for each in (checksums, expected):
             if each is not None:
                 self._upload.check_written(each)
