@@ -47,7 +47,6 @@ class FilledUpload:
     def __init__(self, uploads: Uploads, caller: Caller, client: Client, request: SaveRequest, path: SavePath) -> None:
         """Use `Saves.fill`."""
         self.request = request
-        self.client = client
         self._dram = uploads.dram
         self._space = _SpaceInUse(uploads.dram)
         self._upload = uploads.begin(caller, client, request, self._space, path)
