@@ -69,7 +69,7 @@ class ServerSettings(Section):
     bulk_connections_max: int = setting(
         256,
         "Connections of the bulk transport open at one time. A client with a round trip of 1 ms or more opens up to 8, "
-        "so 32 such clients can use all 256; others open 2. Each takes one of the daemon's open files.",
+        "so 32 such clients can use all 256; others open 1 or 2. Each takes one of the daemon's open files.",
         unit="connections",
         ge=1,
         le=100_000,
@@ -102,8 +102,8 @@ class ServerSettings(Section):
     )
     transfer_idle_s: float = setting(
         60.0,
-        "A load whose client takes nothing for this long ends with DEADLINE_EXCEEDED, a save whose client sends "
-        "nothing with INCOMPLETE_SAVE.",
+        "A load whose client takes nothing for this long, or over the bulk port less than 4 MiB, ends with "
+        "DEADLINE_EXCEEDED, a save whose client sends nothing with INCOMPLETE_SAVE.",
         unit="seconds",
         gt=0,
         le=86400,

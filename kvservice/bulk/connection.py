@@ -49,6 +49,7 @@ class BulkConnection:
         "fd",
         "has_joined",
         "is_closed",
+        "is_counted",
         "is_interrupted",
         "is_pooled",
         "is_woken",
@@ -67,6 +68,7 @@ class BulkConnection:
         self.fd = accepted.fileno()
         self.lock = threading.Lock()
         self.since_s, self.deadline_s = now_s, deadline_s
+        self.is_counted = False  # By the reason for which it will be closed.
         self.is_pooled = False  # A transfer has ended, and its client may begin another one.
         self.has_joined = self.is_woken = self.is_interrupted = self.is_closed = False
         self.certificate = b""  # SHA-256 of the client's certificate; empty without one.

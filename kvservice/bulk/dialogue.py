@@ -50,6 +50,7 @@ class Dialogue:
                 )
             except TicketRefused as refusal:
                 self._count(refusal.reason)
+                connection.is_counted = True
                 yield from self._refuse(
                     connection, TransferEnded("no transfer waits for this ticket", refused="ticket")
                 )

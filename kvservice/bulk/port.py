@@ -309,7 +309,7 @@ class BulkPort:
         """With its lock."""
         if connection.is_closed:
             return
-        if reason:
+        if reason and not connection.is_counted:
             self.count(reason)
         with self._lock:
             if self._connections.get(connection.fd) is connection:
@@ -416,7 +416,7 @@ class BulkPort:
 
 def _reason(error: Exception, connection: BulkConnection) -> str:
     """By which a connection is counted that such an error has ended."""
-    if isinstance(error, ssl.SSLError):
+    if isinstance(error, ssl.SSLError) and not connection.has_joined:
         return "handshake"
     if isinstance(error, InvalidFrame):
         return "garbage"

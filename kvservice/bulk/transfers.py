@@ -386,6 +386,7 @@ class IncomingSave(Transfer):
             pass
         except InvalidFrame as error:
             self._port.count("frame")
+            connection.is_counted = True
             self.fail(error)
             while self._final is None:
                 yield from connection.wait()

@@ -8,6 +8,10 @@ from kvservice.counters import Durations
 from kvservice.metrics.rows import PATHS, Metric, from_zero, gauge, histogram, total, totals
 from kvservice.rpc.reports import OUTCOMES, PLANS
 from kvservice.store.types import MISS_REASONS
+from kvservice_api.errors import ChecksumMismatch, DeadlineExceeded, Overloaded, StorageFailed
+
+# With these, loads on the bulk port count in the alert KVServiceCallsFail, as calls with theirs (`rpc.calls.ALERTED`).
+BULK_LOAD_ERRORS = tuple(each.reason for each in (ChecksumMismatch, DeadlineExceeded, Overloaded, StorageFailed))
 
 LOOKUPS = (
     histogram(
@@ -116,7 +120,8 @@ LOADS = (
     total(
         "loads_failed_total",
         "Loads that ended with an error of the store.",
-        "Any increase: see `rpc_errors_total` of `LoadBlocks` and `LocateBlocks` for the reason.",
+        "Any increase: for the reason see `rpc_errors_total` of `LoadBlocks`, `LocateBlocks` and `LoadToDevice`, and "
+        "`bulk_transfers_total`.",
     ),
     total(
         "read_through_bytes_total",
@@ -215,7 +220,7 @@ BULK = (
         "Loads and saves on the bulk port that ended: `OK`, or the reason of their error.",
         "What to do about each reason: [errors](../errors.md).",
         ("kind", "result"),
-        lambda from_: dict(from_.bulk.ended.copy()),
+        lambda from_: from_zero(product(("load",), BULK_LOAD_ERRORS), from_.bulk.ended.copy()),
     ),
     Metric(
         "bulk_socket_bytes_total",

@@ -78,9 +78,8 @@ class SsdTier:
 
         `capacity_bytes` is shared evenly among the files without those of `leaving`; None keeps all sizes. `creatable`
         are the numbers of the files that may be created; None means all. `io_threads` is the number per file. If any
-        file cannot be used, none is created
-        or changed. Raises StoreMismatch for a file of another store, and for a missing file that may not be created;
-        OSError if the disk is full.
+        file cannot be used, none is created or changed. Raises StoreMismatch for a file of another store, and for a
+        missing file that may not be created; OSError if the disk is full.
         """
         calls = calls or FileCalls()
         files = {number: path for number, path in enumerate(paths) if path is not None}
@@ -282,8 +281,11 @@ class SsdTier:
         ]
         if len(jobs) == 1:
             await jobs[0]
-        else:
-            await asyncio.gather(*jobs)  # If it is cancelled, it ends once all of them have.
+            return found
+        # With the exceptions, and if it is cancelled, it ends once all jobs have: until then they use the memory.
+        for ended in await asyncio.gather(*jobs, return_exceptions=True):
+            if ended is not None:
+                raise ended
         return found
 
     def sync(self) -> None:

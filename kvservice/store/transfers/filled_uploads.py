@@ -47,7 +47,6 @@ class FilledUpload:
     def __init__(self, uploads: Uploads, caller: Caller, client: Client, request: SaveRequest, path: SavePath) -> None:
         """Use `Saves.fill`."""
         self.request = request
-        self.client = client
         self._dram = uploads.dram
         self._space = _SpaceInUse(uploads.dram)
         self._upload = uploads.begin(caller, client, request, self._space, path)
@@ -72,9 +71,10 @@ class FilledUpload:
         """Make the blocks of `places` visible. `checksums`: u64 of the bytes there, ``[place, layer]`` flattened.
 
         With the checksums that the client `expected`, in the same order, blocks with others are refused with
-        UploadCorrupted. Raises InvalidRequest for another number of checksums, IncompleteSave if the client has
-        disconnected.
+        UploadCorrupted. Raises IncompleteSave if the client has disconnected, InvalidRequest for another number of
+        checksums.
         """
+        self._upload.check_open()  # First: an upload that has ended has no slices, so any checksums are too many.
         for each in (checksums, expected):
             if each is not None:
                 self._upload.check_written(each)

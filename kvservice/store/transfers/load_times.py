@@ -48,9 +48,9 @@ class LoadTimes:
             self._has_first_layer = True
             self._counters.first_layer_times[self._labels].observe(self._clock.monotonic_s() - self._began_s)
 
-    def first_layer_joined(self, last_frame: asyncio.Future[Any]) -> None:
-        """As `first_layer`, called when the last frame of that layer is done; not counted if that failed."""
-        if not last_frame.cancelled() and last_frame.exception() is None:
+    def first_layer_sent(self, sending: asyncio.Future[Any]) -> None:
+        """As `first_layer`, called at the end of its sending; not counted if that failed."""
+        if not sending.cancelled() and sending.exception() is None:
             self.first_layer()
 
     def layer_begins(self, layer: int) -> None:

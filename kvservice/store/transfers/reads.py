@@ -192,7 +192,7 @@ class Reads:
                 put_bytes += layer_bytes
                 if first_layer is None:
                     first_layer = asyncio.ensure_future(sender.until_sent(put_bytes))
-                    first_layer.add_done_callback(times.first_layer_joined)
+                    first_layer.add_done_callback(times.first_layer_sent)
                 # Of blocks in scratch memory, only this layer may be there while the next one is read.
                 ahead_bytes = layer_bytes if read.scratch_bytes else max(_AHEAD_BYTES, layer_bytes)
                 if put_bytes - sender.sent_bytes > ahead_bytes:  # Not for each layer: a wait costs as much as 100 KiB.

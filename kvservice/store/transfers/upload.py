@@ -371,8 +371,7 @@ class Upload:
         `then_write` queues them for their SSD copy; `on_ssd` waits for it.
         Raises IncompleteSave if bytes are missing; then nothing is stored.
         """
-        if self._is_ended or self._committing:
-            raise IncompleteSave("the save has ended: its client has disconnected, or it was committed before")
+        self.check_open()
         layers = self._request.shard.layers
         if len(checksums) != layers * len(self._request.keys):
             raise InvalidRequest(
@@ -387,6 +386,11 @@ class Upload:
         good = self._matching(checksums)
         await self._store(good, are_verified=True, on_ssd=on_ssd, then_write=then_write)
         return self.outcome
+
+    def check_open(self) -> None:
+        """Raises IncompleteSave once the upload has ended, or was committed."""
+        if self._is_ended or self._committing:
+            raise IncompleteSave("the save has ended: its client has disconnected, or it was committed before")
 
     def check_written(self, checksums: NDArray[np.uint64]) -> None:
         """Raises InvalidRequest unless there is one per slice of `places`."""
@@ -412,8 +416,7 @@ class Upload:
         this daemon has computed them from the bytes in the places; blocks that are not as `expected` are refused.
         Raises IncompleteSave.
         """
-        if self._is_ended or self._committing:
-            raise IncompleteSave("the save has ended: its client has disconnected, or it was committed before")
+        self.check_open()
         written = sorted(self._destinations.values(), key=lambda each: each.position)
         self._committing = True  # If the client detaches from now on, this commit owns the extents.
         positions = [each.position for each in written]

@@ -118,7 +118,7 @@ class DeviceServiceServicer(object):
         client uploads. Errors:
         * INVALID_ARGUMENT INVALID_REQUEST: the header is wrong, a page does not exist, or tokens are outside the pages.
         * FAILED_PRECONDITION REGISTRATION_ENDED: register the memory again.
-        * FAILED_PRECONDITION INCOMPLETE_SAVE: the stream ended without `commit`, or `commit` came too early.
+        * FAILED_PRECONDITION INCOMPLETE_SAVE: the stream ended without `commit`, or its second message is no `commit`.
         * FAILED_PRECONDITION UNKNOWN_LAYOUT: call OpenLayout, then retry.
         * UNAVAILABLE DRAINING: the daemon is stopping; skip this save.
         * RESOURCE_EXHAUSTED OVERLOADED: too many saves run; skip this one.

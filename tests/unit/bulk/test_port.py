@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from kvservice.bulk.port import BulkPort
 from kvservice.store.types import Span
-from kvservice_api.bulk import PREFACE
+from kvservice_api.bulk import PREFACE, pack_hello
 from kvservice_api.errors import BulkUnavailable
 from tests.clock import HandClock, passes
 from tests.stores import CALLER, until
@@ -122,6 +123,19 @@ async def test_a_client_that_goes_in_its_first_message_is_counted(port: BulkPort
     (await connected(port, data)).close()
     await until(lambda: not port.connection_count)
     assert port.refused["lost"] == 1
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_a_refused_ticket_is_counted_once_however_its_connection_ends(
+    port: BulkPort, clock: HandClock, leaves: bool
+) -> None:
+    with await connected(port, PREFACE + pack_hello(bytes(32), bytes(16))) as client:
+        await until(lambda: port.refused["unknown"] == 1)
+        if leaves:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # Reset, as it is closed.
+            client.close()
+        await until(lambda: (leaves or passes(clock)) and not port.connection_count)
+    assert +port.refused == {"unknown": 1}
 
 
 async def test_an_unexpected_error_ends_no_thread(clock: HandClock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from kvservice.metrics.rows import PREFIX
+from kvservice.metrics.rows import PREFIX, Sources
+from kvservice.metrics.traffic import BULK, BULK_LOAD_ERRORS
 from kvservice.rpc.calls import ALERTED, CallCounts
 from kvservice_api.v1 import admin_pb2, blocks_pb2, devices_pb2, hints_pb2, sessions_pb2
 from tests.prometheus import program
@@ -70,6 +73,17 @@ def test_the_first_error_of_each_alerted_reason_is_an_increase() -> None:
         assert all(calls.errors.get((method, reason)) == 0 for method in methods), reason
         assert {*methods} <= calls.running.keys(), reason
     assert len(calls.errors) < 200, "each is a series"
+
+
+def test_the_first_load_of_the_bulk_port_that_fails_is_an_increase() -> None:
+    (rule,) = (rule for rule in rules() if rule["alert"] == "KVServiceCallsFail")
+    alerted = re.findall(r'kind="load", result=~"(.*?)"', rule["expr"])[0].split("|")
+    assert sorted(alerted) == sorted(BULK_LOAD_ERRORS)
+
+    (metric,) = (metric for metric in BULK if metric.name == "bulk_transfers_total")
+    ended = Counter({("save", "OK"): 2})
+    samples = metric.read(cast(Sources, SimpleNamespace(bulk=SimpleNamespace(ended=ended))))
+    assert samples == {("save", "OK"): 2, **{("load", reason): 0 for reason in alerted}}
 
 
 def test_every_alert_has_a_page_and_says_what_a_user_notices() -> None:

@@ -154,3 +154,26 @@ class TestSeveralDrives:
         parts = [part(extent, 0, PAGE)._replace(then=meets) for extent in extents]
 
         assert await tier.read_together(parts) == [image[:PAGE] for image in images]
+
+    async def test_a_read_that_ends_by_an_error_of_ours_leaves_no_thread_that_writes_to_its_memory(
+        self, open_tier: OpenTier, calls: SlowDrive, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tier = open_tier(files=2, io_threads=1)
+        extents, _ = await filled(tier, 2)
+        calls.gate = threading.Event()
+
+        def fails(parts: object) -> None:
+            calls.waits.wait(30)
+            raise MemoryError
+
+        monkeypatch.setattr(tier._files[1], "read_parts", fails)
+        reading = asyncio.ensure_future(tier.read_together([part(extent, 0, PAGE) for extent in extents]))
+        try:
+            await tier._pools[1].run(0.0, lambda: None)  # After the failed read.
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not reading.done()
+        finally:
+            calls.gate.set()
+        with pytest.raises(MemoryError):
+            await reading
