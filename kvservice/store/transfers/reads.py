@@ -10,8 +10,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
-import numpy as np
-
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.block_lifecycle import BlockLifecycle
@@ -221,7 +219,7 @@ class Reads:
         """The rows are held until `_end`."""
         shared = self.shared
         read, rows = LeasedBytes(shared, lease, blocks), shared.lifecycle.blocks
-        times = LoadTimes(rows, lease, blocks, np.array(read.rows, np.int64), self._clock, shared.counters, path)
+        times = LoadTimes(rows, lease, blocks, read.rows, self._clock, shared.counters, path)
         shared.lifecycle.hold(read.rows)
         return read, times
 
