@@ -97,7 +97,7 @@ class Reads:
         self._clock = clock
         self._slots = asyncio.Semaphore(slots)
         self._frame_bytes = frame_bytes
-        self._precedence = Precedence(clock)
+        self.precedence = Precedence(clock)
 
     async def run(
         self, caller: Caller, lease: Lease, blocks: range, layers: range, encode: Callable[[Part], T]
@@ -109,7 +109,7 @@ class Reads:
         that were yielded before are right.
         """
         read, times = self._begin(lease, blocks, "stream")
-        turn = self._precedence.enter()
+        turn = self.precedence.enter(lease.lease_id)
         following: asyncio.Future[list[Part]] | None = None  # The next layer is read while this one is sent.
         try:
             await read.open()

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kvservice.blocks import TierName
+from kvservice.store.hints.exchange import HintLimits
+from kvservice.store.hints.queue_mirror import HintSubject, QueueLimits
 from kvservice.store.leases import Client
 from kvservice.store.miss_reasons import SpaceFor
-from tests.stores import CALLER, MIB, PATIENT, OpenStore, some_chain, some_images
+from kvservice.store.types import Nearness
+from tests.stores import CALLER, MIB, PATIENT, OpenStore, caller_of, some_chain, some_images
 
 BLOCKS = 200
 A_TURN = 64  # At most: two parts may share a turn.
@@ -26,8 +32,8 @@ class Turns:
         self.counts = Counter[int]()
         self._turn = 0
 
-    def note(self, *_: object) -> None:
-        self.counts[self._turn] += 1
+    def note(self, count: int = 1) -> None:
+        self.counts[self._turn] += count
 
     async def count(self) -> None:
         while True:
@@ -40,11 +46,15 @@ def turns_of_listeners(opened: OpenStore) -> Iterator[Turns]:
     """How often the listeners of the block table are called: they take most of the time of a change."""
     turns = Turns()
     counting = asyncio.create_task(turns.count())
-    opened.blocks.listeners.append(turns.note)
+
+    def listen(row: int) -> None:
+        turns.note()
+
+    opened.blocks.listeners.append(listen)
     try:
         yield turns
     finally:
-        opened.blocks.listeners.remove(turns.note)
+        opened.blocks.listeners.remove(listen)
         counting.cancel()
 
 
@@ -103,15 +113,15 @@ async def test_a_save_that_is_cancelled_while_its_rows_are_made_leaves_nothing(
     assert not opened.records(TierName.DRAM)
 
 
-async def test_new_blocks_are_told_to_listeners_only_when_lookups_find_them(open_store: Callable[..., Any]) -> None:
+async def test_listeners_hear_of_new_blocks_only_when_lookups_find_them(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * MIB, ssd_bytes=0)
     with turns_of_listeners(opened) as turns:
         assert await saved(opened, opened.store.leases.attach(CALLER, "test")) == BLOCKS
-    assert turns.counts.total() == BLOCKS, "once each"
+    assert turns.counts.total() == BLOCKS, "one call for each"
     assert max(turns.counts.values()) <= A_TURN
 
 
-async def test_copies_of_many_blocks_in_the_next_tier_are_told_to_listeners_in_short_turns(
+async def test_listeners_hear_of_the_copies_of_many_blocks_in_the_next_tier_in_short_turns(
     open_store: Callable[..., Any],
 ) -> None:
     """Blocks share a commit, so the copies of hundreds are recorded at the same time."""
@@ -137,6 +147,58 @@ async def test_many_blocks_are_evicted_for_the_space_of_one_in_short_turns(full:
         extent = await full.evictor.reserve(TierName.DRAM, 3 * MIB, SpaceFor.SAVE)
     full.dram.release(extent)
     assert turns.counts.total() >= BLOCKS / 2 and max(turns.counts.values()) <= A_TURN
+
+
+async def test_the_copies_of_many_pinned_blocks_are_queued_in_short_turns(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: OpenStore = await open_store(dram_bytes=16 * MIB, ssd_bytes=32 * MIB, map_bytes=4 * MIB, limits=PATIENT)
+    client, keys = opened.store.leases.attach(CALLER, "test"), list[bytes]()
+    for seed in range(2):
+        chain = some_chain(BLOCKS, seed=seed)
+        keys += chain.keys
+        await opened.save(client, chain, some_images(chain, seed=seed))
+    await opened.settle()
+    assert (await opened.store.moves.evict(CALLER, keys, TierName.SSD)).evicted == 2 * BLOCKS
+    assert opened.write_behind is not None
+    add, queued = opened.write_behind.add, list[int]()
+
+    def counted(rows: Sequence[int], *, ask: bool = True) -> None:
+        queued.append(len(rows))
+        add(rows, ask=ask)
+
+    monkeypatch.setattr(opened.write_behind, "add", counted)
+    assert (await opened.store.pins.pin(CALLER, keys, 60_000)).pinned == 2 * BLOCKS
+    assert sum(queued) == 2 * BLOCKS and max(queued) <= 256
+    await opened.settle()
+    assert len(opened.extents(TierName.SSD)) == 2 * BLOCKS, "also what had been evicted from there"
+
+
+async def test_queued_requests_of_many_blocks_are_evaluated_in_short_turns(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = HintLimits(QueueLimits(64, 64 * BLOCKS), 0.5, 1 << 40)
+    opened: OpenStore = await open_store(dram_bytes=8 * MIB, limits=replace(PATIENT, hints=limits))
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(BLOCKS)
+    await saved(opened, client)
+    rows_of_keys, turns = opened.blocks.rows_of_keys, Turns()
+
+    def counted(keys: Sequence[bytes]) -> NDArray[np.int64]:
+        turns.note(len(keys))
+        return rows_of_keys(keys)
+
+    monkeypatch.setattr(opened.blocks, "rows_of_keys", counted)
+    counting = asyncio.create_task(turns.count())
+    found = set[str]()
+    with opened.store.hints.open(caller_of(client)) as stream:
+        for number in range(64):
+            stream.put(str(number), HintSubject(b"", "", chain.packed_keys), None, 0, "")
+        while len(found) < 64:
+            changed = await stream.changed(1000)
+            assert changed is not None
+            found |= {each.request_id for each in changed if each.nearness is Nearness.IN_DRAM}
+    counting.cancel()
+    assert turns.counts.total() >= 64 * BLOCKS and max(turns.counts.values()) <= 2 * 512 + 2 * BLOCKS
 
 
 @pytest.mark.parametrize("everything", [False, True])
