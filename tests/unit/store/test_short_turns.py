@@ -113,7 +113,7 @@ async def test_a_save_that_is_cancelled_while_its_rows_are_made_leaves_nothing(
     assert not opened.records(TierName.DRAM)
 
 
-async def test_listeners_hear_of_new_blocks_only_when_lookups_find_them(open_store: Callable[..., Any]) -> None:
+async def test_listeners_are_called_for_new_blocks_only_when_lookups_find_them(open_store: Callable[..., Any]) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * MIB, ssd_bytes=0)
     with turns_of_listeners(opened) as turns:
         assert await saved(opened, opened.store.leases.attach(CALLER, "test")) == BLOCKS
@@ -121,7 +121,7 @@ async def test_listeners_hear_of_new_blocks_only_when_lookups_find_them(open_sto
     assert max(turns.counts.values()) <= A_TURN
 
 
-async def test_listeners_hear_of_the_copies_of_many_blocks_in_the_next_tier_in_short_turns(
+async def test_listeners_are_called_for_the_copies_of_many_blocks_in_short_turns(
     open_store: Callable[..., Any],
 ) -> None:
     """Blocks share a commit, so the copies of hundreds are recorded at the same time."""
