@@ -171,7 +171,7 @@ class BlockTable:
         self.live_of_layout: Counter[int] = Counter()  # Layout id -> live rows.
         self.next_access_seq = 1
         self.changes = 0  # How often a row's visibility or residency changed.
-        self.listeners: list[Callable[[int], None]] = []  # Called with each changed row, by `_tell`.
+        self.listeners: list[Callable[[int], None]] = []  # Called with each changed row, by `tell`.
         for name, dtype in _COLUMNS.items():
             setattr(self, name, np.zeros(row_capacity, dtype))
         for name, dtype in _TIER_COLUMNS.items():
@@ -263,7 +263,8 @@ class BlockTable:
         if position == 0:
             self.verified[row] = False  # The caller sets it after it verified the copy.
             self.hinted[row] = False
-        self._tell(row)
+        if self.live[row]:  # Lookups do not find other rows, wherever they are.
+            self.tell(row)
 
     def set_extents(
         self,
@@ -273,10 +274,12 @@ class BlockTable:
         offsets: NDArray[np.generic],
         sizes: NDArray[np.generic],
     ) -> None:
-        """Set the extents of recovered rows in `tier`. No listener is called."""
+        """The same for many rows, without the listeners: call `tell` for those that are live, in short turns."""
         position = self._position[tier]
         self.segment[position, rows], self.offset[position, rows] = segments, offsets
         self.extent_size[position, rows] = sizes
+        if position == 0:
+            self.verified[rows] = self.hinted[rows] = False
 
     def resident(self, tier: TierName) -> NDArray[np.bool_]:
         """Which of the rows below `row_end` have a copy in `tier`."""
@@ -409,7 +412,7 @@ class BlockTable:
         self.live[row] = True
         self.live_count += 1
         self.live_of_layout[int(self.layout_id[row])] += 1
-        self._tell(row)
+        self.tell(row)
 
     def unlink(self, row: int) -> None:
         """Make the row invisible to lookups. It keeps its residency until `free`."""
@@ -426,7 +429,7 @@ class BlockTable:
         self.live[row] = False
         self.live_count -= 1
         self.live_of_layout[int(self.layout_id[row])] -= 1
-        self._tell(row)
+        self.tell(row)
 
     def free(self, row: int) -> None:
         """Free an unlinked, unheld row that has no residency."""
@@ -545,7 +548,7 @@ class BlockTable:
         self.layer_begin[row], self.layer_end[row] = shard.layer_begin, shard.layer_end
         self.head_begin[row], self.head_end[row] = shard.head_begin, shard.head_end
 
-    def _tell(self, row: int) -> None:
+    def tell(self, row: int) -> None:
         """Lookups find the row from now on, or no longer, or find another residency."""
         self.changes += 1
         for listener in self.listeners:

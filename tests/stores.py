@@ -47,7 +47,8 @@ from kvservice.store.transfers.admission import Claims
 from kvservice.store.transfers.in_place_uploads import InPlaceUploads
 from kvservice.store.transfers.leased_bytes import Part
 from kvservice.store.transfers.reads import Reads
-from kvservice.store.transfers.upload import SaveOutcome, Upload, Uploads
+from kvservice.store.transfers.save_request import SaveOutcome
+from kvservice.store.transfers.upload import Upload, Uploads
 from kvservice.store.types import Located, NotInPlace, SaveChain, SaveHeader, Span
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import Tier

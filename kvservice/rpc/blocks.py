@@ -147,8 +147,11 @@ class BlockService:
             lease_id=hit.lease.lease_id if hit.lease is not None else 0,
             lease_ttl_ms=round(hit.ttl_s * 1000),
         )
-        if request.locate and hit.lease is not None:
-            self._locate(caller, hit.lease, answer)
+        if hit.lease is not None:
+            if request.locate:
+                self._locate(caller, hit.lease, answer)
+            if not answer.HasField("located"):
+                self._store.loads.lease_granted(hit.lease)
         return answer
 
     async def LoadBlocks(self, request: pb.LoadBlocksRequest, context: Context) -> None:
@@ -283,6 +286,7 @@ class BlockService:
 
     async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Context) -> pb.ReleaseLeaseResponse:
         caller = self._callers.of(context, request.client_id)
+        self._store.loads.lease_released(request.lease_id)
         loads = [(Span(each.first_block, each.block_count), each.took_us / 1e6) for each in request.loads]
         try:
             self._store.loads.note_in_place(caller, request.lease_id, loads)

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _SETTLED_WITHIN_S = 5.0
 _FLUSHED_WITHIN_S = 5.0  # Each part of a tier. A tier below SSD may hang.
-_FLUSH_ROWS = 1024  # They take a few milliseconds of the event loop.
-_LINKS_A_TURN = 32  # They take two milliseconds of the event loop: listeners note each block.
+_FLUSH_ROWS = 256  # They take one to two milliseconds of the event loop.
+_NOTED_A_TURN = 32  # They take two milliseconds of the event loop: listeners note each block.
 
 _COPIED = (
     "layout_id token_count hits trailer_checksum stored_at_ms used_at_ms access_seq parent_key pinned_until_ms tenant"
@@ -161,9 +161,10 @@ class BlockLifecycle:
             self._tasks.start(work, "withdraw records")
             raise
         else:
-            for row, extent in zip(rows, extents, strict=True):
-                self.blocks.set_extent(row, tier, extent)
-            self._note_arrival(np.asarray(rows, np.int64), tier)
+            array = np.asarray(rows, np.int64)
+            self.blocks.set_extents(array, tier, *np.array(extents, np.int64).T)
+            self._note_arrival(array, tier)
+            await _in_turns(array[self.blocks.live[array]].tolist(), self._tell)
         finally:
             for row in rows:
                 del self._placing[row, tier]
@@ -208,23 +209,19 @@ class BlockLifecycle:
         self.hold(rows)
         try:
             await self.place(rows, self.blocks.first_tier, extents)
-            linked = 0
-            try:
-                while linked < len(rows):
-                    if linked:
-                        await asyncio.sleep(0)
-                    linked += self._link(rows[linked : linked + _LINKS_A_TURN])
-            finally:
-                self._link(rows[linked:])
+            await _in_turns(rows, self._link)
         finally:
             self.unhold(rows)  # Frees the rows that were not linked.
 
-    def _link(self, rows: Sequence[int]) -> int:
-        """Make the rows visible. Returns their number."""
+    def _link(self, rows: Sequence[int]) -> None:
+        """Make the rows visible."""
         for row in rows:
             self.blocks.link(row)
         self.tails.add(rows)
-        return len(rows)
+
+    def _tell(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self.blocks.tell(row)
 
     async def flush_recency(self) -> None:
         """Write use times and hit counts of the blocks used since the last flush into their records."""
@@ -468,6 +465,21 @@ class _Removal:
             if self._leaving.get(record) is self._done:
                 del self._leaving[record]
         self._done.set_result(None)
+
+
+async def _in_turns(rows: Sequence[int], work: Callable[[Sequence[int]], None]) -> None:
+    """Call `work` for some rows per turn of the event loop. If the caller is cancelled, for the rest at once."""
+    done = 0
+    try:
+        while done < len(rows):
+            if done:
+                await asyncio.sleep(0)
+            part = rows[done : done + _NOTED_A_TURN]
+            done += len(part)
+            work(part)
+    finally:
+        if done < len(rows):
+            work(rows[done:])
 
 
 def _add(counts: NDArray[np.int32], rows: Rows, change: int) -> None:

@@ -28,7 +28,7 @@ from kvservice_api.layout import Layout, Shard
 
 log = logging.getLogger(__name__)
 
-_ROWS_A_TURN = 512  # They take two milliseconds of the event loop if all of them have been discarded.
+_ROWS_A_TURN = 128  # They take two milliseconds of the event loop if all of them have been discarded.
 _LEASES_A_TURN = 1024
 _EXPIRE_EVERY_S = 0.25
 

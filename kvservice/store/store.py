@@ -154,6 +154,7 @@ class BlockStore:
             self._policy,
             clock,
             tasks,
+            loop_budget,
             watermarks={tier: watermarks[tier] for tier in tiers},
             wait_s=limits.reserve_wait_s,
         )
@@ -268,7 +269,18 @@ class BlockStore:
         self.scrub = Scrub(lifecycle, dram, clock, counters, executor, bytes_per_second=limits.scrub_bytes_per_second)
         listings = Listings(blocks, index.layouts, sessions, clock, self.boot_epoch)
         self.operators = Operators(
-            blocks, index, lifecycle, counters, sessions, listings, explain, requests, trace, leases, hints
+            blocks,
+            index,
+            lifecycle,
+            counters,
+            sessions,
+            listings,
+            explain,
+            requests,
+            trace,
+            leases,
+            hints,
+            loop_budget,
         )
         self.status = Status(
             blocks,

@@ -68,7 +68,7 @@ from kvservice.store.transfers.leased_bytes import Part as Part
 from kvservice.store.transfers.reads import DamagedSlice as DamagedSlice
 from kvservice.store.transfers.reads import Span as Span
 from kvservice.store.transfers.received_bytes import ReceivedBytes as ReceivedBytes
+from kvservice.store.transfers.save_request import Place as Place
+from kvservice.store.transfers.save_request import SaveOutcome as SaveOutcome
 from kvservice.store.transfers.saves import SaveChain as SaveChain
 from kvservice.store.transfers.saves import SaveHeader as SaveHeader
-from kvservice.store.transfers.upload import Place as Place
-from kvservice.store.transfers.upload import SaveOutcome as SaveOutcome

@@ -23,7 +23,8 @@ from kvservice.store.leases import Client, Lease
 from kvservice.store.mover.evictor import Watermarks
 from kvservice.store.prefix_match import TAILS_MAX
 from kvservice.store.store import StoreLimits
-from kvservice.store.transfers.upload import SaveOutcome, Upload
+from kvservice.store.transfers.save_request import SaveOutcome
+from kvservice.store.transfers.upload import Upload
 from kvservice_api.errors import TicketForeign
 from kvservice_api.frames import Frame
 from kvservice_api.keys import BlockChain, block_chain

@@ -16,7 +16,7 @@ from hypothesis.stateful import initialize, rule
 
 from kvservice.blocks import TierName
 from kvservice.store.mover.evictor import Watermarks
-from kvservice.store.transfers.upload import SaveOutcome
+from kvservice.store.transfers.save_request import SaveOutcome
 from kvservice_api.errors import (
     BlockNotFound,
     InvalidRequest,

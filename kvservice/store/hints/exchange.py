@@ -40,7 +40,8 @@ _TOOK_MAX_S = 0.25  # What a tick may count as: the process may have been stoppe
 _WINDOW_ENTRIES = 1024  # Of all queues, per tick: the windows.
 _OTHER_ENTRIES = 512  # Of all queues, per tick: readiness of entries behind the windows.
 _KEYS_PER_TICK = 4096  # Of each queue: the window, and the entries behind it.
-_ENTRIES_A_TURN = 32  # They take half a millisecond of the event loop, and more if they have hundreds of blocks.
+_KEYS_A_TURN = 512  # They take half a millisecond of the event loop; so do 32 requests of few blocks.
+_ENTRY_KEYS = _KEYS_A_TURN // 32
 _TAILS_MAX = 16  # So many of the newest partial blocks after a key are looked at, which may be of other tenants.
 _CLIENTS_WORTH = 16  # All hints together have at most so many entries and keys as the queues of so many clients.
 _ENDED_MAX = 1024  # Reports of what has ended that wait to be acted on, of all clients.
@@ -225,11 +226,13 @@ class HintExchange:
             ExpectedRead(each.rows, each.due_s, each.entry.hint, each.entry.kind) for each in found if len(each.rows)
         ]
         self._placement.want(wanted, self.queued_count)
-        for count, each in enumerate(found):
-            if count % _ENTRIES_A_TURN == 0:
+        examined = _KEYS_A_TURN
+        for each in found:
+            if examined >= _KEYS_A_TURN:
+                examined = 0
                 await self.loop_budget.slot()
             if (entry := each.stream.queue.get(each.entry.request_id)) is not None:
-                self._evaluate(each.stream, entry, now_s)
+                examined += _weight(entry, self._evaluate(each.stream, entry, now_s))
 
     async def _window(
         self, stream: HintStream, entries: Sequence[QueueEntry], share_bytes: int, now_s: float
@@ -241,12 +244,14 @@ class HintExchange:
         window: list[_Window] = []
         blocks = self._blocks
         seen = np.zeros(blocks.row_end, np.bool_)
-        due_s, keys_left = now_s, _KEYS_PER_TICK
-        for count, entry in enumerate(entries):
-            if count % _ENTRIES_A_TURN == 0:
+        due_s, keys_left, examined = now_s, _KEYS_PER_TICK, _KEYS_A_TURN
+        for entry in entries:
+            if examined >= _KEYS_A_TURN:
+                examined = 0
                 await self.loop_budget.slot()
                 seen = np.pad(seen, (0, blocks.row_end - len(seen)))  # Blocks were stored meanwhile.
             rows = self._rows(stream, entry.subject)
+            examined += _weight(entry, len(rows))
             rows = rows[~seen[rows]]
             seen[rows] = True
             ends = np.cumsum(blocks.size_bytes[rows].astype(np.int64))
@@ -273,15 +278,18 @@ class HintExchange:
 
     async def _evaluate_others(self, stream: HintStream, entries: int) -> None:
         """Set the readiness of a part of the requests behind the last part, and of the first ones after the last."""
-        keys_left, now_s = _KEYS_PER_TICK, self.now_s()
-        for count in range(min(entries, stream.unevaluated)):
-            if count % _ENTRIES_A_TURN == 0:
+        keys_left, examined, now_s = _KEYS_PER_TICK, _KEYS_A_TURN, self.now_s()
+        for _ in range(min(entries, stream.unevaluated)):
+            if examined >= _KEYS_A_TURN:
+                examined = 0
                 await self.loop_budget.slot()
             entry = next(stream.queue.after(stream.cursor), None) or next(iter(stream.queue), None)
             if entry is None:
                 return
             stream.cursor = entry.request_id
-            keys_left -= self._evaluate(stream, entry, now_s)
+            row_count = self._evaluate(stream, entry, now_s)
+            examined += _weight(entry, row_count)
+            keys_left -= row_count
             stream.unevaluated -= 1
             if keys_left < 0:
                 return
@@ -358,6 +366,11 @@ class HintExchange:
             await self.loop_budget.slot()
             rows = stored_rows(self._blocks, stream.caller, [key for key in names if key not in elsewhere])
             self._placement.not_needed(rows[self._blocks.used_only_by(rows, stream.client.number)], write=write)
+
+
+def _weight(entry: QueueEntry, row_count: int) -> int:
+    """What a request takes of a turn of the event loop, in keys."""
+    return max(_ENTRY_KEYS, row_count, entry.subject.key_count)
 
 
 def stored_rows(blocks: BlockTable, caller: Caller, keys: Sequence[bytes]) -> Rows:

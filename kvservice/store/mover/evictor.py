@@ -18,7 +18,7 @@ from kvservice.clock import Clock
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.miss_reasons import Eviction, SpaceFor
 from kvservice.store.mover.ranking import Ranking
-from kvservice.store.tasks import Tasks
+from kvservice.store.tasks import LoopBudget, Tasks, in_parts
 from kvservice_api.errors import StorageFailed, TierFull
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Evictor:
         ranking: Ranking,
         clock: Clock,
         tasks: Tasks,
+        loop_budget: LoopBudget,
         *,
         watermarks: dict[TierName, Watermarks],
         wait_s: float,
@@ -74,6 +75,7 @@ class Evictor:
         self._ranking = ranking
         self._clock = clock
         self._tasks = tasks
+        self._loop_budget = loop_budget
         self._watermarks = watermarks
         self._wait_s = wait_s
         self._cleaner: Cleaner | None = None
@@ -182,7 +184,15 @@ class Evictor:
             self._trimming[tier] = False
 
     async def _evict(self, scores: dict[int, float], tier: TierName, space_for: SpaceFor) -> None:
-        await self._lifecycle.evict(list(scores), tier, Eviction(self._ranking.name, space_for, scores))
+        eviction = Eviction(self._ranking.name, space_for, scores)
+        marks = list(zip(scores, self._blocks.generation[list(scores)].tolist(), strict=True))
+
+        async def evict(part: Sequence[tuple[int, int]]) -> None:
+            generation = self._blocks.generation
+            rows = [row for row, mark in part if generation[row] == mark and self._may_leave(row, tier)]
+            await self._lifecycle.evict(rows, tier, eviction)
+
+        await in_parts(marks, evict, self._loop_budget)
 
     async def _reserve_in_turn(
         self, tier: TierName, size_bytes: int, space_for: SpaceFor, worth: float, evict_bytes: int
@@ -216,8 +226,8 @@ class Evictor:
         return bool((blocks.resident(tier) & (blocks.leases[:end] == 0) & (blocks.holds[:end] > 0)).any())
 
     async def _choose(self, tier: TierName, size_bytes: int, worth: float = math.inf) -> dict[int, float]:
-        """Rows to evict with their scores, of `size_bytes` in total, or fewer: at most as many as fit into one
-        iteration of the event loop, and only such with a score below `worth`.
+        """Rows to evict with their scores, of `size_bytes` in total, or fewer: not too many at a time, and only such
+        with a score below `worth`.
         """
         blocks, queue, marked = self._blocks, self._victims[tier], self._not_needed[tier]
         if self._clock.monotonic_s() - self._ranked_at_s[tier] > self._ranking.lasts_s:

@@ -17,7 +17,9 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.mover.active_policy import ActivePolicy
 from kvservice.store.mover.promoter import Promoter
-from kvservice.store.tasks import LoopBudget, parts_of
+from kvservice.store.tasks import LoopBudget, in_parts
+
+_KEYS_A_TURN = 128
 
 
 class PrefetchOutcome(NamedTuple):
@@ -52,12 +54,12 @@ class RequestedMoves:
 
     async def prefetch(self, caller: Caller, keys: Sequence[bytes], *, within_s: float, wait: bool) -> PrefetchOutcome:
         """Promote blocks to DRAM ahead of their load."""
-        blocks = self._blocks
+        blocks, unique = self._blocks, list(dict.fromkeys(keys))
         wanted: list[int] = []
         missing = in_dram = 0
-        for part in parts_of(list(dict.fromkeys(keys))):
+        for start in range(0, len(unique), _KEYS_A_TURN):
             await self._loop_budget.slot()
-            first = blocks.rows_of_keys(part)
+            first = blocks.rows_of_keys(unique[start : start + _KEYS_A_TURN])
             rows = [row for start in first.tolist() for row in blocks.shards_of(start)]
             is_absent = ~blocks.lie_in(np.array(rows, np.int64), blocks.first_tier)
             missing += int((first == NO_ROW).sum())
@@ -73,21 +75,21 @@ class RequestedMoves:
 
     async def evict(self, caller: Caller, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:
         """Drop copies from one tier. Leased, busy and pinned copies stay."""
-        blocks = self._blocks
-        evicted = held = missing = 0
-        for part in parts_of(list(dict.fromkeys(keys))):
-            rows: list[int] = []
-            for first in blocks.rows_of_keys(part).tolist():
-                copies = [row for row in blocks.shards_of(first) if blocks.is_resident(row, tier)]
-                missing += not copies
-                now_ms = self._clock.wall_ms()
-                free = [
-                    row for row in copies if self._lifecycle.is_free(row) and not blocks.pin_keeps(row, tier, now_ms)
-                ]
-                held += len(copies) - len(free)
-                rows += free
-            if tier == blocks.first_tier:
-                self._policy.evicted(np.array(rows, np.int64))
-            await self._lifecycle.evict(rows, tier)
-            evicted += len(rows)
-        return EvictOutcome(evicted, held, missing)
+        done = await in_parts(list(dict.fromkeys(keys)), lambda part: self._evict(part, tier), self._loop_budget)
+        return EvictOutcome(*(sum(each) for each in zip(*done, strict=True))) if done else EvictOutcome(0, 0, 0)
+
+    async def _evict(self, keys: Sequence[bytes], tier: TierName) -> EvictOutcome:
+        """As many blocks as fit into one turn of the event loop."""
+        blocks, now_ms = self._blocks, self._clock.wall_ms()
+        held = missing = 0
+        rows: list[int] = []
+        for first in blocks.rows_of_keys(keys).tolist():
+            copies = [row for row in blocks.shards_of(first) if blocks.is_resident(row, tier)]
+            missing += not copies
+            free = [row for row in copies if self._lifecycle.is_free(row) and not blocks.pin_keeps(row, tier, now_ms)]
+            held += len(copies) - len(free)
+            rows += free
+        if tier == blocks.first_tier:
+            self._policy.evicted(np.array(rows, np.int64))
+        await self._lifecycle.evict(rows, tier)
+        return EvictOutcome(len(rows), held, missing)

@@ -21,7 +21,7 @@ from kvservice.store.operations.requests import Requests
 from kvservice.store.operations.trace import TRACE_MAX_S, TraceRecorder, TraceStep
 from kvservice.store.sessions.manifests import StoredSession
 from kvservice.store.sessions.sessions import Sessions
-from kvservice.store.tasks import parts_of
+from kvservice.store.tasks import LoopBudget, in_parts
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Shard
@@ -51,6 +51,7 @@ class Operators:
         trace: TraceRecorder,
         leases: Leases,
         hints: HintExchange,
+        loop_budget: LoopBudget,
     ) -> None:
         self._blocks = blocks
         self._index = index
@@ -63,6 +64,7 @@ class Operators:
         self._trace = trace
         self._leases = leases
         self._hints = hints
+        self._loop_budget = loop_budget
 
     async def list_blocks(
         self,
@@ -140,13 +142,15 @@ class Operators:
 
     async def discard(self, caller: Caller, keys: Sequence[bytes]) -> tuple[int, int]:
         """Discard blocks from all tiers, pinned or not. Returns the number of objects, and of keys without one."""
-        discarded = missing = 0
-        for part in parts_of(list(dict.fromkeys(keys))):
+        missing = 0
+
+        async def discard(part: Sequence[bytes]) -> int:
+            nonlocal missing
             first = self._blocks.rows_of_keys(part)
-            rows = [row for start in first.tolist() for row in self._blocks.shards_of(start)]
-            await self._discard(rows)
-            discarded += len(rows)
             missing += int((first == NO_ROW).sum())
+            return await self._discard([row for start in first.tolist() for row in self._blocks.shards_of(start)])
+
+        discarded = sum(await in_parts(list(dict.fromkeys(keys)), discard, self._loop_budget))
         return discarded, missing
 
     async def discard_layout(self, caller: Caller, fingerprint: bytes | None) -> int:
@@ -157,16 +161,18 @@ class Operators:
             self._listed_layout(fingerprint)  # Raises InvalidRequest for an invalid fingerprint.
             rows = rows[blocks.layout_id[rows] == self._index.find_layout(fingerprint)[0]]
         marks = blocks.generation[rows]
-        discarded = 0
-        for part in parts_of(range(len(rows))):
-            there = rows[part][blocks.live[rows[part]] & (blocks.generation[rows[part]] == marks[part])]
-            await self._discard(there.tolist())
-            discarded += len(there)
-        return discarded
 
-    async def _discard(self, rows: list[int]) -> None:
+        async def discard(part: Sequence[int]) -> int:
+            some, before = rows[part], marks[part]
+            return await self._discard(some[blocks.live[some] & (blocks.generation[some] == before)].tolist())
+
+        return sum(await in_parts(range(len(rows)), discard, self._loop_budget))
+
+    async def _discard(self, rows: list[int]) -> int:
+        """Returns their number. As many as fit into one turn of the event loop."""
         await self._lifecycle.discard(rows)
         self._counters.discarded_blocks += len(rows)
+        return len(rows)
 
     def record_trace(self, caller: Caller, fingerprint: bytes, duration_s: float) -> AsyncGenerator[TraceStep, None]:
         """The turns that end from now on, of one layout: the first turn's if `fingerprint` is empty.

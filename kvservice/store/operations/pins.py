@@ -83,7 +83,7 @@ class Pins:
             rows = rows[np.isin(rows, asked)]  # The blocks that are still stored.
             until_ms = self._clock.wall_ms() + ttl_ms
             await self._set(rows, until_ms)
-        self._write_soon(rows)
+        await self._write_soon(rows)
         return PinOutcome(len(rows), missing, until_ms, pinned_bytes, pinned_bytes_max)
 
     async def unpin(self, caller: Caller, keys: Sequence[bytes]) -> UnpinOutcome:
@@ -95,8 +95,12 @@ class Pins:
 
     def _rows(self, keys: Sequence[bytes]) -> tuple[Rows, int]:
         first = self._blocks.rows_of_keys(list(dict.fromkeys(keys)))
-        rows = [row for start in first.tolist() for row in self._blocks.shards_of(start)]
-        return np.array(rows, np.int64), int((first == NO_ROW).sum())
+        shards, rows = [], first[first != NO_ROW]
+        while len(rows):
+            shards.append(rows)
+            following = self._blocks.next_shard[rows]
+            rows = following[following != NO_ROW]
+        return np.concatenate([*shards, rows]), int((first == NO_ROW).sum())
 
     async def _bounded(self, rows: Rows) -> tuple[int, int]:
         """The bytes that all pinned blocks take with these, and their limit. Raises PinsFull."""
@@ -130,14 +134,18 @@ class Pins:
             blocks.used_since_flush[rows[ours]] = True  # Some records may be on disk; the next flush corrects them.
             raise
 
-    def _write_soon(self, rows: Rows) -> None:
+    async def _write_soon(self, rows: Rows) -> None:
         """Request the SSD copy that a pinned block keeps, also if the policy had evicted it from there."""
         if self._write_behind is None:
             return
         blocks = self._blocks
-        last_copies = [row for row in rows.tolist() if blocks.live[row] and blocks.tiers_of(row) == [blocks.first_tier]]
-        blocks.unwanted_on_ssd[last_copies] = False
-        self._write_behind.add(last_copies, ask=False)
+        for start in range(0, len(rows), _ROWS_A_TURN):
+            if start:
+                await asyncio.sleep(0)
+            part = rows[start : start + _ROWS_A_TURN]
+            last_copies = part[blocks.live[part] & (blocks.tier_sets(part) == 1)]  # Only the first tier has them.
+            blocks.unwanted_on_ssd[last_copies] = False
+            self._write_behind.add(last_copies.tolist(), ask=False)
 
 
 def _sizes(blocks: BlockTable, rows: Rows) -> list[int]:

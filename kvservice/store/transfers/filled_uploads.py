@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from kvservice.blocks import Extent
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Client
-from kvservice.store.transfers.upload import Place, SaveOutcome, SavePath, SaveRequest, Uploads
+from kvservice.store.transfers.save_request import Place, SaveOutcome, SavePath, SaveRequest
+from kvservice.store.transfers.upload import Uploads
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import KVError
 

@@ -20,7 +20,8 @@ from kvservice.store.caller import Caller
 from kvservice.store.leases import Client
 from kvservice.store.tasks import Tasks
 from kvservice.store.transfers.admission import IN_PLACE_UPLOADS_PER_CLIENT_MAX
-from kvservice.store.transfers.upload import Place, SaveOutcome, SaveRequest, Upload, Uploads
+from kvservice.store.transfers.save_request import Place, SaveOutcome, SaveRequest
+from kvservice.store.transfers.upload import Upload, Uploads
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.writers import Writer
 from kvservice_api.arena import WRITERS_NAME

@@ -140,8 +140,12 @@ class LeasedBytes:
         self._layout: Layout = lease.layout
         self._shard = lease.shard
         rows = lease.rows[blocks.start : blocks.stop].tolist()
-        self._rows_of_block = [lease.parts.get(block, (row,)) for block, row in zip(blocks, rows, strict=True)]
-        self.rows = list(dict.fromkeys(itertools.chain.from_iterable(self._rows_of_block)))
+        if lease.parts:
+            self._rows_of_block = [lease.parts.get(block, (row,)) for block, row in zip(blocks, rows, strict=True)]
+            rows = list(itertools.chain.from_iterable(self._rows_of_block))
+        else:  # The usual case. A load may have thousands of blocks.
+            self._rows_of_block = [(row,) for row in rows]
+        self.rows = np.array(list(dict.fromkeys(rows)), np.int64)
         self._plans: list[list[list[HeadRun]] | None] = []
         self._sources: dict[int, _Source] = {}
         self._all_at_hand: list[tuple[_Source, list[int]]] | None = None  # With checksums; if no block is of shards.
@@ -164,15 +168,14 @@ class LeasedBytes:
     async def open(self) -> None:
         """Find every row's bytes, and start to promote rows that only SSD has."""
         table, shared = self._blocks_table, self._shared
-        rows = np.array(self.rows, np.int64)
-        missing = rows[~table.lie_in(rows, table.first_tier)].tolist()
+        missing = self.rows[~table.lie_in(self.rows, table.first_tier)].tolist()
         promotions: dict[int, PendingPromotion] = {}
         if missing and shared.promoter is not None:
             promotions = await self._held.enter_async_context(shared.promoter.promoting(missing))
         for row, pending in promotions.items():
             self._sources[row] = source = self._new_source(row)
             source.image, source.pending = pending.image, pending
-        for count, row in enumerate(self.rows):
+        for count, row in enumerate(self.rows.tolist()):
             await self._yield_to_loop(count)
             if row not in promotions:
                 self._sources[row] = self._source(row)
@@ -214,6 +217,12 @@ class LeasedBytes:
         """Release the blocks' memory. No thread reads it any more: `on_thread` returns after its work has ended."""
         self._shared.scratch.release(self.scratch_bytes)
         await self._held.aclose()
+        while len(self._sources) > _ROWS_A_TURN:  # The release of thousands of objects takes milliseconds.
+            for row in list(itertools.islice(self._sources, _ROWS_A_TURN)):
+                del self._sources[row]
+            if self._all_at_hand:
+                del self._all_at_hand[-_ROWS_A_TURN:]
+            await asyncio.sleep(0)
 
     async def _yield_to_loop(self, count: int) -> None:
         """Yield to the event loop regularly, because a load may have thousands of blocks, and there may be many
@@ -324,7 +333,7 @@ class LeasedBytes:
         units: list[Part] = []
         size = UNIT_BYTES
         if self._all_at_hand is None and not any(self._plans):
-            self._all_at_hand = self._with_checksums()
+            self._all_at_hand = await self._with_checksums()
         if self._all_at_hand is not None:  # The usual case, in a microsecond per slice.
             for block, (source, checksums) in enumerate(self._all_at_hand):
                 if self._rows_since_slot == _ROWS_A_TURN:
@@ -353,10 +362,12 @@ class LeasedBytes:
             size += sum(map(len, runs))
         return units
 
-    def _with_checksums(self) -> list[tuple[_Source, list[int]]] | None:
+    async def _with_checksums(self) -> list[tuple[_Source, list[int]]] | None:
         """The source of each block, and the checksums of its slices. None if not all of them are in DRAM."""
         found = []
-        for (row,) in self._rows_of_block:
+        for count, (row,) in enumerate(self._rows_of_block):
+            if count:  # A small load needs no slot of its own for this.
+                await self._yield_to_loop(count)
             source = self._sources[row]
             if not source.is_at_hand or source.trailer is None:
                 return None

@@ -19,6 +19,7 @@ from kvservice.store.transfers.admission import Admission
 from kvservice.store.transfers.in_place_reads import InPlaceReads, Located, NotInPlace
 from kvservice.store.transfers.leased_bytes import Part
 from kvservice.store.transfers.load_times import InPlacePath
+from kvservice.store.transfers.precedence import LITTLE_BYTES
 from kvservice.store.transfers.reads import PartSender, Reads, Span
 from kvservice_api.errors import InvalidRequest
 from kvservice_api.layout import Shard
@@ -72,6 +73,18 @@ class Loads:
                     await self._admission.taken(send(frame))
                     record.sent_bytes += len(frame)
 
+    def lease_granted(self, lease: Lease) -> None:
+        """A client has this new lease, and the places of its blocks were not named. If it is of little, the client's
+        next call goes before the frames of huge loads.
+        """
+        precedence = self._reads.precedence
+        if precedence.has_huge() and int(self._blocks.size_bytes[lease.held_rows].sum()) <= LITTLE_BYTES:
+            precedence.expect_call(lease.lease_id)
+
+    def lease_released(self, lease_id: int) -> None:
+        """The client's last call for the lease has come."""
+        self._reads.precedence.called(lease_id)
+
     async def to_send(
         self, caller: Caller, lease_id: int, shard: Shard | None, blocks: Span, layers: Span
     ) -> Callable[[PartSender], Awaitable[None]]:
@@ -83,6 +96,7 @@ class Loads:
         lease = await self._narrowed(caller, lease_id, shard)
         which, parts = blocks.within(len(lease.rows), "block"), layers.within(lease.shard.layers, "layer")
         self._admission.loads.check()
+        self._reads.precedence.called(lease_id)
 
         async def send(sender: PartSender) -> None:
             self._leases.get(caller, lease_id)  # In the step that holds the rows: the lease may have ended meanwhile.

@@ -10,8 +10,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
-import numpy as np
-
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.block_lifecycle import BlockLifecycle
@@ -99,7 +97,7 @@ class Reads:
         self._clock = clock
         self._slots = asyncio.Semaphore(slots)
         self._frame_bytes = frame_bytes
-        self._precedence = Precedence(clock)
+        self.precedence = Precedence(clock)
 
     async def run(
         self, caller: Caller, lease: Lease, blocks: range, layers: range, encode: Callable[[Part], T]
@@ -111,7 +109,7 @@ class Reads:
         that were yielded before are right.
         """
         read, times = self._begin(lease, blocks, "stream")
-        turn = self._precedence.enter()
+        turn = self.precedence.enter(lease.lease_id)
         following: asyncio.Future[list[Part]] | None = None  # The next layer is read while this one is sent.
         try:
             await read.open()
@@ -221,7 +219,7 @@ class Reads:
         """The rows are held until `_end`."""
         shared = self.shared
         read, rows = LeasedBytes(shared, lease, blocks), shared.lifecycle.blocks
-        times = LoadTimes(rows, lease, blocks, np.array(read.rows, np.int64), self._clock, shared.counters, path)
+        times = LoadTimes(rows, lease, blocks, read.rows, self._clock, shared.counters, path)
         shared.lifecycle.hold(read.rows)
         return read, times
 

@@ -21,7 +21,8 @@ from kvservice.store.operations.trace import TraceRecorder
 from kvservice.store.transfers.admission import Admission, Incoming
 from kvservice.store.transfers.filled_uploads import FilledUpload
 from kvservice.store.transfers.in_place_uploads import InPlaceUploads
-from kvservice.store.transfers.upload import Place, SaveOutcome, SavePath, SaveRequest, Upload, Uploads
+from kvservice.store.transfers.save_request import Place, SaveOutcome, SavePath, SaveRequest
+from kvservice.store.transfers.upload import Upload, Uploads
 from kvservice_api.errors import Draining, InvalidRequest, KVError, Overloaded
 from kvservice_api.keys import KEY_BYTES
 from kvservice_api.layout import Shard

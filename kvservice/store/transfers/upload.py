@@ -1,5 +1,8 @@
 """The save path: claim the blocks, reserve destinations for their bytes, write them, commit or abandon.
 
+`Upload` is one save. `frame_writer.py` writes the bytes that arrive in frames, and `commits.py` makes blocks visible;
+both work on the upload's `UploadState`.
+
 No byte of an upload is visible before its commit, and an upload that ends without a commit leaves nothing. The order of
 a commit: bytes are complete and match the client's checksums, the trailer, the index record; then the blocks are
 visible.
@@ -8,11 +11,9 @@ visible.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,79 +27,20 @@ from kvservice.store.leases import Client
 from kvservice.store.miss_reasons import Reason, SpaceFor
 from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
-from kvservice.store.tasks import LoopBudget, all_of
-from kvservice.store.transfers.admission import Admission, Claim, Claims
+from kvservice.store.tasks import LoopBudget
+from kvservice.store.transfers.admission import Admission, Claims
 from kvservice.store.transfers.arrived_slices import ArrivedSlices
+from kvservice.store.transfers.commits import Commits
+from kvservice.store.transfers.frame_writer import FrameWriter
+from kvservice.store.transfers.save_request import Place, SaveOutcome, SavePath, SaveRequest
 from kvservice.store.transfers.upload_space import OwnSpace, Space
+from kvservice.store.transfers.upload_state import Destination, UploadState, stored_rows
 from kvservice.tiers.dram import DramTier
-from kvservice_api.copying import copy_slices
-from kvservice_api.errors import (
-    BlockNotFound,
-    IncompleteSave,
-    InvalidFrame,
-    InvalidRequest,
-    KVError,
-    Overloaded,
-    TierFull,
-    UploadCorrupted,
-)
+from kvservice_api.errors import IncompleteSave, InvalidRequest, KVError, Overloaded, UploadCorrupted
 from kvservice_api.frames import Frame
-from kvservice_api.image import (
-    BlockGeometry,
-    Descriptor,
-    Trailer,
-    block_geometry,
-    checksum,
-    descriptor_offset,
-    layer_starts,
-    tenant_tag,
-)
-from kvservice_api.layout import Layout, Shard
+from kvservice_api.image import block_geometry
 
-_HASH_IN_THREAD_BYTES = 1 << 20  # Below this size, hashing is faster than the hand-over to a thread.
-_RESERVED_A_TURN = 64  # They take a millisecond of the event loop.
-
-SavePath = Literal["stream", "in_place", "cuda_ipc", "bulk"]  # How the bytes come to their places.
-
-
-@dataclass(frozen=True, slots=True)
-class SaveRequest:
-    """The blocks of a save, of one or more chains. A block that several of these have appears once for each."""
-
-    layout_id: int
-    layout: Layout
-    shard: Shard
-    parent_keys: Sequence[bytes]  # Of each block.
-    keys: Sequence[bytes]
-    token_counts: Sequence[int]
-
-
-@dataclass(slots=True)
-class SaveOutcome:
-    """How a save ended, by position in its keys."""
-
-    stored: list[int] = field(default_factory=list)
-    already_stored: list[int] = field(default_factory=list)
-    refused: dict[int, KVError] = field(default_factory=dict)
-
-
-class Place(NamedTuple):
-    """The offset of a block's image in the arena."""
-
-    position: int  # Its position in the save's keys.
-    extent: Extent
-
-
-@dataclass(slots=True, eq=False)
-class _Destination:
-    """The destination of one block's bytes, once it has space."""
-
-    position: int
-    claim: Claim
-    geometry: BlockGeometry
-    slices: ArrivedSlices
-    extent: Extent | None = None
-    image: memoryview | None = None
+_RESERVED_A_TURN = 32  # They take a millisecond of the event loop.
 
 
 class Uploads:
@@ -123,14 +65,13 @@ class Uploads:
         self.blocks: BlockTable = lifecycle.blocks
         self.evictor = evictor
         self.dram = dram
-        self.write_behind = write_behind
         self.clock = clock
         self.counters = counters
         self.loop_budget = loop_budget
         self.admission = admission
         self.wait_s = wait_s
-        self.secret = secret
         self.claims = Claims()
+        self.commits = Commits(lifecycle, write_behind, clock, counters, loop_budget, secret=secret)
         self.open: set[Upload] = set()
 
     def begin(
@@ -154,28 +95,24 @@ class Upload:
     """One save: claim, destinations, bytes, commit. `write` stores the bytes, or the client writes them in place."""
 
     def __init__(
-        self, uploads: Uploads, caller: Caller, client: Client, request: SaveRequest, space: Space, path: str
+        self, uploads: Uploads, caller: Caller, client: Client, request: SaveRequest, space: Space, path: SavePath
     ) -> None:
         """Use `Uploads.begin`."""
-        self._began_s = uploads.clock.monotonic_s()
-        self._path = path
         self._all = uploads
-        self._caller = caller
+        checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)
+        began_s = uploads.clock.monotonic_s()
+        self._state = UploadState(caller, client, request, space, path, began_s, checksums)
         self._client = client
         self._request = request
         self._space = space
+        self._destinations = self._state.destinations
+        self.outcome = self._state.outcome
+        self._frames = FrameWriter(self._state)
         self._admitted = ExitStack()
-        self.outcome = SaveOutcome()
-        self._destinations: dict[int, _Destination] = {}
-        self._first_of: dict[int, int] = {}  # Positions of blocks that an earlier chain has too, and their first one.
-        self._checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)  # Of received slices.
-        self._hashing: set[asyncio.Future[int]] = set()
         self._geometries = [block_geometry(request.layout, request.shard, count) for count in request.token_counts]
-        self._layer_starts = layer_starts(request.layout, request.shard, request.token_counts)
         self._no_room: KVError | None = None
         self._is_ended = False
         self._committing = False
-        self._committed = False
 
     @property
     def places(self) -> list[Place]:
@@ -210,18 +147,19 @@ class Upload:
     async def _claim(self) -> None:
         """Queue for every missing object in one step: a save waits only for earlier ones, so there is no deadlock."""
         first_positions: dict[bytes, int] = {}
+        is_stored = self._are_stored(range(len(self._request.keys)))
         for position, key in enumerate(self._request.keys):
             if (earlier := first_positions.setdefault(key, position)) != position:
-                self._first_of[position] = earlier
+                self._state.first_of[position] = earlier
                 continue
-            if self._stored_row(position) != NO_ROW:
+            if is_stored[position]:
                 self.outcome.already_stored.append(position)
                 continue
             geometry = self._geometries[position]
             claim = self._all.claims.enqueue(object_key(key, self._request.shard))
-            self._destinations[position] = _Destination(position, claim, geometry, ArrivedSlices(geometry))
-        first: list[_Destination] = []
-        others: list[_Destination] = []
+            self._destinations[position] = Destination(position, claim, geometry, ArrivedSlices(geometry))
+        first: list[Destination] = []
+        others: list[Destination] = []
         for each in self._destinations.values():
             (first if self._all.claims.is_first(each.claim) else others).append(each)
         for count, each in enumerate(first):
@@ -232,15 +170,12 @@ class Upload:
         for each in others:
             await self._after_others(each, deadline_s)
 
-    def _stored_row(self, position: int) -> int:
-        """A row with everything that this save would store of a block, in its layout, or NO_ROW."""
-        blocks, request = self._all.blocks, self._request
-        for row in blocks.shards_of(int(blocks.rows_of_keys([request.keys[position]])[0])):
-            if blocks.layout_id[row] == request.layout_id and blocks.shard_of(row).covers(request.shard):
-                return row
-        return NO_ROW
+    def _are_stored(self, positions: Sequence[int]) -> list[bool]:
+        """Whether everything that this save would store of each of these blocks is stored, in its layout."""
+        stored: list[bool] = (stored_rows(self._all.blocks, self._request, positions) != NO_ROW).tolist()
+        return stored
 
-    async def _after_others(self, destination: _Destination, deadline_s: float) -> None:
+    async def _after_others(self, destination: Destination, deadline_s: float) -> None:
         """Other saves store this block: wait for them, and store it if none of them commits."""
         try:
             async with self._all.clock.timeout(max(0.0, deadline_s - self._all.clock.monotonic_s())):
@@ -248,13 +183,13 @@ class Upload:
         except TimeoutError:
             self._refuse(destination, Overloaded("another client is storing this block, and slowly"))
             return
-        if not self._is_ended and self._stored_row(destination.position) != NO_ROW:
+        if not self._is_ended and self._are_stored([destination.position])[0]:
             self.outcome.already_stored.append(destination.position)
             self._end(destination)
         else:
             await self._reserve(destination)
 
-    async def _reserve(self, destination: _Destination) -> None:
+    async def _reserve(self, destination: Destination) -> None:
         if self._all.blocks.row_of(self._request.keys[destination.position], self._request.shard) != NO_ROW:
             why = "a block of another layout is stored under this key: make the root key of a chain from its layout"
             self._refuse(destination, InvalidRequest(why, field="keys"))
@@ -282,7 +217,7 @@ class Upload:
         destination.image = self._all.dram.view(extent)[: destination.geometry.image_bytes]
         self._space.reserved(extent)
 
-    def _refuse(self, destination: _Destination, error: KVError) -> None:
+    def _refuse(self, destination: Destination, error: KVError) -> None:
         self.outcome.refused[destination.position] = error
         self._end(destination)
 
@@ -297,71 +232,7 @@ class Upload:
 
     def write(self, frame: Frame) -> None:
         """Copy a frame's bytes to their place. Raises InvalidFrame; the caller then ends the save."""
-        request = self._request
-        if frame.layer >= request.shard.layers or frame.first_block >= len(request.keys):
-            raise InvalidFrame(
-                f"layer {frame.layer} or block {frame.first_block} is outside the save", layer=frame.layer
-            )
-        starts = self._layer_starts[frame.layer]
-        first_end = starts[frame.first_block + 1] - starts[frame.first_block]
-        if frame.first_offset_bytes >= first_end or not len(frame.payload):
-            raise InvalidFrame("the payload is empty, or starts after its block's slice", layer=frame.layer)
-        start = starts[frame.first_block] + frame.first_offset_bytes
-        if start + len(frame.payload) > starts[-1]:
-            raise InvalidFrame("the payload reaches beyond the last block", layer=frame.layer)
-        payload = np.frombuffer(frame.payload, np.uint8)
-        whole: list[tuple[_Destination, int, int]] = []  # Slices that this frame has all of: begin in it, size.
-        block, taken = frame.first_block, 0
-        while taken < len(payload):
-            offset = start + taken - starts[block]
-            size = min(len(payload) - taken, starts[block + 1] - starts[block] - offset)
-            destination = self._destinations.get(block)
-            if destination is not None:  # Else the block is stored already, or refused, so its bytes are not read.
-                if size == starts[block + 1] - starts[block]:
-                    destination.slices.add(frame.layer, 0, size)
-                    whole.append((destination, taken, size))
-                else:
-                    self._put(destination, frame.layer, offset, payload[taken : taken + size])
-            taken += size
-            block += 1
-        if whole:
-            self._put_whole(whole, frame.layer, payload)
-
-    def _put(self, destination: _Destination, layer: int, offset: int, data: NDArray[np.uint8]) -> None:
-        assert destination.image is not None
-        complete = destination.slices.add(layer, offset, offset + len(data))
-        begin, end = destination.geometry.slice_range(layer)
-        image = np.frombuffer(destination.image, np.uint8)
-        np.copyto(image[begin + offset : begin + offset + len(data)], data)
-        if complete:
-            self._hash(destination, layer, destination.image[begin:end])
-
-    def _put_whole(
-        self, whole: Sequence[tuple[_Destination, int, int]], layer: int, payload: NDArray[np.uint8]
-    ) -> None:
-        """Copy whole slices of one layer, and compute their checksums in the same pass."""
-        images, slices, runs = [], [], []
-        for number, (destination, begin, size) in enumerate(whole):
-            assert destination.image is not None
-            images.append(np.frombuffer(destination.image, np.uint8))
-            slices.append((0, begin, size, 1))
-            runs.append((number, destination.geometry.slice_range(layer)[0], 0, 1, size, 0))
-        sums = copy_slices([payload], images, np.array(slices, np.int64), np.array(runs, np.int64))
-        self._checksums[[each.position for each, _, _ in whole], layer] = sums
-
-    def _hash(self, destination: _Destination, layer: int, data: memoryview) -> None:
-        """Compute the checksum of the bytes in the arena now, while they are still in the processor's cache."""
-        if len(data) <= _HASH_IN_THREAD_BYTES:
-            self._checksums[destination.position, layer] = checksum(data)
-            return
-
-        def note(job: asyncio.Future[int]) -> None:
-            self._checksums[destination.position, layer] = job.result()
-
-        job = asyncio.get_running_loop().run_in_executor(None, checksum, data)
-        job.add_done_callback(note)
-        self._hashing.add(job)
-        job.add_done_callback(self._hashing.discard)
+        self._frames.write(frame)
 
     # Commit
 
@@ -381,10 +252,9 @@ class Upload:
         if incomplete := [each.position for each in self._destinations.values() if each.slices.missing]:
             raise IncompleteSave(f"bytes of block {incomplete[0]} are missing", block=incomplete[0])
         self._committing = True  # If the client detaches from now on, this commit owns the extents.
-        if self._hashing:
-            await asyncio.wait(self._hashing)
+        await self._frames.hashed()
         good = self._matching(checksums)
-        await self._store(good, are_verified=True, on_ssd=on_ssd, then_write=then_write)
+        await self._all.commits.store(self._state, good, are_verified=True, on_ssd=on_ssd, then_write=then_write)
         return self.outcome
 
     def check_open(self) -> None:
@@ -420,49 +290,20 @@ class Upload:
         written = sorted(self._destinations.values(), key=lambda each: each.position)
         self._committing = True  # If the client detaches from now on, this commit owns the extents.
         positions = [each.position for each in written]
-        self._checksums[positions] = checksums.reshape(len(written), self._request.shard.layers)
+        self._state.checksums[positions] = checksums.reshape(len(written), self._request.shard.layers)
         if expected is not None:
-            sent = self._checksums.copy()
+            sent = self._state.checksums.copy()
             sent[positions] = expected.reshape(len(written), self._request.shard.layers)
             written = sorted(self._matching(sent), key=lambda each: each.position)
         try:
-            await self._store(written, are_verified=are_verified, on_ssd=on_ssd)
+            await self._all.commits.store(self._state, written, are_verified=are_verified, on_ssd=on_ssd)
         finally:
             self.close()
         return self.outcome
 
-    async def _store(
-        self, written: list[_Destination], *, are_verified: bool, on_ssd: bool, then_write: bool = True
-    ) -> None:
-        """Records, and the steps after them."""
-        rows = self._new_rows(written)
-        # Until the end: a row that is discarded meanwhile may be another block's as soon as nothing holds it.
-        self._all.lifecycle.hold(rows)
-        try:
-            try:
-                stored = await self._record(written, rows)
-            except asyncio.CancelledError:
-                if self._all.blocks.live[rows].any():  # The records were written before.
-                    self._note_stored(written, rows, are_verified=are_verified, then_write=then_write)
-                raise
-            self._note_stored(written, stored, are_verified=are_verified, then_write=then_write)
-            await self._touch_ancestors(written)
-            if on_ssd:
-                await self._until_on_ssd(written, stored)
-        finally:
-            self._all.lifecycle.unhold(rows)
-        outcome = self.outcome
-        for position, first in self._first_of.items():
-            if first in outcome.refused:
-                outcome.refused[position] = outcome.refused[first]
-            else:
-                outcome.already_stored.append(position)
-        times = self._all.counters.save_times[self._path, "ssd" if on_ssd else "dram"]
-        times.observe(self._all.clock.monotonic_s() - self._began_s)
-
-    def _matching(self, checksums: NDArray[np.uint64]) -> list[_Destination]:
+    def _matching(self, checksums: NDArray[np.uint64]) -> list[Destination]:
         """The blocks whose bytes match the client's checksums. The others are refused."""
-        wrong = checksums.reshape(self._checksums.shape) != self._checksums
+        wrong = checksums.reshape(self._state.checksums.shape) != self._state.checksums
         first_wrong = np.where(wrong.any(axis=1), wrong.argmax(axis=1), -1).tolist()
         good = []
         for position, destination in self._destinations.items():
@@ -473,131 +314,6 @@ class Upload:
                     f"layer {layer} of block {position} does not match its checksum", layer=layer
                 )
         return good
-
-    def _new_rows(self, written: list[_Destination]) -> list[int]:
-        """Rows of the blocks, whose trailers are written."""
-        blocks, request, now_ms = self._all.blocks, self._request, self._all.clock.wall_ms()
-        rows: list[int] = []
-        for destination in written:
-            key = request.keys[destination.position]
-            trailer = Trailer(key, request.shard, self._checksums[destination.position]).encode()
-            assert destination.image is not None and destination.extent is not None
-            destination.image[destination.geometry.trailer_offset :] = trailer
-            parent_key = request.parent_keys[destination.position]
-            if (offset := descriptor_offset(destination.geometry)) is not None:
-                destination.image[offset : destination.geometry.trailer_offset] = Descriptor(
-                    request.token_counts[destination.position],
-                    parent_key,
-                    request.layout.fingerprint,
-                    tenant_tag(self._caller.tenant.name),
-                    now_ms,
-                    checksum(trailer),
-                ).encode(trailer, self._all.secret)
-            row = blocks.add(
-                key,
-                request.shard,
-                parent_key=parent_key,
-                layout_id=request.layout_id,
-                tenant=self._caller.tenant.number,
-                token_count=request.token_counts[destination.position],
-                size_bytes=destination.geometry.image_bytes,
-                trailer_checksum=checksum(trailer),
-                now_ms=now_ms,
-            )
-            rows.append(row)
-        blocks.touch(np.array(rows, np.int64), now_ms)
-        blocks.note_user(np.array(rows, np.int64), self._client.number)
-        return rows
-
-    async def _record(self, written: list[_Destination], rows: list[int]) -> list[int]:
-        """Index records, then visible. Blocks of one save share a commit. Returns the rows, or none if it failed."""
-        if not rows:
-            return []
-        extents: list[Extent] = []
-        for destination in written:
-            assert destination.extent is not None
-            extents.append(destination.extent)
-            self._space.recorded(destination.extent)
-            destination.extent = destination.image = None  # From here on `admit` owns the space.
-        try:
-            await self._all.lifecycle.admit(rows, extents)
-        except KVError as error:
-            self.outcome.refused.update((destination.position, error) for destination in written)
-            return []
-        return rows
-
-    def _note_stored(
-        self, written: list[_Destination], rows: list[int], *, are_verified: bool, then_write: bool
-    ) -> None:
-        """The rows of these blocks are visible; no rows: the blocks were refused."""
-        if rows:
-            self.outcome.stored.extend(destination.position for destination in written)
-        if are_verified:
-            self._all.blocks.verified[rows] = True
-        self._count(written)
-        if self._all.write_behind is not None and then_write:
-            self._all.write_behind.add(rows)
-
-    async def _touch_ancestors(self, written: list[_Destination]) -> None:
-        """Mark the earlier blocks of each chain as used now, after its new ones: the first have the highest value."""
-        blocks, request = self._all.blocks, self._request
-        new_keys = {request.keys[each.position] for each in written}
-        heads = [each.position for each in written if request.parent_keys[each.position] not in new_keys]
-        for count, position in enumerate(heads):
-            if count:  # A long chain takes a millisecond of the event loop.
-                await self._all.loop_budget.slot()
-            row = blocks.row_of(request.keys[position], request.shard)
-            if row != NO_ROW:
-                ancestors = np.array(blocks.ancestors(row)[::-1], np.int64)
-                blocks.touch(ancestors, self._all.clock.wall_ms())
-                blocks.note_user(ancestors, self._client.number)
-
-    async def _until_on_ssd(self, written: list[_Destination], rows: list[int]) -> None:
-        """Wait for the SSD copies of the blocks that were stored now, and of those that other saves had stored."""
-        outcome, lifecycle = self.outcome, self._all.lifecycle
-        row_of = {destination.position: row for destination, row in zip(written, rows, strict=False)}
-        row_of |= {position: self._stored_row(position) for position in outcome.already_stored}
-        held = [row for row in row_of.values() if row != NO_ROW]
-        lifecycle.hold(held)
-        try:
-            errors = await all_of(self._written(row) for row in row_of.values())
-        finally:
-            lifecycle.unhold(held)
-        outcome.refused |= {position: error for position, error in zip(row_of, errors, strict=True) if error}
-        for done in (outcome.stored, outcome.already_stored):
-            done[:] = [position for position in done if position not in outcome.refused]
-
-    async def _written(self, row: int) -> KVError | None:
-        """Wait for the row's SSD copy. Returns the reason if there will be none."""
-        try:
-            if row == NO_ROW:
-                raise BlockNotFound("the block was stored before, and was dropped meanwhile")
-            if self._all.write_behind is None:
-                raise TierFull("this daemon has no SSD tier", tier="ssd")
-            await self._all.write_behind.written(row)
-        except KVError as error:
-            return error
-        return None
-
-    def _count(self, good: list[_Destination]) -> None:
-        counters, outcome = self._all.counters, self.outcome
-        stored = np.array([self._stored_row(position) for position in outcome.already_stored], np.int64)
-        self._all.blocks.note_user(stored[stored != NO_ROW], self._client.number)
-        counters.save_blocks_stored += len(outcome.stored)
-        counters.save_blocks_already_stored += len(outcome.already_stored)
-        counters.save_blocks_refused += len(outcome.refused)
-        stored_now = set(outcome.stored)
-        geometries = {id(each.geometry): each.geometry for each in good}  # Blocks of as many tokens share one.
-        counts = Counter(id(each.geometry) for each in good if each.position in stored_now)
-        counters.save_bytes += sum(count * geometries[which].payload_bytes for which, count in counts.items())
-        self._committed = True
-        self._note_refused()
-
-    def _note_refused(self) -> None:
-        refused = self.outcome.refused
-        for reason in {error.reason for error in refused.values()}:
-            keys = [self._request.keys[position] for position, error in refused.items() if error.reason == reason]
-            self._all.note_refused(keys, reason)
 
     def _abandon(self) -> None:
         """The client has disconnected."""
@@ -610,16 +326,16 @@ class Upload:
             self._is_ended = True
             self._all.open.discard(self)
             self._client.on_detach.discard(self._abandon)
-            if not self._committed:
+            if not self._state.is_counted:
                 self._all.counters.saves_abandoned += 1
-                self._note_refused()
+                self._all.commits.note_refused(self._state)
                 keys = [self._request.keys[position] for position in self._destinations]
                 self._all.lifecycle.history.note_keys(keys, Reason.ABANDONED)
         for destination in list(self._destinations.values()):
             self._end(destination)
         self._admitted.close()
 
-    def _end(self, destination: _Destination) -> None:
+    def _end(self, destination: Destination) -> None:
         if destination.extent is not None:
             self._space.returned(destination.extent)  # The result of a running hash is not used.
             destination.extent = destination.image = None

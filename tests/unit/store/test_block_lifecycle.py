@@ -56,12 +56,11 @@ def at_link(monkeypatch: pytest.MonkeyPatch, opened: OpenStore) -> dict[int, Cal
     calls: dict[int, Callable[[], object]] = {}
     link = opened.block_lifecycle._link
 
-    def called(rows: Sequence[int]) -> int:
-        linked = link(rows)
+    def called(rows: Sequence[int]) -> None:
+        link(rows)
         calls.pop(opened.blocks.live_count, lambda: None)()
-        return linked
 
-    monkeypatch.setattr(block_lifecycle, "_LINKS_A_TURN", 1)
+    monkeypatch.setattr(block_lifecycle, "_NOTED_A_TURN", 1)
     monkeypatch.setattr(opened.block_lifecycle, "_link", called)
     return calls
 

@@ -11,7 +11,7 @@ import pytest
 
 from kvservice.store.leases import Client
 from kvservice.store.transfers.filled_uploads import FilledUpload
-from kvservice.store.transfers.upload import Place
+from kvservice.store.transfers.save_request import Place
 from kvservice_api.errors import Draining, IncompleteSave, InvalidRequest, TierFull, UploadCorrupted
 from kvservice_api.image import block_geometry, checksum
 from tests.stores import (

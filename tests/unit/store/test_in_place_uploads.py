@@ -14,7 +14,7 @@ import pytest
 from kvservice.blocks import Extent, TierName
 from kvservice.store.leases import Client
 from kvservice.store.operations.explain import Miss
-from kvservice.store.transfers.upload import Place, SaveOutcome
+from kvservice.store.transfers.save_request import Place, SaveOutcome
 from kvservice.tiers.writers import Writer
 from kvservice_api.errors import (
     InvalidRequest,

@@ -295,7 +295,7 @@ async def test_a_client_with_many_leased_blocks_is_gone_at_once_and_its_blocks_f
 
     await opened.leases.drain_ended()
     assert not opened.blocks.leases.any()
-    assert sum(ended_at_once) == 100_000 and max(ended_at_once) <= 1024
+    assert sum(ended_at_once) == 100_000 and max(ended_at_once) <= 128
 
 
 async def test_expiry_of_many_leases_takes_several_turns_and_none_of_them_is_found_meanwhile(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvservice.blocks import TierName
 from kvservice.store.leases import Client
 from kvservice.store.transfers.arrived_slices import ArrivedSlices
-from kvservice.store.transfers.upload import SaveOutcome
+from kvservice.store.transfers.save_request import SaveOutcome
 from kvservice.store.types import SaveChain
 from kvservice_api.errors import (
     Draining,
