@@ -8,6 +8,9 @@ ARG PYTHON_IMAGE=python:3.13.14-slim-trixie@sha256:6771159cd4fa5d9bba1258caf0b82
 
 FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# For the C extension that copies and sums. A base with Debian's Python also needs libpython3-dev.
+ARG BUILD_PACKAGES="gcc libc6-dev"
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends ${BUILD_PACKAGES}
 WORKDIR /src
 COPY constraints.txt hatch_build.py pyproject.toml README.md LICENSE ./
 COPY kvservice kvservice

@@ -28,6 +28,7 @@ MIB = 2**20
 _BASE = "localhost/python-base"
 _SUITE = "bookworm"
 _PACKAGES = ("python-is-python3", "python3", "python3-pip", "python3-venv")
+_BUILD_PACKAGES = ("gcc", "libc6-dev", "libpython3-dev")  # In the stage that builds, not in the image.
 # Relative to the base's root. debootstrap copies the last two from the host.
 _LEFT_OVER = ("var/cache/apt", "var/lib/apt/lists", "var/log", "etc/resolv.conf", "etc/hostname")
 # Debian's pip refuses to install beside Debian's packages. The images of python.org have no such file.
@@ -69,6 +70,8 @@ class Buildah:
         # A health check is part of Docker's format only.
         arguments = ["--isolation=chroot", "--format=docker", f"--build-arg=PYTHON_IMAGE={base}", f"--tag={name}"]
         arguments.append(f"--pull={'true' if pull else 'never'}")
+        if base == _BASE:
+            arguments.append(f"--build-arg=BUILD_PACKAGES={' '.join(_BUILD_PACKAGES)}")
         if _CERTIFICATES.exists():
             arguments.append(f"--volume={_CERTIFICATES}:{_CERTIFICATES}:ro")
         if _PIP_SETTINGS.exists():
