@@ -118,7 +118,7 @@ async def check(
     """
     index_directory = store / "index"
     if not (index_directory / DATA_NAME).is_file() and not traces_of_store(index_directory, ssd_files):
-        raise FileNotFoundError(f"there is no store in {store}")
+        raise FileNotFoundError(f"there is no store in {store}: give the folder that is the daemon's store.path")
     report = Report(str(store))
     with ExitStack() as opened:
         lock = StoreLock(store / "lock")

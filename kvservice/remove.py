@@ -51,7 +51,7 @@ _INDEX = re.compile(r"index(\.new|\.damaged-\d+)?")
 
 
 class NotRemovable(RuntimeError):
-    """There is no store, or a daemon uses it. Nothing was changed."""
+    """There is no store, a daemon uses it, or the user cannot be asked. Nothing was changed."""
 
 
 @dataclass(slots=True)
@@ -74,16 +74,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--json", action="store_true", help="print one JSON object; needs --yes")
     options = parser.parse_args(argv)
-    if not options.yes and (options.json or not sys.stdin.isatty()):
-        print("kvservice remove: cannot ask here: add --yes to delete the store", file=sys.stderr)
-        return 2
     store = options.store.absolute()
     with ExitStack() as held:
         try:
             if not _is_store(store):
-                raise NotRemovable(f"there is no store in {store}")
+                raise NotRemovable(f"there is no store in {store}: give the folder that is the daemon's store.path")
             lock = StoreLock(store / _LOCK_NAME)
             held.callback(lock.release)
+            if not options.yes and (options.json or not sys.stdin.isatty()):
+                raise NotRemovable("cannot ask here: add --yes to delete the store")
             removal = _plan(store, held)
         except (NotRemovable, StoreError, KVError, OSError) as error:
             print(f"kvservice remove: {error}", file=sys.stderr)

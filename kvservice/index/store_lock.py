@@ -19,7 +19,9 @@ class StoreLock:
         except BlockingIOError:
             holder = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
-            raise StoreLocked(f"{path.parent} is in use by process {holder}") from None
+            raise StoreLocked(
+                f"{path.parent} is in use by process {holder}: stop it first, or name another folder"
+            ) from None
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)  # For people: the lock itself is the kernel's.
 

@@ -13,53 +13,14 @@ import pytest
 import torch
 
 from kvservice_adapter.device.cpu import CpuDevice
-from kvservice_api.errors import KVError, LeaseExpired
-from kvservice_client import BlockCache, Client, Layout
+from kvservice_api.errors import LeaseExpired
+from kvservice_client import Client
 from kvservice_client.buffers import Bytes
 from kvservice_client.transports.in_place import InPlace, View
 from tests.daemon import DaemonProcess, until
 from tests.forking import in_child
+from tests.integration.arena_observer import LAYOUT, Observer, answers
 from tests.unit.connector_models import BLOCK_TOKENS, computed, connector, prompt, states, tiny_llama
-
-LAYOUT = Layout("observed", "float16", layers=2, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=8)
-
-
-class Observer:
-    """Keeps what it is called with."""
-
-    def __init__(self) -> None:
-        self.aliases: list[tuple[Bytes, Bytes]] = []
-        self.parts: list[tuple[int, int]] = []  # Of the newest mapping.
-        self.size_bytes = 0
-        self.forgotten: list[int] = []  # Addresses.
-
-    def alias(self, memory: Bytes, of: Bytes) -> None:
-        self.aliases.append((memory, of))
-        self.parts, self.size_bytes = [], of.size
-
-    def register(self, memory: Bytes, begin: int, end: int) -> None:
-        self.parts.append((begin, end))
-
-    def forget(self, memory: Bytes) -> None:
-        memory[:1].copy()  # It is mapped still.
-        self.forgotten.append(memory.ctypes.data)
-
-    @property
-    def has_all(self) -> bool:
-        """Whether all of the newest mapping is registered, from its beginning on without a gap."""
-        end = 0
-        for begin, part_end in self.parts:
-            assert begin == end
-            end = part_end
-        return 0 < end == self.size_bytes
-
-
-def answers(blocks: BlockCache) -> bool:
-    try:
-        blocks.ping()
-    except KVError:
-        return False
-    return True
 
 
 def test_an_observer_follows_an_arena_from_its_mapping_on_until_another_replaces_it(
@@ -119,7 +80,7 @@ _ENDS = """
 import sys
 from kvservice_client import Client
 from tests.daemon import until
-from tests.integration.test_arena_observers import LAYOUT, Observer, answers
+from tests.integration.arena_observer import LAYOUT, Observer, answers
 
 class Told(Observer):
     def forget(self, memory):

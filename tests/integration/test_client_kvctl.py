@@ -83,6 +83,8 @@ def test_keys_and_layouts_may_be_shortened(kvctl_here: Any, ask: Callable[..., A
     assert ask("evict", key[:8], "--tier", "dram")["evicted"] == 1
     nothing = kvctl_here("inspect", "f" * 12)
     assert (nothing.returncode, nothing.stderr.count("no stored block's key begins with ffffffffffff")) == (1, 1)
+    unknown = kvctl_here("ls", "--layout", "f" * 12).stderr
+    assert "no layout's fingerprint begins with ffffffffffff. See which there are with `kvctl layouts`." in unknown
     assert kvctl_here("inspect", key[:5]).returncode == kvctl_here("evict", "xyzxyz", "--tier", "ssd").returncode == 2
     assert ask("discard", key[:8])["discarded"] == 1
 

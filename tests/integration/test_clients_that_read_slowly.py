@@ -18,7 +18,6 @@ from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, new_chain, save
 from tests.integration.wire import Upload, Wire, refused
 
-_READERS = 64
 _BLOCKS = 192  # 36 MiB for each reader.
 # One frame that is being built, one that waits for its turn, one in gRPC's buffers, and their overhead.
 _FRAMES_PER_READER_MAX = 4
@@ -27,9 +26,9 @@ _ROUNDS = 10
 
 
 @contextmanager
-def slow_readers(daemon: DaemonProcess, salt: str) -> Iterator[None]:
+def slow_readers(daemon: DaemonProcess, salt: str, count: int) -> Iterator[None]:
     """Clients that load the same blocks, read one frame, and stop."""
-    with ExitStack() as opened, ThreadPoolExecutor(_READERS) as threads:
+    with ExitStack() as opened, ThreadPoolExecutor(count) as threads:
         loads = []
 
         def start(wire: Wire) -> None:
@@ -39,7 +38,7 @@ def slow_readers(daemon: DaemonProcess, salt: str) -> Iterator[None]:
             loads.append(wire.blocks.LoadBlocks(request))
             next(loads[-1])
 
-        wires = [opened.enter_context(Wire(daemon.address)) for _ in range(_READERS)]
+        wires = [opened.enter_context(Wire(daemon.address)) for _ in range(count)]
         list(threads.map(start, wires))
         until_still(wires[0])
         yield
@@ -91,8 +90,9 @@ def keeps_time(daemon: DaemonProcess, *works: Callable[[], object]) -> None:
     pytest.fail(f"late heartbeats, of each work in {_ROUNDS} rounds: {late}")
 
 
-def test_64_slow_readers_cost_bounded_memory_and_no_heartbeat_comes_late(
-    new_daemon: Callable[..., DaemonProcess],
+@pytest.mark.parametrize("readers", [16, pytest.param(64, marks=pytest.mark.slow)])
+def test_slow_readers_cost_bounded_memory_and_no_heartbeat_comes_late(
+    new_daemon: Callable[..., DaemonProcess], readers: int
 ) -> None:
     daemon = new_daemon(ssd__capacity_bytes=0, server__metrics_address="127.0.0.1:0")
     with Wire(daemon.address) as wire:
@@ -105,9 +105,9 @@ def test_64_slow_readers_cost_bounded_memory_and_no_heartbeat_comes_late(
         before, own_bytes = wire.state(), private_bytes(daemon)
 
         def read_slowly() -> None:
-            with slow_readers(daemon, "read slowly"):
-                assert wire.status().leases == wire.status().clients - 1 == _READERS
-                assert private_bytes(daemon) - own_bytes < _READERS * _FRAMES_PER_READER_MAX * MIB
+            with slow_readers(daemon, "read slowly", readers):
+                assert wire.status().leases == wire.status().clients - 1 == readers
+                assert private_bytes(daemon) - own_bytes < readers * _FRAMES_PER_READER_MAX * MIB
                 assert wire.has(LARGE, chain[:64])  # A client that reads is served meanwhile.
             until(lambda: wire.state() == before)
 

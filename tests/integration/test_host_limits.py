@@ -60,7 +60,7 @@ def test_a_memory_limit_below_the_dram_tier_makes_a_smaller_tier_which_may_be_fi
         chains = [new_chain(LARGE, 64) for _ in range(24)]  # 288 MiB: more than the tier has, less than the SSD's.
         for chain in chains:
             assert save(client, LARGE, chain, Durability.SSD, timeout_s=60).stored == 64
-        for chain in chains:
+        for chain in chains[::4]:  # Of those that DRAM still has, and of those that only the SSD has.
             verify(client, LARGE, chain)
         assert group.peak_bytes <= 400 * MIB
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -233,7 +234,13 @@ def test_the_example_of_the_page_on_tickets_runs(daemon: DaemonProcess, tmp_path
     (example,) = re.findall(r"```python\n((?s:.*?))```", page)
     program = tmp_path / "example.py"
     program.write_text(example.replace("127.0.0.1:7070", daemon.address))
-    ran = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, check=False)
+    buffered = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "",
+    }  # Otherwise a line and its end are two writes, and ranks mix them.
+    ran = subprocess.run(
+        [sys.executable, program], env=buffered, capture_output=True, text=True, timeout=120, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     size_bytes = 512 * 2 * 64 * 2  # Tokens, K and V, dimensions of a head, bytes per element.
     expected = [

@@ -82,6 +82,7 @@ def test_nothing_goes_while_a_daemon_runs_or_without_a_yes(new_daemon: NewDaemon
     running = daemon.command("remove", "--yes", str(daemon.store))
     assert running.returncode == 2
     assert "in use by process" in running.stderr
+    assert "stop it first" in running.stderr
     assert daemon.stop() == 0
     before = files_of(daemon.store)
 
@@ -197,8 +198,9 @@ def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
     for name in ("index/data.mdb", "lock", "store_id", "ssd-000.kv"):
         (tmp_path / name).write_text("another program's")
 
-    done = DaemonProcess.command("remove", "--yes", str(tmp_path))
+    for yes in (["--yes"], []):  # The user is not told to confirm what cannot be done.
+        done = DaemonProcess.command("remove", *yes, str(tmp_path))
 
-    assert done.returncode == 2
-    assert f"there is no store in {tmp_path}" in done.stderr
+        assert done.returncode == 2
+        assert f"there is no store in {tmp_path}: give the folder that is the daemon's store.path" in done.stderr
     assert (tmp_path / "lock").read_text() == "another program's"

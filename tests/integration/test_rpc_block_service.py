@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from kvservice_api.arena import HEADER_BYTES, ArenaHeader
 from kvservice_api.errors import (
@@ -260,22 +262,35 @@ def test_LookupPrefix_names_the_places_of_leased_blocks_in_memory_if_it_is_asked
             wire.blocks.ReleaseLease(pb.ReleaseLeaseRequest(client_id=wire.client_id, lease_id=lease_id, loads=wrong))
     wire.release(cold.lease_id)
     assert evict(wire, chain, DRAM).held == 0, "refused reports have ended their leases"
-    # The lookups have asked for the block on SSD: it may still come to DRAM, where other tests count bytes.
-    wire.admin.Discard(admin_pb2.DiscardRequest(keys=chain.packed_keys))
 
 
-def test_ReserveBlocks_sets_space_aside_for_what_is_not_stored(wire: Wire) -> None:
+@pytest.fixture(scope="module")
+def daemon_without_ssd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path_factory.mktemp("without_ssd"), ssd__capacity_bytes=0) as process:
+        yield process
+
+
+@pytest.fixture
+def dram_only(daemon_without_ssd: DaemonProcess) -> Iterator[Wire]:
+    """A client for what is in use: no promotion that another test has caused changes it meanwhile."""
+    with Wire(daemon_without_ssd.address) as wire:
+        wire.attach()
+        wire.open_layout(SMALL)
+        yield wire
+
+
+def test_ReserveBlocks_sets_space_aside_for_what_is_not_stored(dram_only: Wire) -> None:
     chain = new_chain(SMALL, 3)
-    assert wire.save(Upload.of(wire, SMALL, chain[:1]).messages()).stored == 1
-    used = wire.status().dram.used_bytes
-    writer = InPlaceWriter(wire)
+    assert dram_only.save(Upload.of(dram_only, SMALL, chain[:1]).messages()).stored == 1
+    used = dram_only.status().dram.used_bytes
+    writer = InPlaceWriter(dram_only)
 
     reserved = writer.reserve(chain)
 
     assert list(reserved.answer.blocks) == [1, 2]
     assert not reserved.answer.refused
-    assert wire.status().dram.used_bytes == used + 2 * block_geometry(SMALL, Shard.whole(SMALL), 16).image_bytes
-    assert wire.lookup(SMALL, chain).hit_blocks == 1
+    assert dram_only.status().dram.used_bytes == used + 2 * block_geometry(SMALL, Shard.whole(SMALL), 16).image_bytes
+    assert dram_only.lookup(SMALL, chain).hit_blocks == 1
     with refused(InvalidRequest, "in use", field="reservation_id"):
         writer.reserve(new_chain(SMALL), reserved.number)
     reserved.abandon()
@@ -295,14 +310,14 @@ def test_CommitBlocks_makes_visible_what_was_written_in_place(wire: Wire) -> Non
         reserved.commit()
 
 
-def test_AbandonBlocks_gives_the_space_back_and_may_come_twice(wire: Wire) -> None:
-    chain, used = new_chain(SMALL, 3), wire.status().dram.used_bytes
-    reserved = InPlaceWriter(wire).reserve(chain)
+def test_AbandonBlocks_gives_the_space_back_and_may_come_twice(dram_only: Wire) -> None:
+    chain, used = new_chain(SMALL, 3), dram_only.status().dram.used_bytes
+    reserved = InPlaceWriter(dram_only).reserve(chain)
     reserved.write()
 
     reserved.abandon()
-    assert wire.status().dram.used_bytes == used
-    assert wire.lookup(SMALL, chain).hit_blocks == 0
+    assert dram_only.status().dram.used_bytes == used
+    assert dram_only.lookup(SMALL, chain).hit_blocks == 0
     with refused(ReservationEnded, "no such reservation"):
         reserved.commit()
     reserved.abandon()

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from kvservice_api.address import parse_address
-from kvservice_api.errors import BlockNotFound, InvalidRequest
+from kvservice_api.errors import BlockNotFound, InvalidRequest, KVError, UnknownLayout
 from kvservice_api.keys import KEY_BYTES
 from kvservice_client.cli.unreachable import why_unreachable
 from kvservice_client.client import Client
@@ -158,26 +158,33 @@ def keys_of(client: Client, texts: Iterable[str]) -> list[bytes]:
     blocks have keys that begin so.
     """
     return [
-        _only(text, "stored block's key", (block.key for block in client.admin.list_blocks(key_prefix=text)))
+        _only(
+            text,
+            "stored block's key",
+            (block.key for block in client.admin.list_blocks(key_prefix=text)),
+            BlockNotFound,
+        )
         for text in texts
     ]
 
 
 def layout_of(client: Client, text: str) -> bytes:
-    """The fingerprint, of which the text may have the first digits; empty for an empty text. Raises as `keys_of`."""
+    """The fingerprint, of which the text may have the first digits; empty for an empty text. Raises UnknownLayout, or
+    InvalidRequest as `keys_of`.
+    """
     if not text:
         return b""
     fingerprints = (each.fingerprint for each in client.admin.list_layouts())
-    return _only(text, "layout's fingerprint", fingerprints)
+    return _only(text, "layout's fingerprint", fingerprints, UnknownLayout)
 
 
-def _only(text: str, what: str, found: Iterator[bytes]) -> bytes:
+def _only(text: str, what: str, found: Iterator[bytes], missing: type[KVError]) -> bytes:
     if len(text) == 2 * KEY_BYTES:
         return bytes.fromhex(text)
     begins = (each for each in found if each.hex().startswith(text))  # An older daemon lists all.
     different = list(dict.fromkeys(islice(begins, _FOUND_MAX)))[:3]  # One per shard is found.
     if not different:
-        raise BlockNotFound(f"no {what} begins with {text}", key=text)
+        raise missing(f"no {what} begins with {text}")
     if len(different) > 1:
         raise InvalidRequest(f"more than one {what} begins with {text}, such as {', '.join(map(bytes.hex, different))}")
     return different[0]
