@@ -217,6 +217,12 @@ class BlockTable:
             rows[others] = self.next_shard[rows[others]]
         return rows
 
+    def are_all(self, rows: Rows, layout_id: int, shard: Shard) -> bool:
+        """Whether all of these rows are of this layout and exactly this shard."""
+        if self.shard[rows].tobytes() != shard.encode() * len(rows):  # Bytes, in half the time of two calls of NumPy.
+            return False
+        return bool((self.layout_id[rows] == layout_id).all())
+
     def cover(self, rows: Rows, shard: Shard) -> NDArray[np.bool_]:
         """Which rows hold all of `shard`."""
         same: NDArray[np.bool_] = self.shard[rows].view(np.uint64) == np.frombuffer(shard.encode(), np.uint64)

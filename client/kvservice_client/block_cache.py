@@ -34,6 +34,8 @@ from kvservice_client.transports.reservation import Reservation
 # NumPy has no bfloat16 or float8, so integers of the same size represent their elements.
 _VIEW_DTYPES = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
+_LARGE_BYTES = 1 << 30  # Assumed for blocks whose number is not known before the answer.
+
 M = TypeVar("M", pb.GetGenerationResponse, pb.BeginGenerationResponse)
 
 
@@ -45,6 +47,9 @@ class BlockCache:
         self._transports = transports
         self.layout = layout
         self.shard = shard
+        self._wanted_shard = None if shard == Shard.whole(layout) else shard.to_proto()  # In lookups: None means whole.
+        layers = range(shard.layer_begin, shard.layer_end)
+        self._block_bytes = sum(layout.shard_slice_bytes(shard, each, layout.block_tokens) for each in layers)
 
     def __repr__(self) -> str:
         return f"BlockCache({self.layout.model_id!r}, {self.layout.fingerprint.hex()[:8]}, {self.shard})"
@@ -229,7 +234,6 @@ class BlockCache:
             ticket=bytes(ticket),
             layout_fingerprint=self.layout.fingerprint,
             shard=shard.to_proto(),
-            locate=self._wants_places,
         )
 
         def attempt() -> Lease:
@@ -237,6 +241,7 @@ class BlockCache:
             attachment, limits = self._connection.session(self.layout, deadline)
             request.client_id = attachment.client_id
             request.lease_ttl_ms = min(ttl_ms, limits.max_lease_ttl_ms)
+            request.locate, request.offer_load = self._wanted_with_lease(None, deadline)
             call = self._connection.channel.call
             adopted = call(BLOCKS + "AdoptLease", request, pb.AdoptLeaseResponse, deadline)
             answer = pb.LookupPrefixResponse(
@@ -246,6 +251,7 @@ class BlockCache:
                 runs=adopted.runs,
                 located=adopted.located if adopted.HasField("located") else None,
                 located_verified=adopted.located_verified,
+                offered_load=adopted.offered_load if adopted.HasField("offered_load") else None,
             )
             counts = adopted.token_counts
             return Lease(self._connection, self._transports, self.layout, shard, counts, attachment, answer, asked_at_s)
@@ -482,22 +488,26 @@ class BlockCache:
             pb.LookupPrefixRequest,
             client_id=session.attachment.client_id,
             layout_fingerprint=self.layout.fingerprint,
-            shard=self.shard.to_proto(),
+            shard=self._wanted_shard,
             keys=chain.packed_keys[: session.limits.max_keys * KEY_BYTES],
             lease_ttl_ms=min(lease_ttl_ms, session.limits.max_lease_ttl_ms),
             request_id=request_id,
             parent_key=chain.parent if with_tails else b"",
-            locate=bool(lease_ttl_ms) and self._wants_places,
         )
+        if lease_ttl_ms:
+            request.locate, request.offer_load = self._wanted_with_lease(chain, deadline)
         call = self._connection.channel.call
         return session, call(BLOCKS + "LookupPrefix", request, pb.LookupPrefixResponse, deadline)
 
-    @property
-    def _wants_places(self) -> bool:
-        """Whether an answer should have the places of its blocks. Not in a trace, which shows the daemon's part of the
-        load.
+    def _wanted_with_lease(self, chain: BlockChain | None, deadline: Deadline) -> tuple[bool, int]:
+        """Whether an answer should have the places of its blocks, and for how many connections of the bulk port it
+        should offer a load. Neither in a trace, which shows the daemon's part of the load. The chain is None if its
+        length is not known.
         """
-        return self._transports.read_in_place and spans.current() is None
+        if spans.current() is not None:
+            return False, 0
+        size_bytes = _LARGE_BYTES if chain is None else self._block_bytes * len(chain)
+        return self._transports.read_in_place, self._transports.offered_connections(size_bytes, deadline)
 
     def _tail_of_session(self, session_id: str, deadline: Deadline) -> list[pb.Tail]:
         """The last block of a session, if it is partial. Nothing if the session cannot be read."""

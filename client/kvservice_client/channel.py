@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -154,15 +153,18 @@ class Channel:
         """One request, one answer."""
         deadline.check()
         metadata = spans.headers()
-        with self._calling() as link:
+        link = self._begin_call()
+        try:
             call = link.callable(method, lambda grpc: grpc.unary_unary(method, _to_bytes, answer.FromString))
             deadline.begin_answer()
             try:
-                response: M = self._guarded(
-                    link, lambda: call(request, timeout=deadline.remaining_s, metadata=metadata)
-                )
+                response: M = call(request, timeout=deadline.remaining_s, metadata=metadata)
+            except (link.grpc.RpcError, ValueError) as error:
+                raise self._known(error) from error
             finally:
                 deadline.end_answer()
+        finally:
+            self._end_call(link)
         return response
 
     def stream(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> Answers[M]:
@@ -177,9 +179,14 @@ class Channel:
         """Many encoded requests, one answer."""
         deadline.check()
         metadata = spans.headers()
-        with self._calling() as link:
+        link = self._begin_call()
+        try:
             call = link.callable(method, lambda grpc: grpc.stream_unary(method, None, answer.FromString))
-            response: M = self._guarded(link, lambda: call(requests, timeout=deadline.remaining_s, metadata=metadata))
+            response: M = call(requests, timeout=deadline.remaining_s, metadata=metadata)
+        except (link.grpc.RpcError, ValueError) as error:
+            raise self._known(error) from error
+        finally:
+            self._end_call(link)
         return response
 
     def converse(
@@ -194,18 +201,12 @@ class Channel:
                 deadline.check()
             call = link.callable(method, lambda grpc: getattr(grpc, kind)(method, _to_bytes, decode))
             timeout_s = None if deadline is None else deadline.of_stream_s
-            return self._guarded(link, lambda: call(request, timeout=timeout_s, metadata=spans.headers()))
+            try:
+                return call(request, timeout=timeout_s, metadata=spans.headers())
+            except (link.grpc.RpcError, ValueError) as error:
+                raise self._known(error) from error
 
         return Answers(self, start, deadline)
-
-    @contextmanager
-    def _calling(self) -> Iterator[_Link]:
-        """The link for one call."""
-        link = self._begin_call()
-        try:
-            yield link
-        finally:
-            self._end_call(link)
 
     def _begin_call(self) -> _Link:
         with self._lock:
@@ -248,13 +249,9 @@ class Channel:
         naming = (("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)) if name else ()
         return _Link(grpc, grpc.secure_channel(target, credentials, (*OPTIONS, *naming)))
 
-    def _guarded(self, link: _Link, run: Callable[[], R]) -> R:
-        try:
-            return run()
-        except link.grpc.RpcError as error:
-            raise self._explained(error) from error
-        except ValueError as error:  # grpc raises it for a call on a closed channel.
-            raise DaemonUnavailable("the client is closed") from error
+    def _known(self, error: grpc.RpcError | ValueError) -> KVError:
+        """What a call has raised, as one of our errors. grpc raises ValueError for a call on a closed channel."""
+        return DaemonUnavailable("the client is closed") if isinstance(error, ValueError) else self._explained(error)
 
     def _explained(self, error: grpc.RpcError) -> KVError:
         known = from_rpc_error(error)

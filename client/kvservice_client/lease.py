@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
@@ -21,7 +21,7 @@ from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.device_memory import DeviceMemory, LoadPlace, WriteFence
 from kvservice_client.retry import Deadline, TransferDeadline
-from kvservice_client.transports.base import KnownPlaces, LoadOrder
+from kvservice_client.transports.base import KnownPlaces, LoadOrder, OfferedLoad
 from kvservice_client.transports.in_place import VERIFY, Verify, View, part_of
 from kvservice_client.transports.ordered import OrderedTransports
 
@@ -86,6 +86,7 @@ class Lease:
         self.trace: spans.TraceContext | None = None  # Of loads and views on threads that have none.
         self._places = answer.located if answer.HasField("located") else None
         self._are_verified = answer.located_verified
+        self._offered = OfferedLoad(answer.offered_load, asked_at_s) if answer.HasField("offered_load") else None
         self._reports: list[pb.InPlaceLoad] = []  # For the daemon, with the release.
         self.token_counts = tuple(token_counts[: answer.hit_blocks])
         self.residency = [ResidencyRun(run.count, run.dram, run.ssd) for run in answer.runs]
@@ -148,9 +149,10 @@ class Lease:
         DaemonUnavailable, DeadlineExceeded, Cancelled (after `cancel`); layers that were yielded before are still
         right. Closing the generator ends the load, and the call on the daemon's side.
         """
-        order = self._order(first_block, block_count)
-        if into is not None:
-            order = replace(order, into=self._targets(order, into))
+        targets = None if into is None else list(arguments.sequence(into, "into"))
+        order = self._order(first_block, block_count, targets)
+        if targets is not None:
+            self._make_writable(targets, order)
         deadline = self._deadline(order, timeout_s, layer_timeout_s, idle_timeout_s)
         layers = self._layers(order, deadline, release=release)
         trace = spans.current() or self.trace
@@ -284,7 +286,7 @@ class Lease:
                 deadline.cancel(_cancelled())
         return deadline
 
-    def _order(self, first_block: int, block_count: int | None) -> LoadOrder:
+    def _order(self, first_block: int, block_count: int | None, into: Sequence[Any] | None = None) -> LoadOrder:
         if not self.hit_blocks:
             raise BlockNotFound("nothing of this prefix is stored")
         first_block = arguments.whole(first_block, "first_block")
@@ -297,12 +299,13 @@ class Lease:
             self._attachment.client_id,
             self._lease_id,
             first_block,
-            None,
+            into,
             self._layout,
             self._shard,
             self.token_counts[first_block:end],
             self._is_usable,
             places=None if self._places is None else self._known_places(self._places, first_block, end),
+            offered=self._offered if end - first_block == self.hit_blocks else None,
         )
 
     def _known_places(self, all_places: pb.LocateBlocksResponse, first_block: int, end: int) -> KnownPlaces:
@@ -314,17 +317,16 @@ class Lease:
         places = all_places if end - first_block == self.hit_blocks else part_of(all_places, first_block, end)
         return KnownPlaces(places, self._are_verified, note_load)
 
-    def _targets(self, order: LoadOrder, into: Sequence[Source]) -> list[Bytes]:
-        if len(arguments.sequence(into, "into")) != order.layer_count:
+    def _make_writable(self, targets: list[Any], order: LoadOrder) -> None:
+        """Replace the caller's buffers by their bytes. Raises InvalidRequest."""
+        if len(targets) != order.layer_count:
             raise InvalidRequest(
-                f"into has {len(into)} buffers; it must have one per layer, {order.layer_count}", field="into"
+                f"into has {len(targets)} buffers; it must have one per layer, {order.layer_count}", field="into"
             )
-        targets: list[Any] = list(into)
         for layer, each in enumerate(targets):
             if not is_plain(each, order.block_starts(layer)[-1]):
                 slices = Slices.of(order.layout, order.shard, layer, order.token_counts)
                 targets[layer] = writable(each, f"into[{layer}]", slices)
-        return targets
 
     def _is_usable(self) -> bool:
         """Whether bytes in place may still be used, by this client's own clock."""
@@ -343,9 +345,10 @@ class Lease:
                     if self._is_inherited:
                         raise self._ended()
                     deadline.begin_layer()
-                    with suppress(KVError):  # The daemon holds the blocks that it sends: the load needs no lease.
-                        self._keep(deadline)
-                    deadline.check_cancelled()
+                    if self._is_half_over:
+                        with suppress(KVError):  # The daemon holds the blocks that it sends: the load needs no lease.
+                            self._keep(deadline)
+                        deadline.check_cancelled()
             if release:
                 self._release_later()
         finally:
@@ -426,6 +429,11 @@ class Lease:
         if self._is_inherited:
             return LeaseExpired("the lease was made before fork() and is the parent's; look the prefix up again here")
         return LeaseExpired("the lease has ended; look the prefix up again")
+
+    @property
+    def _is_half_over(self) -> bool:
+        """Whether `_keep` may have to renew the lease. Asked for each layer."""
+        return self._connection.clock.now_s() > self._end_s - self._ttl_s / 2
 
     def _keep(self, deadline: TransferDeadline) -> None:
         """Renew the lease if less than half of its time is left and the transfer may take longer."""

@@ -146,6 +146,10 @@ class TransferDeadline(Deadline):
             return DeadlineExceeded(f"the layer did not arrive within the {self._layer_s:.3g} s allowed for it")
         return super().error
 
+    def check(self) -> None:
+        if self._error is not None or self.clock.now_s() >= self.end_s:  # As `remaining_s`. Asked for each layer.
+            raise self.error
+
     def check_cancelled(self) -> None:
         """Raises the error that ended the transfer."""
         if self._error is not None:

@@ -31,7 +31,7 @@ from kvservice.store.tasks import Tasks
 from kvservice.store.types import FilledUpload, SaveHeader, SaveOutcome, Span
 from kvservice.tiers.files import on_thread
 from kvservice_api.bulk import CONNECTIONS_MAX
-from kvservice_api.errors import BulkUnavailable, InvalidFrame, InvalidRequest, TransferEnded
+from kvservice_api.errors import BulkUnavailable, InvalidFrame, InvalidRequest, KVError, TransferEnded
 from kvservice_api.layout import Shard
 
 log = logging.getLogger(__name__)
@@ -168,6 +168,24 @@ class BulkPort:
         self._run(caller, load, partial(load.run, send))
         return self._opened(load, connections)
 
+    def offer_load(self, caller: Caller, certificate: bytes, lease_id: int, connections: int) -> Opened | None:
+        """As `open_load`, for all of a lease. The load begins once a connection has brought a ticket of it. Until then
+        it holds nothing, and does not count among the client's transfers. None without a bulk port.
+        """
+        if self._listener is None:
+            return None
+
+        def begin(load: OutgoingLoad) -> None:
+            try:
+                if self._is_closed:
+                    raise TransferEnded("the daemon stops")
+                self._run(caller, load, partial(load.run, self._store.loads.to_send_all(caller, lease_id)))
+            except KVError as error:
+                load.end_with(error)
+
+        load = OutgoingLoad(self, self._clock, caller.client, certificate, self._idle_s, begin)
+        return self._opened(load, min(connections, CONNECTIONS_MAX), is_offer=True)
+
     async def open_save(
         self,
         caller: Caller,
@@ -234,9 +252,9 @@ class BulkPort:
         task.add_done_callback(ended)
         return task
 
-    def _opened(self, transfer: Transfer, connections: int) -> Opened:
+    def _opened(self, transfer: Transfer, connections: int, *, is_offer: bool = False) -> Opened:
         expires_s = self._clock.monotonic_s() + TICKET_TTL_S
-        return Opened(self._open_tickets.issue(transfer, connections, expires_s), TICKET_TTL_S)
+        return Opened(self._open_tickets.issue(transfer, connections, expires_s, is_offer=is_offer), TICKET_TTL_S)
 
     # Connections, on worker threads
 
@@ -404,7 +422,7 @@ class BulkPort:
             await self._clock.sleep(_LOOK_EVERY_S)
             now_s = self._clock.monotonic_s()
             for transfer in self._open_tickets.expire(now_s):
-                if not transfer.has_joined:
+                if transfer in self._running and not transfer.has_joined:
                     transfer.fail(TransferEnded("no connection has brought a ticket of the transfer in time"))
             for each in list(self._connections.values()):
                 if each.deadline_s <= now_s:

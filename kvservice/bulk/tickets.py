@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from kvservice_api.bulk import TICKET_BYTES
 
 _REMEMBERED = 4096  # Tickets that have ended, kept only to count refusals by their reason.
+_OFFERS_MAX = 1024  # Offers of transfers with open tickets. Many of them are never taken up.
 
 
 class HasCaller(Protocol):
@@ -45,17 +46,25 @@ class TransferTickets(Generic[T]):
     def __init__(self) -> None:
         self._open: dict[bytes, _Ticket[T]] = {}
         self._ended: OrderedDict[bytes, str] = OrderedDict()
+        self._offers: deque[list[bytes]] = deque()  # Digests of the tickets of each, the oldest first.
         self._lock = threading.Lock()
 
     @property
     def open_count(self) -> int:
         return len(self._open)
 
-    def issue(self, transfer: T, count: int, expires_s: float) -> list[bytes]:
+    def issue(self, transfer: T, count: int, expires_s: float, *, is_offer: bool = False) -> list[bytes]:
+        """Tickets for a transfer. Those of an offer end before their time if many more are made."""
         tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(count)]
+        digests = [_digest(ticket) for ticket in tickets]
         with self._lock:
-            for number, ticket in enumerate(tickets):
-                self._open[_digest(ticket)] = _Ticket(transfer, number, expires_s)
+            for number, digest in enumerate(digests):
+                self._open[digest] = _Ticket(transfer, number, expires_s)
+            if is_offer:
+                self._offers.append(digests)
+                if len(self._offers) > _OFFERS_MAX:
+                    for digest in self._open.keys() & self._offers.popleft():
+                        self._end(digest, "expired")
         return tickets
 
     def use(self, ticket: bytes, client_id: bytes, certificate: bytes, now_s: float) -> tuple[T, int]:

@@ -188,8 +188,18 @@ class OutgoingLoad(Transfer):
 
     kind = "load"
 
-    def __init__(self, port: Wakes, clock: Clock, client_id: bytes, certificate: bytes, idle_s: float) -> None:
+    def __init__(
+        self,
+        port: Wakes,
+        clock: Clock,
+        client_id: bytes,
+        certificate: bytes,
+        idle_s: float,
+        begin: Callable[[OutgoingLoad], None] | None = None,
+    ) -> None:
+        """`begin` starts it on the event loop once a connection has joined; without it, the caller does."""
         super().__init__(port, clock, client_id, certificate, idle_s)
+        self._begin = begin
         self.sent_bytes = 0
         self._queue: deque[Part] = deque()
         self._queued_all = False
@@ -262,7 +272,15 @@ class OutgoingLoad(Transfer):
             self._parked.discard(connection)
         super().left(connection)
 
-    # On the event loop, for the store
+    # On the event loop
+
+    def _joined(self) -> None:
+        begin, self._begin = self._begin, None
+        if begin is not None:
+            begin(self)
+        super()._joined()
+
+    # For the store
 
     def put(self, parts: Sequence[Part], *, is_last: bool) -> None:
         with self._lock:

@@ -150,7 +150,9 @@ class BlockService:
         if hit.lease is not None:
             if request.locate:
                 self._locate(caller, hit.lease, answer)
-            if not answer.HasField("located"):
+            if request.offer_load:
+                self._offer_load(caller, hit.lease, request.offer_load, context, answer)
+            if not (answer.HasField("located") or answer.HasField("offered_load")):
                 self._store.loads.lease_granted(hit.lease)
         return answer
 
@@ -277,6 +279,8 @@ class BlockService:
         )
         if request.locate:
             self._locate(caller, adopted.lease, answer)
+        if request.offer_load:
+            self._offer_load(caller, adopted.lease, request.offer_load, context, answer)
         return answer
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
@@ -339,6 +343,20 @@ class BlockService:
             located, answer.located_verified = places
             self._put_places(located, answer.located)
             answer.located.layers_ready = lease.shard.layers
+
+    def _offer_load(
+        self,
+        caller: Caller,
+        lease: Lease,
+        connections: int,
+        context: Context,
+        answer: pb.LookupPrefixResponse | pb.AdoptLeaseResponse,
+    ) -> None:
+        """Add tickets for a load of all blocks of a new lease, if there is a bulk port."""
+        offered = self._bulk.offer_load(caller, certificate_of(context), lease.lease_id, connections)
+        if offered is not None:
+            answer.offered_load.tickets.extend(offered.tickets)
+            answer.offered_load.ttl_ms = round(offered.ttl_s * 1000)
 
     def _put_places(self, located: Located, answer: pb.LocateBlocksResponse) -> None:
         answer.arena_id = self._store.status.arena.arena_id

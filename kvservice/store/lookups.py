@@ -133,7 +133,8 @@ class Lookups:
             self._policy.looked_up(found.rows)
             ttl_s = min(lease_ttl_s, self._leases.ttl_max_s)
             lease = self._leases.grant(client, layout, wanted, found.rows, found.parts, found.held, ttl_s)
-        return Hit(len(found.rows), runs_of(self._blocks, found.rows), lease, ttl_s)
+        runs = runs_of(self._blocks, found.rows) if found.runs is None else found.runs
+        return Hit(len(found.rows), runs, lease, ttl_s)
 
     def _note_use(self, rows: Rows, lease: Lease | None) -> None:
         """Without a lease, call it before anything else can change the rows."""

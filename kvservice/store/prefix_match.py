@@ -39,12 +39,14 @@ class PrefixMatch:
     rows: Rows = field(default_factory=lambda: _NOTHING)  # One per block: with all of it, or its first part.
     parts: dict[int, tuple[int, ...]] = field(default_factory=dict)  # Block -> its rows, if there are several.
     held: Rows = field(default_factory=lambda: _NOTHING)  # All rows, with parts.
+    runs: list[Run] | None = None  # The tiers of `rows` when they were found; None if `runs_of` is to find them.
 
     def extend(self, more: PrefixMatch) -> None:
         """Append the next blocks."""
         if not len(self.rows):
-            self.rows, self.parts, self.held = more.rows, more.parts, more.held
+            self.rows, self.parts, self.held, self.runs = more.rows, more.parts, more.held, more.runs
             return
+        self.runs = None
         self.parts |= {len(self.rows) + block: rows for block, rows in more.parts.items()}
         self.rows = np.concatenate([self.rows, more.rows])
         self.held = np.concatenate([self.held, more.held])
@@ -54,6 +56,8 @@ def match_prefix(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, want
     """The leading blocks that have all of `wanted`. Takes at most a millisecond for 512 keys."""
     rows = blocks.rows_of_keys(keys)
     rows = rows[: _leading(rows != NO_ROW)]
+    if (run := _alike(blocks, rows, layout_id, wanted)) is not None:
+        return PrefixMatch(rows, {}, rows, [run])
     whole = _usable(blocks, rows, layout_id) & blocks.cover(rows, wanted)
     if whole.all():
         return PrefixMatch(rows, {}, rows)
@@ -64,6 +68,24 @@ def match_prefix(blocks: BlockTable, keys: Sequence[bytes], layout_id: int, want
     if by_one.all():
         return PrefixMatch(rows, {}, rows)
     return _joined(blocks, rows, shards, wanted)
+
+
+def _alike(blocks: BlockTable, rows: Rows, layout_id: int, wanted: Shard) -> Run | None:
+    """All rows as one run, if they have exactly the wanted shard, and copies in the same tiers: the usual case, with
+    half of the calls of NumPy, which take some microseconds each.
+    """
+    if not len(rows) or not blocks.are_all(rows, layout_id, wanted):
+        return None
+    run = _same_tiers(blocks.lie_in_tiers(rows))
+    return run if run is not None and any(run[1:]) else None
+
+
+def _same_tiers(is_in: NDArray[np.bool_]) -> Run | None:
+    """The rows as one run, if all of them have copies in the same tiers. ``[tier, row]``, with a row or more."""
+    if not (is_in == is_in[:, :1]).all():
+        return None
+    first, *others = is_in[:, 0].tolist()
+    return is_in.shape[1], first, any(others)
 
 
 def match_tails(
@@ -177,10 +199,8 @@ def runs_of(blocks: BlockTable, rows: Rows) -> list[Run]:
     """The tiers of consecutive rows, as runs."""
     if not len(rows):
         return []
-    is_in = blocks.lie_in_tiers(rows)
-    if (is_in == is_in[:, :1]).all():
-        first, *others = is_in[:, 0].tolist()
-        return [(len(rows), first, any(others))]
+    if (run := _same_tiers(blocks.lie_in_tiers(rows))) is not None:
+        return [run]
     sets = blocks.tier_sets(rows)
     changes = (np.flatnonzero(sets[1:] != sets[:-1]) + 1).tolist()
     starts, ends = [0, *changes], [*changes, len(rows)]

@@ -119,12 +119,15 @@ class Wire:
         answer: blocks_pb2.OpenLayoutResponse = self.blocks.OpenLayout(request)
         return answer
 
-    def lookup(self, layout: Layout, chain: BlockChain, ttl_ms: int = 30_000) -> blocks_pb2.LookupPrefixResponse:
+    def lookup(
+        self, layout: Layout, chain: BlockChain, ttl_ms: int = 30_000, offer_load: int = 0
+    ) -> blocks_pb2.LookupPrefixResponse:
         request = blocks_pb2.LookupPrefixRequest(
             client_id=self.client_id,
             layout_fingerprint=layout.fingerprint,
             keys=chain.packed_keys,
             lease_ttl_ms=ttl_ms,
+            offer_load=offer_load,
         )
         answer: blocks_pb2.LookupPrefixResponse = self.blocks.LookupPrefix(request)
         self.leases.append(answer.lease_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,25 @@ class KnownPlaces:
     note_load: Callable[[float], None]  # Takes the seconds of a load from there, 0 for a view.
 
 
+class OfferedLoad:
+    """A load of all of a lease that the daemon has offered on its bulk port with the lease. Thread-safe.
+
+    No call opens it, as long as its tickets are valid.
+    """
+
+    def __init__(self, offer: pb.OpenTransferResponse, asked_at_s: float) -> None:
+        """`asked_at_s` is when the request was sent, by the client's clock."""
+        self._tickets = list(offer.tickets)
+        self._end_s = asked_at_s + offer.ttl_ms / 1e3
+        self._lock = threading.Lock()
+
+    def take(self, now_s: float) -> list[bytes]:
+        """The tickets, one for each connection; none if they were taken, or if their time is over."""
+        with self._lock:
+            tickets, self._tickets = self._tickets, []
+        return tickets if now_s < self._end_s else []
+
+
 @dataclass(frozen=True)
 class LoadOrder:
     """Blocks to load, and the buffers for their bytes: one per layer, block after block."""
@@ -51,6 +71,7 @@ class LoadOrder:
     is_usable: Callable[[], bool]  # Whether bytes in place may still be used under the lease.
     first_layer: int = 0  # Layers before it are loaded already.
     places: KnownPlaces | None = None
+    offered: OfferedLoad | None = None  # Of the same blocks.
 
     @property
     def block_count(self) -> int:
@@ -153,6 +174,10 @@ class SaveResult:
 
 class NotCarried(Exception):
     """A transport cannot carry an order, or not all of it: the next transport carries the rest."""
+
+
+class OfferRefused(NotCarried):
+    """The daemon does not know the tickets of an offered load any more. The same transport carries it without them."""
 
 
 class Mismatch(NotCarried):

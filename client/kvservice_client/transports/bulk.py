@@ -28,7 +28,7 @@ from kvservice_api.bulk import (
     unpack_header,
 )
 from kvservice_api.copying import STREAMED_BYTES_MIN
-from kvservice_api.errors import InvalidFrame, KVError, TransferEnded
+from kvservice_api.errors import BulkUnavailable, InvalidFrame, KVError, TransferEnded
 from kvservice_api.malloc import keep_large_buffers
 from kvservice_api.socket_buffers import SocketBuffers
 from kvservice_api.status import from_status
@@ -38,7 +38,7 @@ from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, Mismatch, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections
-from kvservice_client.transports.bulk_transfer import END_S, BulkTransfer, NotNeeded
+from kvservice_client.transports.bulk_transfer import END_S, BulkTransfer, NotNeeded, connections_of
 from kvservice_client.transports.grpc import save_header, save_results
 
 M = TypeVar("M", bound=Message)
@@ -70,6 +70,19 @@ class BulkTransport(Transport):
     def close(self) -> None:
         self._pool.close()
 
+    def offered_connections(self, size_bytes: int, deadline: Deadline) -> int:
+        """How many connections a load of so many bytes would use; 0 if it would not come by this transport, or before
+        the first transfer, which finds out how far the daemon is. Makes no call.
+        """
+        if size_bytes < self.bytes_min:
+            return 0
+        try:
+            endpoint = self._pool.endpoint(self._connection.limits(deadline))
+        except BulkUnavailable:
+            return 0
+        rtt_s = self._pool.rtt_s(endpoint)
+        return 0 if rtt_s is None else connections_of(size_bytes, rtt_s, endpoint)
+
     def load(self, order: LoadOrder, deadline: Deadline) -> Generator[Bytes, None, None]:
         """As `Transport.load`. The caller's thread reads the first layer, or all if there is one connection, because a
         busy processor wakes it up late. Several connections are then read by threads.
@@ -85,8 +98,10 @@ class BulkTransport(Transport):
         )
         with BulkTransfer(self._connection, self._pool, order.client_id, deadline) as transfer:
             arrivals = _Arrivals(order, transfer)
-            opened = transfer.open(pb.OpenTransferRequest(load=request), arrivals.missing_bytes)
-            first, *others = opened.tickets
+            tickets = transfer.take_up(order, arrivals.missing_bytes)
+            if not tickets:
+                tickets = transfer.open(pb.OpenTransferRequest(load=request), arrivals.missing_bytes).tickets
+            first, *others = tickets
             transfer.greet(first)
             threads_from = order.first_layer + (not transfer.is_far) if others else order.layer_count
             for layer in range(order.first_layer, order.layer_count):

@@ -185,6 +185,7 @@ class BulkConnections:
         self._all = WeakSet()
         self._lock = threading.Lock()
         self._idle: list[BulkConnection] = []
+        self._rtt: tuple[Endpoint, float] | None = None  # Of the one that was put back last.
         self._unawaited: _Attempt | None = None  # That still connects, although its user has given up.
         self._address: tuple[Endpoint, tuple[int, Any]] | None = None  # Family and address that were reached last.
         self._context: tuple[TlsContents, ssl.SSLContext] | None = None
@@ -213,6 +214,12 @@ class BulkConnections:
         if unreachable is None or unreachable[0] != endpoint or self._connection.clock.now_s() >= unreachable[1]:
             return endpoint
         raise BulkUnavailable(unreachable[2])
+
+    def rtt_s(self, endpoint: Endpoint) -> float | None:
+        """The round trip, when a connection there was last put back. None if none was."""
+        with self._lock:
+            known = self._rtt
+        return known[1] if known is not None and known[0] == endpoint else None
 
     def take(self, endpoint: Endpoint, deadline: Deadline, user: User) -> BulkConnection:
         """An idle connection, or a new one. The user has it from now on, and closes it.
@@ -317,7 +324,9 @@ class BulkConnections:
         now_s = self._connection.clock.now_s()
         connection.idle_since_s = now_s
         connection.arrived, connection.pause_s = None, _WAIT_S
+        rtt = connection.endpoint, connection.rtt_s
         with self._lock:
+            self._rtt = rtt
             if not self._is_closed:
                 self._idle.append(connection)
                 connection = self._idle[0]

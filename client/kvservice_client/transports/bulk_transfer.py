@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from types import TracebackType
 from typing import Self
@@ -17,7 +17,7 @@ from kvservice_client import forks
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.base import NotCarried
+from kvservice_client.transports.base import LoadOrder, NotCarried, OfferRefused
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections, Endpoint
 
 _CONNECTION_BYTES = 8 * 2**20  # Another connection is worth its thread for as many bytes.
@@ -49,15 +49,30 @@ class BulkTransfer:
         self._used: list[BulkConnection] = []
         self._threads: list[threading.Thread] = []
         self._is_over = False
+        self._is_offered = False
         self._fresh_until_s = 0.0  # Until then the daemon that has issued the tickets takes them.
         self._generation = forks.generation
+
+    def take_up(self, order: LoadOrder, size_bytes: int) -> Sequence[bytes]:
+        """If a load of these blocks is offered, take the first connection, and return the tickets that are of use; none
+        if it is not. If the daemon refuses them, leaving this raises OfferRefused. Raises BulkUnavailable.
+        """
+        offered = order.offered if not order.first_layer else None
+        tickets = offered.take(self._deadline.clock.now_s()) if offered is not None else []
+        if tickets:
+            self._is_offered = True
+            self._connect()
+            tickets = tickets[: self.connections(size_bytes)]
+        return tickets
+
+    def _connect(self) -> None:
+        self._take_first(self._pool.endpoint(self._connection.limits(self._deadline)))
+        self.is_far = self.first.rtt_s >= _FAR_RTT_S
 
     def open(self, request: pb.OpenTransferRequest, size_bytes: int) -> pb.OpenTransferResponse:
         """Take the first connection, and ask for tickets. Raises BulkUnavailable, and the daemon's errors."""
         deadline = self._deadline
-        endpoint = self._pool.endpoint(self._connection.limits(deadline))
-        self._take_first(endpoint)
-        self.is_far = self.first.rtt_s >= _FAR_RTT_S
+        self._connect()
         request.connections = self.connections(size_bytes)
         channel = self._connection.channel
         # As a stream of one answer, because a stream ends when its load is cancelled.
@@ -72,7 +87,7 @@ class BulkTransfer:
 
     def connections(self, size_bytes: int) -> int:
         """How many are of use for so many bytes."""
-        return _connections(size_bytes, self.first.rtt_s, with_tls=self.first.endpoint.tls is not None)
+        return connections_of(size_bytes, self.first.rtt_s, self.first.endpoint)
 
     def _take_first(self, endpoint: Endpoint) -> None:
         try:
@@ -250,12 +265,14 @@ class BulkTransfer:
             endpoint = self.first.endpoint
             why = f"the bulk port {endpoint.port} of {endpoint.host} leads to another daemon: it refuses a new ticket"
             self._pool.forget(endpoint, why)
-        if threading.current_thread() not in self._threads:
-            self._close()
+        if threading.current_thread() in self._threads:
+            # The garbage collector ends a load that was dropped on one of its own threads, which cannot wait for itself.
+            with suppress(RuntimeError):  # No thread can be started: the connections are closed with their last users.
+                threading.Thread(target=self._close, name="kvservice-bulk-end", daemon=True).start()
             return
-        # The garbage collector ends a load that was dropped on one of its own threads, which cannot wait for itself.
-        with suppress(RuntimeError):  # No thread can be started: the connections are closed with their last users.
-            threading.Thread(target=self._close, name="kvservice-bulk-end", daemon=True).start()
+        self._close()
+        if is_refused and self._is_offered:
+            raise OfferRefused("the daemon does not know the tickets of its offer any more") from error
 
     def _close(self) -> None:
         """Wait for all threads, and close the connections that are not kept."""
@@ -287,6 +304,11 @@ class _Answer:
         self._transfer._deadline.end_answer()
         if isinstance(error, OSError):
             raise self._transfer._explained(error) from error
+
+
+def connections_of(size_bytes: int, rtt_s: float, endpoint: Endpoint) -> int:
+    """How many connections are of use for so many bytes."""
+    return _connections(size_bytes, rtt_s, with_tls=endpoint.tls is not None)
 
 
 def _connections(size_bytes: int, rtt_s: float, *, with_tls: bool) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,7 @@ from kvservice_client.transports.base import (
     TRY_NEXT,
     LoadOrder,
     Mismatch,
+    OfferRefused,
     SaveOrder,
     SaveResult,
     SaveSet,
@@ -48,11 +49,11 @@ TRANSPORTS: tuple[Callable[[Connection], Transport], ...] = (ShmTransport, BulkT
 class TransportStats:
     """What one transport did since the client was made.
 
-    Bytes are payload. Operations are those that it completed. Seconds are its working time, without the caller's time
-    between two layers, or between the reservation of a save in place and its commit. `fallbacks` are the operations
-    that it could not carry, completely or in part, so that the next transport did. `mismatches` are the loads and views
-    whose bytes, in place or received, did not match their checksums. They are not fallbacks, although the daemon then
-    verifies the bytes through the next transport.
+    Bytes are payload; those of a load count when it ends. Operations are those that it completed. Seconds are its
+    working time, without the caller's time between two layers, or between the reservation of a save in place and its
+    commit. `fallbacks` are the operations that it could not carry, completely or in part, so that the next transport
+    did. `mismatches` are the loads and views whose bytes, in place or received, did not match their checksums. They are
+    not fallbacks, although the daemon then verifies the bytes through the next transport.
     """
 
     loads: int = 0
@@ -96,7 +97,7 @@ class Meter:
         forks.register(self)
 
     def reset_in_child(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # Re-entrant: the garbage collector may end an abandoned load at any place.
         self._counts: defaultdict[str, dict[str, Any]] = defaultdict(dict)  # By transport, then by field.
         self._refused_because: dict[str, str] = {}
 
@@ -136,7 +137,9 @@ class OrderedTransports:
         for each in self._transports:
             if each.name == wanted:
                 each.bytes_min = 0
-        self._readers = [each for each in self._transports if isinstance(each, InPlaceReader)]  # A slow check, once.
+        # Slow checks, once.
+        self._readers = [each for each in self._transports if isinstance(each, InPlaceReader)]
+        self._bulk = next((each for each in self._transports if isinstance(each, BulkTransport)), None)
         self._connection = connection
         self.meter = Meter()
         self._log = RateLimitedLog(log)
@@ -151,10 +154,9 @@ class OrderedTransports:
 
     def check_bulk(self, deadline: Deadline) -> None:
         """Raises BulkUnavailable if the bulk port cannot be reached, or is not for this client."""
-        for transport in self._transports:
-            if isinstance(transport, BulkTransport):
-                return transport.check_reachable(deadline)
-        raise BulkUnavailable(f"this client does not use the bulk port: its transport is {self._required!r}")
+        if self._bulk is None:
+            raise BulkUnavailable(f"this client does not use the bulk port: its transport is {self._required!r}")
+        self._bulk.check_reachable(deadline)
 
     def observe_arenas(self, observer: ArenaObserver) -> None:
         """Have it follow the mappings of the daemon's memory, from now on."""
@@ -165,6 +167,14 @@ class OrderedTransports:
     def read_in_place(self) -> bool:
         """Whether a load would read the daemon's memory in place if it knew where the blocks are."""
         return any(each.is_mapped for each in self._readers)
+
+    def offered_connections(self, size_bytes: int, deadline: Deadline) -> int:
+        """How many connections of the bulk port a load of so many bytes would use; 0 if another transport is likely to
+        carry it. Makes no call.
+        """
+        if self._bulk is None or self.read_in_place:
+            return 0
+        return self._bulk.offered_connections(size_bytes, deadline)
 
     def prepare(self, deadline: Deadline) -> None:
         """Do what a transport's first order would have to wait for."""
@@ -177,28 +187,37 @@ class OrderedTransports:
 
         Closing the generator ends the load.
         """
-        for transport in self._transports:
+        waiting = deque(self._transports)
+        while waiting:
+            transport = waiting.popleft()
             if not self._carries(transport, order, deadline):
                 continue
             layers = transport.load(order, deadline)
-            layer = order.first_layer
+            layer, size_bytes, seconds = order.first_layer, 0, 0.0
             try:
                 while True:
                     begin_s = self._now_s()
                     data = next(layers, None)
                     if data is None:
                         break
-                    self.meter.add(transport.name, loaded_bytes=data.size, load_seconds=self._now_s() - begin_s)
+                    size_bytes += data.size
+                    seconds += self._now_s() - begin_s
                     if self._down is not None:
                         self._down.carry(data.size, begin_s, deadline)
                     yield transport.name, data
                     layer += 1
+            except OfferRefused:
+                waiting.appendleft(transport)
+                order = replace(order, first_layer=layer, offered=None)
+                continue
             except TRY_NEXT as error:
                 self._fall_back(transport, error)
                 order = replace(order, first_layer=layer)
                 continue
             finally:
                 layers.close()
+                if size_bytes:
+                    self.meter.add(transport.name, loaded_bytes=size_bytes, load_seconds=seconds)
             self.meter.add(transport.name, loads=1)
             return
 

@@ -84,9 +84,10 @@ class InPlaceReads:
         rows = lease.rows
         if lease.parts or self._dram.arena.not_shared_because:
             return None
-        if not self._blocks.lie_in(rows, self._blocks.first_tier).all():
+        offsets = self._blocks.offset[0][rows]
+        if (offsets < 0).any():  # It has no copy there.
             return None
-        return self._located(rows, self._blocks.offset[0][rows].astype(np.int64), in_place=True)
+        return self._located(rows, offsets, in_place=True)
 
     def are_verified(self, rows: Rows) -> bool:
         """Whether all of these blocks, which are in DRAM, were verified since the start."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence, Sized
 from contextlib import ExitStack, aclosing
+from functools import partial
 from typing import TypeVar
 
 from kvservice.blocks import BlockTable
@@ -97,19 +98,24 @@ class Loads:
         which, parts = blocks.within(len(lease.rows), "block"), layers.within(lease.shard.layers, "layer")
         self._admission.loads.check()
         self._reads.precedence.called(lease_id)
+        return partial(self._send, caller, lease, which, parts)
 
-        async def send(sender: PartSender) -> None:
-            self._leases.get(caller, lease_id)  # In the step that holds the rows: the lease may have ended meanwhile.
-            with self._requests.load(caller, lease, which, parts, "bulk") as record, ExitStack() as slot:
-                sender.when_joined(lambda: slot.enter_context(self._admission.loads.entered()))
-                try:
-                    await self._reads.send(caller, lease, which, parts, sender)
-                    await sender.until_taken()
-                finally:
-                    sender.when_joined(None)
-                    record.sent_bytes = sender.sent_bytes
+    def to_send_all(self, caller: Caller, lease_id: int) -> Callable[[PartSender], Awaitable[None]]:
+        """As `to_send`, for all of a lease, and without a wait."""
+        lease = self._leases.get(caller, lease_id)
+        self._admission.loads.check()
+        return partial(self._send, caller, lease, range(len(lease.rows)), range(lease.shard.layers))
 
-        return send
+    async def _send(self, caller: Caller, lease: Lease, blocks: range, layers: range, sender: PartSender) -> None:
+        self._leases.get(caller, lease.lease_id)  # In the step that holds the rows: it may have ended meanwhile.
+        with self._requests.load(caller, lease, blocks, layers, "bulk") as record, ExitStack() as slot:
+            sender.when_joined(lambda: slot.enter_context(self._admission.loads.entered()))
+            try:
+                await self._reads.send(caller, lease, blocks, layers, sender)
+                await sender.until_taken()
+            finally:
+                sender.when_joined(None)
+                record.sent_bytes = sender.sent_bytes
 
     async def locate(
         self,

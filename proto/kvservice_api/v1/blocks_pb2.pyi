@@ -118,7 +118,7 @@ class AttachResponse(_message.Message):
     def __init__(self, client_id: _Optional[bytes] = ..., boot_epoch: _Optional[int] = ...) -> None: ...
 
 class LookupPrefixRequest(_message.Message):
-    __slots__ = ("client_id", "layout_fingerprint", "shard", "keys", "lease_ttl_ms", "parent_key", "request_id", "locate")
+    __slots__ = ("client_id", "layout_fingerprint", "shard", "keys", "lease_ttl_ms", "parent_key", "request_id", "locate", "offer_load")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class LookupPrefixRequest(_message.Message):
     PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LOCATE_FIELD_NUMBER: _ClassVar[int]
+    OFFER_LOAD_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     layout_fingerprint: bytes
     shard: _types_pb2.Shard
@@ -135,10 +136,11 @@ class LookupPrefixRequest(_message.Message):
     parent_key: bytes
     request_id: str
     locate: bool
-    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ..., parent_key: _Optional[bytes] = ..., request_id: _Optional[str] = ..., locate: bool = ...) -> None: ...
+    offer_load: int
+    def __init__(self, client_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ..., lease_ttl_ms: _Optional[int] = ..., parent_key: _Optional[bytes] = ..., request_id: _Optional[str] = ..., locate: bool = ..., offer_load: _Optional[int] = ...) -> None: ...
 
 class LookupPrefixResponse(_message.Message):
-    __slots__ = ("hit_blocks", "lease_id", "lease_ttl_ms", "runs", "tails", "located", "located_verified")
+    __slots__ = ("hit_blocks", "lease_id", "lease_ttl_ms", "runs", "tails", "located", "located_verified", "offered_load")
     HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +148,7 @@ class LookupPrefixResponse(_message.Message):
     TAILS_FIELD_NUMBER: _ClassVar[int]
     LOCATED_FIELD_NUMBER: _ClassVar[int]
     LOCATED_VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    OFFERED_LOAD_FIELD_NUMBER: _ClassVar[int]
     hit_blocks: int
     lease_id: int
     lease_ttl_ms: int
@@ -153,7 +156,8 @@ class LookupPrefixResponse(_message.Message):
     tails: _containers.RepeatedCompositeFieldContainer[Tail]
     located: LocateBlocksResponse
     located_verified: bool
-    def __init__(self, hit_blocks: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ..., tails: _Optional[_Iterable[_Union[Tail, _Mapping]]] = ..., located: _Optional[_Union[LocateBlocksResponse, _Mapping]] = ..., located_verified: bool = ...) -> None: ...
+    offered_load: OpenTransferResponse
+    def __init__(self, hit_blocks: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ..., tails: _Optional[_Iterable[_Union[Tail, _Mapping]]] = ..., located: _Optional[_Union[LocateBlocksResponse, _Mapping]] = ..., located_verified: bool = ..., offered_load: _Optional[_Union[OpenTransferResponse, _Mapping]] = ...) -> None: ...
 
 class Tail(_message.Message):
     __slots__ = ("key", "token_count")
@@ -194,36 +198,40 @@ class ExportLeaseResponse(_message.Message):
     def __init__(self, ticket: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
 
 class AdoptLeaseRequest(_message.Message):
-    __slots__ = ("client_id", "ticket", "layout_fingerprint", "shard", "lease_ttl_ms", "locate")
+    __slots__ = ("client_id", "ticket", "layout_fingerprint", "shard", "lease_ttl_ms", "locate", "offer_load")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     LOCATE_FIELD_NUMBER: _ClassVar[int]
+    OFFER_LOAD_FIELD_NUMBER: _ClassVar[int]
     client_id: bytes
     ticket: bytes
     layout_fingerprint: bytes
     shard: _types_pb2.Shard
     lease_ttl_ms: int
     locate: bool
-    def __init__(self, client_id: _Optional[bytes] = ..., ticket: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., lease_ttl_ms: _Optional[int] = ..., locate: bool = ...) -> None: ...
+    offer_load: int
+    def __init__(self, client_id: _Optional[bytes] = ..., ticket: _Optional[bytes] = ..., layout_fingerprint: _Optional[bytes] = ..., shard: _Optional[_Union[_types_pb2.Shard, _Mapping]] = ..., lease_ttl_ms: _Optional[int] = ..., locate: bool = ..., offer_load: _Optional[int] = ...) -> None: ...
 
 class AdoptLeaseResponse(_message.Message):
-    __slots__ = ("lease_id", "lease_ttl_ms", "token_counts", "runs", "located", "located_verified")
+    __slots__ = ("lease_id", "lease_ttl_ms", "token_counts", "runs", "located", "located_verified", "offered_load")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     LOCATED_FIELD_NUMBER: _ClassVar[int]
     LOCATED_VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    OFFERED_LOAD_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     lease_ttl_ms: int
     token_counts: _containers.RepeatedScalarFieldContainer[int]
     runs: _containers.RepeatedCompositeFieldContainer[ResidencyRun]
     located: LocateBlocksResponse
     located_verified: bool
-    def __init__(self, lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., token_counts: _Optional[_Iterable[int]] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ..., located: _Optional[_Union[LocateBlocksResponse, _Mapping]] = ..., located_verified: bool = ...) -> None: ...
+    offered_load: OpenTransferResponse
+    def __init__(self, lease_id: _Optional[int] = ..., lease_ttl_ms: _Optional[int] = ..., token_counts: _Optional[_Iterable[int]] = ..., runs: _Optional[_Iterable[_Union[ResidencyRun, _Mapping]]] = ..., located: _Optional[_Union[LocateBlocksResponse, _Mapping]] = ..., located_verified: bool = ..., offered_load: _Optional[_Union[OpenTransferResponse, _Mapping]] = ...) -> None: ...
 
 class LoadBlocksRequest(_message.Message):
     __slots__ = ("client_id", "lease_id", "first_block", "block_count", "first_layer", "layer_count", "shard")

@@ -72,3 +72,15 @@ def test_few_ended_tickets_are_remembered() -> None:
         tickets.issue(owner, 16, 1.0)
         tickets.expire(1.0)
     assert why(tickets, first, by=owner) == "unknown"
+
+
+def test_offers_are_few_and_push_out_no_ticket_that_was_asked_for() -> None:
+    tickets, owner = TransferTickets[Owner](), Owner()
+    asked_for = tickets.issue(owner, 1, 10.0)
+    first, second = tickets.issue(owner, 2, 10.0, is_offer=True), tickets.issue(owner, 2, 10.0, is_offer=True)
+    assert use(tickets, first[0], by=owner) == (owner, 0)
+    last = [tickets.issue(owner, 2, 10.0, is_offer=True) for _ in range(1023)][-1]
+    assert tickets.open_count == 1 + 2 * 1024
+    assert [why(tickets, each, by=owner) for each in first] == ["used", "expired"]
+    for each in asked_for, second, last:
+        use(tickets, each[0], by=owner)

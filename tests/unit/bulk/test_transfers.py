@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from google.rpc import status_pb2
 
-from kvservice.bulk.port import BulkPort, Opened
+from kvservice.bulk.port import TICKET_TTL_S, BulkPort, Opened
 from kvservice.bulk.transfers import OutgoingLoad, Transfer
 from kvservice.store.leases import Client
 from kvservice.store.types import Part, SaveOutcome, Span
 from kvservice_api.bulk import HEADER_BYTES, PREFACE, MessageKind, pack_hello, unpack_header
-from kvservice_api.errors import KVError, TransferEnded
+from kvservice_api.errors import KVError, LeaseExpired, TransferEnded
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.socket_buffers import SocketBuffers
 from kvservice_api.status import from_status
@@ -69,6 +69,12 @@ async def open_load(port: BulkPort, client: Client, lease_id: int) -> Opened:
     return await port.open_load(caller_of(client), b"", lease_id, None, Span(), Span(), 1)
 
 
+def offer_load(port: BulkPort, client: Client, lease_id: int) -> Opened:
+    offer = port.offer_load(caller_of(client), b"", lease_id, 1)
+    assert offer is not None
+    return offer
+
+
 def joined(port: BulkPort, client: Client, opened: Opened) -> socket.socket:
     """A connection that takes little before it is read from."""
     connection = socket.socket()
@@ -114,6 +120,33 @@ async def test_a_load_whose_client_leaves_before_its_first_step_ends(
     with joined(port, client, await opening) as connection:
         assert isinstance(await error_on(connection), TransferEnded)
     assert port.ended["load", "TRANSFER_ENDED"] == 1
+
+
+async def test_an_offered_load_is_nothing_until_a_connection_brings_its_ticket(
+    opened: OpenStore, port: BulkPort, clock: HandClock, client: Client, leased: int
+) -> None:
+    offers = [offer_load(port, client, leased) for _ in range(200)]
+    opened_too = await open_load(port, client, leased)  # The limit of transfers without a connection is not reached.
+    await until(lambda: opened.blocks.holds.sum() == BLOCKS)  # Those of that load.
+    clock.advance(seconds=TICKET_TTL_S)
+    await until(lambda: passes(clock) and bool(sum(port.ended.values())))
+    assert port.ended["load", "TRANSFER_ENDED"] == 1, "only that load has ended"
+    for late in offers[0], opened_too:
+        with joined(port, client, late) as connection:
+            assert isinstance(await error_on(connection), TransferEnded)
+    with joined(port, client, offer_load(port, client, leased)):
+        await until(lambda: opened.blocks.holds.sum() == BLOCKS)
+
+
+async def test_an_offered_load_whose_lease_has_ended_says_so_and_its_connection_stays_of_use(
+    opened: OpenStore, port: BulkPort, client: Client, leased: int
+) -> None:
+    offer, another = (offer_load(port, client, leased) for _ in range(2))
+    await opened.leases.release(caller_of(client), leased)
+    with joined(port, client, offer) as connection:
+        assert isinstance(await error_on(connection), LeaseExpired)
+        connection.send(pack_hello(another.tickets[0], client.client_id))
+        assert isinstance(await error_on(connection), LeaseExpired)
 
 
 async def test_a_save_whose_client_leaves_before_its_first_step_ends(
