@@ -132,7 +132,8 @@ class _Served:
             self._daemon.before_unit(number, connection)
             sums = self._daemon.checksums.get(number, b"")
             kind = MessageKind.SUMMED_DATA if sums else MessageKind.DATA
-            send(connection, kind, sums + data, layer=layer, first_block=first_block, offset_bytes=len(sums))
+            offset_bytes = len(data) if sums else 0
+            send(connection, kind, data + sums, layer=layer, first_block=first_block, offset_bytes=offset_bytes)
         send(connection, MessageKind.END, b"")
 
     def save(self, connection: socket.socket, number: int) -> None:

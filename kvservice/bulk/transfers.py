@@ -221,7 +221,7 @@ class OutgoingLoad(Transfer):
                 self.fail(DamagedSlice(found))  # First: without it, the last part of another connection is the end.
                 self._done(connection, 0)
                 continue
-            yield from connection.write(SocketBuffers([memoryview(_head(part, size)), *part.runs]))
+            yield from connection.write(SocketBuffers(_message(part, size)))
             self._done(connection, size)
         yield from self.finish(connection)
 
@@ -415,13 +415,15 @@ class IncomingSave(Transfer):
             raise InvalidFrame(f"a message {header.kind.name} is not for this connection now")
 
 
-def _head(part: Part, size: int) -> bytes:
-    """What comes before the part's bytes: the header, and the checksums if the client verifies the part."""
+def _message(part: Part, size: int) -> list[memoryview]:
+    """With the checksums, if the client verifies the part."""
     at = {"layer": part.layer, "first_block": part.first_block}
     if not part.checksums:
-        return pack_header(MessageKind.DATA, size, offset_bytes=part.first_offset_bytes, **at)
+        head = pack_header(MessageKind.DATA, size, offset_bytes=part.first_offset_bytes, **at)
+        return [memoryview(head), *part.runs]
     sums = struct.pack(f"<{len(part.checksums)}Q", *part.checksums)
-    return pack_header(MessageKind.SUMMED_DATA, len(sums) + size, offset_bytes=len(sums), **at) + sums
+    head = pack_header(MessageKind.SUMMED_DATA, size + len(sums), offset_bytes=size, **at)
+    return [memoryview(head), *part.runs, memoryview(sums)]
 
 
 def _damaged(part: Part) -> LayerSlice | None:

@@ -21,10 +21,9 @@ sends has whole slices of one layer, or several whole layers. On one connection 
 connections, each next DATA goes to whichever can take it. A load ends if its client reads less than `UNIT_BYTES` in the
 daemon's `transfer_idle_s`. A save may have 16 gaps while it arrives, one more per slice, and one more per 4 KiB.
 
-SUMMED_DATA is DATA whose slices the client verifies. Its payload begins with the checksums that these slices had when
-they were stored. `offset_bytes` is the size of the checksums: the bytes after them begin with a whole slice. The daemon
-has verified the slices of a DATA before its first byte: parts of stored slices, and what it has just read from a slower
-tier.
+SUMMED_DATA is DATA whose slices the client verifies. Its bytes begin with a whole slice. After the slices, at
+`offset_bytes` of the payload, come the checksums that they had when they were stored. The daemon has verified the
+slices of a DATA before its first byte: parts of stored slices, and what it has just read from a slower tier.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class MessageKind(IntEnum):
     COMMIT = 4  # Client: u64 xxh3-64, [wanted block, layer] flattened. After all DATA were written to their sockets.
     RESULT = 5  # Daemon: a serialized SaveBlocksResponse.
     ERROR = 6  # Daemon: a serialized google.rpc.Status.
-    SUMMED_DATA = 7  # Daemon: u64 xxh3-64 of each slice, and then the slices.
+    SUMMED_DATA = 7  # Daemon: slices, and then the u64 xxh3-64 of each.
 
 
 _BYTES_MAX: Final = {

@@ -54,12 +54,12 @@ class BulkSocket:
     def message(self) -> tuple[MessageHeader, bytes]:
         """The next one. SUMMED_DATA is returned as DATA, and its checksums are kept in `checksums`."""
         header = unpack_header(self.receive(HEADER_BYTES))
-        payload, sums_bytes = self.receive(header.size_bytes), 0
+        payload, size_bytes = self.receive(header.size_bytes), header.size_bytes
         if header.kind is MessageKind.SUMMED_DATA:
-            sums_bytes = header.offset_bytes
-            header = header._replace(kind=MessageKind.DATA, offset_bytes=0, size_bytes=header.size_bytes - sums_bytes)
-        self.checksums = np.frombuffer(payload[:sums_bytes], "<u8").tolist()
-        return header, payload[sums_bytes:]
+            size_bytes = header.offset_bytes
+            header = header._replace(kind=MessageKind.DATA, offset_bytes=0, size_bytes=size_bytes)
+        self.checksums = np.frombuffer(payload[size_bytes:], "<u8").tolist()
+        return header, payload[:size_bytes]
 
     def error(self) -> KVError:
         """The error that the daemon sends, after other messages or none."""

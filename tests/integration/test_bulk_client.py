@@ -118,7 +118,7 @@ def test_a_bit_that_flips_on_the_way_is_found_and_the_layer_comes_again(
     def receive(buffers: SocketBuffers, *args: Any) -> tuple[int, int]:
         found = summed(buffers, *args)
         if buffers.is_done and len(buffers.sums) and flips:
-            buffers.sums[-1] ^= flips.pop()
+            buffers.sums[0] ^= flips.pop()
         return found
 
     monkeypatch.setattr(SocketBuffers, "receive", receive)

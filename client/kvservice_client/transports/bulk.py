@@ -176,8 +176,8 @@ class _Arrivals:
             ranges = self._ranges(*at, header.offset_bytes, size_bytes)
             connection.receive(SocketBuffers(self._places(ranges)), deadline)
         else:
-            ranges = self._ranges(*at, 0, size_bytes - header.offset_bytes)
-            self._fill_summed(connection, ranges, header.offset_bytes, deadline)
+            ranges = self._ranges(*at, 0, header.offset_bytes)
+            self._fill_summed(connection, ranges, size_bytes - header.offset_bytes, deadline)
         with self._changed:
             self._transfer.progress += 1
             for layer, begin, end in ranges:
@@ -188,18 +188,24 @@ class _Arrivals:
     def _fill_summed(
         self, connection: BulkConnection, ranges: list[_Range], sums_bytes: int, deadline: Deadline | None
     ) -> None:
-        """Their checksums, and the slices. Raises Mismatch."""
-        slices = self._whole_slices(ranges)
+        """The slices, and their checksums. Raises Mismatch."""
+        slices: list[memoryview] = []
+        layers: list[int] = []  # Of each slice.
+        for (layer, begin, end), place in zip(ranges, self._places(ranges), strict=True):
+            starts = self._order.block_starts(layer)
+            first, last = bisect_left(starts, begin), bisect_left(starts, end)
+            if starts[first] != begin or starts[last] != end:
+                raise InvalidFrame(f"bytes {begin}..{end} of layer {layer} have checksums, and are not whole slices")
+            slices += [place[start - begin : stop - begin] for start, stop in pairwise(starts[first : last + 1])]
+            layers += [layer] * (last - first)
         if sums_bytes != 8 * len(slices):
             raise InvalidFrame(f"{len(slices)} slices have {sums_bytes} bytes of checksums")
-        places = self._places(ranges)
         expected = bytearray(sums_bytes)
-        pieces = [places[at][begin:end] for at, begin, end in slices]
-        buffers = SocketBuffers([memoryview(expected), *pieces], summed=True, streamed=self._streamed)
+        buffers = SocketBuffers([*slices, memoryview(expected)], summed=True, streamed=self._streamed)
         connection.receive(buffers, deadline)
-        wrong = np.frombuffer(expected, "<u8") != np.frombuffer(buffers.sums, np.uint64)[1:]
+        wrong = np.frombuffer(expected, "<u8") != np.frombuffer(buffers.sums, np.uint64)[:-1]
         if wrong.any():
-            layer = ranges[slices[int(wrong.argmax())][0]][0]
+            layer = layers[int(wrong.argmax())]
             raise Mismatch(f"bytes of layer {layer} that arrived are not what their checksums say")
 
     def receive_first(self, connection: BulkConnection) -> None:
@@ -233,17 +239,6 @@ class _Arrivals:
             ranges.append((layer, begin, min(end, size)))
             layer, begin, end = layer + 1, 0, end - size
         return ranges
-
-    def _whole_slices(self, ranges: list[_Range]) -> list[tuple[int, int, int]]:
-        """The slices of these ranges: the number of each one's range, and its begin and end in that."""
-        slices: list[tuple[int, int, int]] = []
-        for at, (layer, begin, end) in enumerate(ranges):
-            starts = self._order.block_starts(layer)
-            first, last = bisect_left(starts, begin), bisect_left(starts, end)
-            if starts[first] != begin or starts[last] != end:
-                raise InvalidFrame(f"bytes {begin}..{end} of layer {layer} have checksums, and are not whole slices")
-            slices += [(at, start - begin, stop - begin) for start, stop in pairwise(starts[first : last + 1])]
-        return slices
 
     def _places(self, ranges: list[_Range]) -> list[memoryview]:
         """The caller's memory for these ranges. Waits while too much has arrived ahead of the caller."""
