@@ -26,7 +26,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.connection import Connection
 from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline, Watchdog
 
-Unit = tuple[int, int, bytes]  # Layer, first block, bytes.
+Unit = tuple[int, int, bytes]  # Layer, first block, bytes, which may run on into the next layers.
 
 
 def no_fault(number: int, connection: socket.socket) -> None:
@@ -37,9 +37,9 @@ class BulkDaemon:
     """A context manager. Leaving it closes all connections."""
 
     def __init__(self, units: Sequence[Unit] = (), *, context: ssl.SSLContext | None = None) -> None:
-        """`units` are what a load sends, in order. For a save set `starts`: the start of each block in each layer."""
+        """`units` are what a load sends, in order. For a save set `wanted` and `slices`."""
         self.units = list(units)
-        self.checksums: dict[int, bytes] = {}  # By the unit's number: the CHECKSUMS sent before it.
+        self.checksums: dict[int, bytes] = {}  # By the unit's number: those of its slices, sent with it.
         self.wanted: list[int] = []
         self.slices: list[list[bytearray]] = []  # Of the last save: by layer, of each of its blocks.
         self.before_unit: Callable[[int, socket.socket], None] = no_fault
@@ -130,9 +130,10 @@ class _Served:
     def load(self, connection: socket.socket, _: int) -> None:
         for number, (layer, first_block, data) in self._units:
             self._daemon.before_unit(number, connection)
-            if sums := self._daemon.checksums.get(number):
-                send(connection, MessageKind.CHECKSUMS, sums, layer=layer, first_block=first_block)
-            send(connection, MessageKind.DATA, data, layer=layer, first_block=first_block)
+            sums = self._daemon.checksums.get(number, b"")
+            kind = MessageKind.SUMMED_DATA if sums else MessageKind.DATA
+            offset_bytes = len(data) if sums else 0
+            send(connection, kind, data + sums, layer=layer, first_block=first_block, offset_bytes=offset_bytes)
         send(connection, MessageKind.END, b"")
 
     def save(self, connection: socket.socket, number: int) -> None:
@@ -147,11 +148,15 @@ class _Served:
         self._commit(connection, receive(connection, header.size_bytes))
 
     def _keep(self, header: bulk.MessageHeader, data: bytes) -> None:
-        slices, at, offset = self._daemon.slices[header.layer], header.first_block, header.offset_bytes
+        wanted, layer, offset = self._daemon.wanted, header.layer, header.offset_bytes
+        at = wanted.index(header.first_block)
         while data:
-            part, data = data[: len(slices[at]) - offset], data[len(slices[at]) - offset :]
-            slices[at][offset : offset + len(part)] = part
+            target = self._daemon.slices[layer][wanted[at]]
+            part, data = data[: len(target) - offset], data[len(target) - offset :]
+            target[offset : offset + len(part)] = part
             at, offset = at + 1, 0
+            if at == len(wanted):
+                layer, at = layer + 1, 0
         with self._changed:
             self._missing -= header.size_bytes
             self._changed.notify_all()

@@ -231,7 +231,7 @@ class OutgoingLoad(Transfer):
                 self.fail(DamagedSlice(found))  # First: without it, the last part of another connection is the end.
                 self._done(connection, 0)
                 continue
-            yield from connection.write(SocketBuffers([memoryview(_head(part, size)), *part.runs]))
+            yield from connection.write(SocketBuffers(_message(part, size)))
             self._done(connection, size)
         yield from self.finish(connection)
 
@@ -373,9 +373,9 @@ class IncomingSave(Transfer):
     async def _committed(self, received: ReceivedBytes) -> SaveOutcome:
         stalled = IncompleteSave(f"nothing arrived for {self._idle_s:g} s")
         await self._until(lambda: self._commit is not None, stalled)
-        await self._until(lambda: not received.missing_slices, stalled)
+        await self._until(lambda: not received.missing_bytes, stalled)
         assert self._commit is not None
-        return await self._upload.commit(received.checksums.reshape(-1), on_ssd=self._on_ssd, expected=self._commit)
+        return await self._upload.commit(received.checksums, on_ssd=self._on_ssd, expected=self._commit)
 
     def _end_by(self, error: BaseException) -> None:
         if isinstance(error, KVError):
@@ -415,15 +415,15 @@ class IncomingSave(Transfer):
         received = self._received
         assert received is not None
         if header.kind is MessageKind.DATA:
-            pieces = received.claim(header.layer, header.first_block, header.offset_bytes, header.size_bytes)
-            buffers = SocketBuffers([piece.memory for piece in pieces], summed=True, streamed=received.is_large)
+            claimed = received.claim(header.layer, header.first_block, header.offset_bytes, header.size_bytes)
+            buffers = SocketBuffers(claimed.memory, summed=True, streamed=received.is_large)
             yield from connection.read(buffers)
-            received.arrived(pieces, buffers.sums)
-            if not received.missing_slices:
+            received.arrived(claimed, buffers.sums)
+            if not received.missing_bytes:
                 self._notify()
         elif header.kind is MessageKind.COMMIT and self._connections[connection] == 0:
-            if header.size_bytes != 8 * received.checksums.size:
-                raise InvalidFrame(f"the checksums have {header.size_bytes} bytes, not {8 * received.checksums.size}")
+            if header.size_bytes != 8 * received.slice_count:
+                raise InvalidFrame(f"the checksums have {header.size_bytes} bytes, not {8 * received.slice_count}")
             data = bytearray(header.size_bytes)
             yield from connection.read(SocketBuffers([memoryview(data)]))
             self._commit = np.frombuffer(data, "<u8").astype(np.uint64)
@@ -434,14 +434,15 @@ class IncomingSave(Transfer):
             raise InvalidFrame(f"a message {header.kind.name} is not for this connection now")
 
 
-def _head(part: Part, size: int) -> bytes:
-    """The messages before the part's bytes: CHECKSUMS if the client verifies the part, then the header of DATA."""
+def _message(part: Part, size: int) -> list[memoryview]:
+    """With the checksums, if the client verifies the part."""
     at = {"layer": part.layer, "first_block": part.first_block}
-    head = pack_header(MessageKind.DATA, size, offset_bytes=part.first_offset_bytes, **at)
     if not part.checksums:
-        return head
+        head = pack_header(MessageKind.DATA, size, offset_bytes=part.first_offset_bytes, **at)
+        return [memoryview(head), *part.runs]
     sums = struct.pack(f"<{len(part.checksums)}Q", *part.checksums)
-    return pack_header(MessageKind.CHECKSUMS, len(sums), **at) + sums + head
+    head = pack_header(MessageKind.SUMMED_DATA, size + len(sums), offset_bytes=size, **at)
+    return [memoryview(head), *part.runs, memoryview(sums)]
 
 
 def _damaged(part: Part) -> LayerSlice | None:

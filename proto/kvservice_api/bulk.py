@@ -5,24 +5,25 @@ once. Then it carries messages: a header of 24 bytes, little-endian, and `size_b
 
     kind u8 | 0 | layer u16 | first_block u32 | offset_bytes u64 | size_bytes u64 | payload ...
 
-    a load: HELLO ->  <- CHECKSUMS <- DATA ... <- END    or <- ERROR, instead of any message but DATA after CHECKSUMS
-    a save: HELLO ->  DATA -> ... COMMIT ->  <- RESULT   or <- ERROR, at any time; on other connections than its first
-                                                         there is no COMMIT, and END instead of RESULT
+    a load: HELLO ->  <- DATA or SUMMED_DATA ... <- END    or <- ERROR, instead of any message
+    a save: HELLO ->  DATA -> ... COMMIT ->  <- RESULT     or <- ERROR, at any time; on other connections than its first
+                                                           there is no COMMIT, and END instead of RESULT
 
 Both sides set TCP_NODELAY. After END, RESULT, or the ERROR of a load, the connection may carry another HELLO. After
 any other ERROR (of a save, or for a ticket) the daemon closes it. A client gives up a transfer by closing a connection:
 that ends all of it.
 
-DATA is bytes of one layer, from `offset_bytes` of the slice of `first_block` on, running on into the next blocks in the
-order of the request. Layers count from the start of the shard, blocks from the request's first block; for a save, from
-the header's first key, and one DATA has consecutive wanted blocks only. One that the daemon sends has whole slices. On
-one connection layers never decrease. With several connections, each next DATA goes to whichever can take it.
-A load ends if its client reads less than `UNIT_BYTES` in the daemon's `transfer_idle_s`. A slice of a save may have 16
-gaps and one more per 4 KiB while it arrives.
+The bytes of a transfer are in this order: layer by layer, and within a layer block by block. Layers count from the
+start of the shard, blocks from the request's first block; for a save, from the header's first key, and only blocks that
+the daemon wants have bytes. DATA is bytes in that order, from `offset_bytes` of the slice of `layer` and `first_block`
+on: it runs on into the next blocks, and from a layer's last block into the next layer's first. One that the daemon
+sends has whole slices of one layer, or several whole layers. On one connection layers never decrease. With several
+connections, each next DATA goes to whichever can take it. A load ends if its client reads less than `UNIT_BYTES` in the
+daemon's `transfer_idle_s`. A save may have 16 gaps while it arrives, one more per slice, and one more per 4 KiB.
 
-CHECKSUMS comes right before a DATA of the daemon, with the same layer and first block: what each of its slices was when
-it was stored. The client verifies them. Where there is none, the daemon has verified all slices before the first byte:
-for parts of stored slices, and for what it has just read from a slower tier.
+SUMMED_DATA is DATA whose slices the client verifies. Its bytes begin with a whole slice. After the slices, at
+`offset_bytes` of the payload, come the checksums that they had when they were stored. The daemon has verified the
+slices of a DATA before its first byte: parts of stored slices, and what it has just read from a slower tier.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ CONNECTIONS_MAX: Final = 16  # Of one transfer.
 UNIT_BYTES: Final = 4 << 20  # About as much is sent in one DATA, more if a slice is larger.
 ERROR_BYTES_MAX: Final = 64 << 10
 RESULT_BYTES_MAX: Final = 1 << 20
-CHECKSUMS_BYTES_MAX: Final = 8 << 20  # Of slices of one byte each.
 
 _HEADER = struct.Struct("<BxHIQQ")
 HEADER_BYTES: Final = _HEADER.size
@@ -56,7 +56,7 @@ class MessageKind(IntEnum):
     COMMIT = 4  # Client: u64 xxh3-64, [wanted block, layer] flattened. After all DATA were written to their sockets.
     RESULT = 5  # Daemon: a serialized SaveBlocksResponse.
     ERROR = 6  # Daemon: a serialized google.rpc.Status.
-    CHECKSUMS = 7  # Daemon: u64 xxh3-64 of each slice of the DATA that follows.
+    SUMMED_DATA = 7  # Daemon: slices, and then the u64 xxh3-64 of each.
 
 
 _BYTES_MAX: Final = {
@@ -64,11 +64,7 @@ _BYTES_MAX: Final = {
     MessageKind.END: 0,
     MessageKind.RESULT: RESULT_BYTES_MAX,
     MessageKind.ERROR: ERROR_BYTES_MAX,
-    MessageKind.CHECKSUMS: CHECKSUMS_BYTES_MAX,
 }
-
-
-_OF_CHECKSUMS: Final = (MessageKind.COMMIT, MessageKind.CHECKSUMS)
 
 
 class MessageHeader(NamedTuple):
@@ -88,14 +84,14 @@ def pack_header(
 def unpack_header(data: bytes | bytearray | memoryview) -> MessageHeader:
     """The header in the first 24 bytes. Raises InvalidFrame for an unknown kind, or a size that it cannot have.
 
-    The sizes of DATA and COMMIT depend on the transfer: the receiver checks them.
+    The sizes of DATA, SUMMED_DATA and COMMIT depend on the transfer: the receiver checks them.
     """
     number, layer, first_block, offset_bytes, size_bytes = _HEADER.unpack_from(data)
     try:
         kind = MessageKind(number)
     except ValueError as error:
         raise InvalidFrame(f"no message of the bulk port has the kind {number}") from error
-    if size_bytes > _BYTES_MAX.get(kind, size_bytes) or (kind in _OF_CHECKSUMS and size_bytes % 8):
+    if size_bytes > _BYTES_MAX.get(kind, size_bytes) or (kind is MessageKind.COMMIT and size_bytes % 8):
         raise InvalidFrame(f"a message {kind.name} has no {size_bytes} bytes")
     return MessageHeader(kind, layer, first_block, offset_bytes, size_bytes)
 

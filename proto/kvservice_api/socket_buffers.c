@@ -115,10 +115,16 @@ static int is_ready(int fd) {
     return poll(&one, 1, 0) != 0;
 }
 
-/* Whether the socket can move bytes before the time is over or the watched descriptor is readable. */
+/* Whether the call itself waits for the socket, and not each system call. A socket that takes a part of a piece is full:
+ * that part is summed while the other side makes room. */
+static int waits_here(const Move *move) {
+    return move->watched >= 0 || (move->is_sending && move->sums);
+}
+
+/* Whether the socket can move bytes before the time is over or the watched descriptor, if any, is readable. */
 static int can_move(const Move *move) {
     double rest_s = move->end_s - now_s();
-    if (move->watched < 0 || rest_s <= 0) return 0;
+    if (!waits_here(move) || rest_s <= 0) return 0;
     struct pollfd both[2] = {{move->fd, move->is_sending ? POLLOUT : POLLIN, 0}, {move->watched, POLLIN, 0}};
     return poll(both, 2, (int)(rest_s * 1e3) + 1) > 0 && both[0].revents && !both[1].revents;
 }
@@ -134,7 +140,7 @@ static void set_low(const Move *move) {
 static int move_on(Move *move) {
     struct iovec vector[BUFFERS];
     int64_t next_look = move->turn_bytes;
-    int flags = move->watched >= 0 ? MSG_DONTWAIT : move->is_sending ? 0 : MSG_WAITALL;
+    int flags = waits_here(move) ? MSG_DONTWAIT : move->is_sending ? 0 : MSG_WAITALL;
     advance(move, 0);
     while (move->at < move->count) {
         struct msghdr message = {0};
@@ -154,7 +160,7 @@ static int move_on(Move *move) {
         if (count == 0) return ENDED;
         if (move->is_staged) advance_staged(move, count);
         else advance(move, count);
-        if (move->watched < 0 && (size_t)count < size) return BLOCKED; /* A signal, or the socket's time limit. */
+        if (!waits_here(move) && (size_t)count < size) return BLOCKED; /* A signal, or the socket's time limit. */
         if (move->watched >= 0 && move->moved >= next_look) {
             if (is_ready(move->watched)) return MOVED;
             next_look = move->moved + move->turn_bytes;

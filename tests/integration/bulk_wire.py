@@ -52,14 +52,14 @@ class BulkSocket:
         return data
 
     def message(self) -> tuple[MessageHeader, bytes]:
-        """The next one. CHECKSUMS are kept in `checksums`."""
+        """The next one. SUMMED_DATA is returned as DATA, and its checksums are kept in `checksums`."""
         header = unpack_header(self.receive(HEADER_BYTES))
-        self.checksums = []
-        if header.kind is MessageKind.CHECKSUMS:
-            self.checksums = np.frombuffer(self.receive(header.size_bytes), "<u8").tolist()
-            of, header = header, unpack_header(self.receive(HEADER_BYTES))
-            assert header[:4] == (MessageKind.DATA, of.layer, of.first_block, 0)
-        return header, self.receive(header.size_bytes)
+        payload, size_bytes = self.receive(header.size_bytes), header.size_bytes
+        if header.kind is MessageKind.SUMMED_DATA:
+            size_bytes = header.offset_bytes
+            header = header._replace(kind=MessageKind.DATA, offset_bytes=0, size_bytes=size_bytes)
+        self.checksums = np.frombuffer(payload[size_bytes:], "<u8").tolist()
+        return header, payload[:size_bytes]
 
     def error(self) -> KVError:
         """The error that the daemon sends, after other messages or none."""
@@ -128,15 +128,16 @@ class Received:
     """The bytes of a load, as they come on any connection."""
 
     def __init__(self, layout: Layout, chain: BlockChain) -> None:
-        slices = layers_of(layout, chain)
-        self._expected = [np.concatenate(each).tobytes() for each in slices]
-        self._starts = [[0, *accumulate(len(data) for data in each)] for each in slices]
-        self._missing = sum(map(len, self._expected))
+        slices = [data.tobytes() for layer in layers_of(layout, chain) for data in layer]
+        self._expected = b"".join(slices)
+        self._starts = [0, *accumulate(map(len, slices))]
+        self._block_count = len(chain)
+        self._missing = len(self._expected)
         self.is_right_so_far = True
 
     def add(self, header: MessageHeader, payload: bytes) -> None:
-        start = self._starts[header.layer][header.first_block] + header.offset_bytes
-        self.is_right_so_far &= self._expected[header.layer][start : start + len(payload)] == payload
+        start = self._starts[header.layer * self._block_count + header.first_block] + header.offset_bytes
+        self.is_right_so_far &= self._expected[start : start + len(payload)] == payload
         self._missing -= len(payload)
 
     def is_right(self) -> bool:

@@ -238,11 +238,12 @@ def test_a_load_says_what_its_slices_were_when_they_were_stored(wire: Wire, daem
         while (message := connection.message())[0].kind is MessageKind.DATA:
             header, data = message
             assert len(connection.checksums) * size == len(data)
-            for block, expected in enumerate(connection.checksums, header.first_block):
-                assert expected == checksum(layers[header.layer][block].data)
-                at = (block - header.first_block) * size
-                if checksum(data[at : at + size]) != expected:
-                    found.add((header.layer, block))
+            first_slice = header.layer * len(chain) + header.first_block
+            for number, expected in enumerate(connection.checksums):
+                layer, block = divmod(first_slice + number, len(chain))
+                assert expected == checksum(layers[layer][block].data)
+                if checksum(data[number * size : (number + 1) * size]) != expected:
+                    found.add((layer, block))
     assert found == {(len(layers) - 1, 17)}
 
 

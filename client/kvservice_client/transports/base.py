@@ -137,12 +137,14 @@ class SaveOrder(SaveSet):
     def sum_slice(self, layer: int, block: int) -> None:
         """Compute a slice's checksum. Best right before it is sent: the bytes are read once from memory."""
         if not self._is_summed[block, layer]:
-            self.keep_checksums(layer, range(block, block + 1), [checksum(self.layers[layer][block].data)])
+            self._checksums[block, layer] = checksum(self.layers[layer][block].data)
+            self._is_summed[block, layer] = True
 
-    def keep_checksums(self, layer: int, blocks: range, found: list[int]) -> None:
-        """Those of a layer's slices, computed by the transport."""
-        self._checksums[blocks.start : blocks.stop, layer] = found
-        self._is_summed[blocks.start : blocks.stop, layer] = True
+    def keep_checksums(self, slices: Sequence[tuple[int, int]], found: Sequence[int]) -> None:
+        """Those of slices, by layer and block, computed by the transport."""
+        layers, blocks = np.array(slices).T
+        self._checksums[blocks, layers] = found
+        self._is_summed[blocks, layers] = True
 
     def checksums(self, blocks: Sequence[int] | None = None) -> bytes:
         """Ordered by block, then by layer, as in SaveCommit. Only of some blocks: all of their slices have one."""

@@ -7,11 +7,11 @@ while the port cannot be reached.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeVar
 from weakref import ref
 
@@ -19,14 +19,8 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
-from kvservice_api.bulk import (
-    HEADER_BYTES,
-    UNIT_BYTES,
-    MessageHeader,
-    MessageKind,
-    pack_header,
-    unpack_header,
-)
+from kvservice_api.bulk import HEADER_BYTES, UNIT_BYTES, MessageHeader, MessageKind, pack_header, unpack_header
+from kvservice_api.byte_ranges import ByteRanges
 from kvservice_api.copying import STREAMED_BYTES_MIN
 from kvservice_api.errors import BulkUnavailable, InvalidFrame, KVError, TransferEnded
 from kvservice_api.malloc import keep_large_buffers
@@ -46,6 +40,7 @@ M = TypeVar("M", bound=Message)
 BULK_BYTES_MIN = 2 * 2**20
 _AHEAD_BYTES = 64 * 2**20  # Of layers without a buffer of the caller that arrive before it asks for them.
 _KEPT_FREE_BYTES = 256 * 2**20
+_Range = tuple[int, int, int]  # Bytes of one layer: the layer, and their begin and end in it.
 _REFUSAL_S = 1.0  # For the message that says why the daemon closed a connection. It came before the end.
 
 
@@ -149,9 +144,10 @@ class _Arrivals:
         self._transfer = transfer
         self._changed = transfer.changed
         self._missing = [order.block_starts(layer)[-1] for layer in range(order.layer_count)]
+        self._begins = list(accumulate(self._missing, initial=0))  # Of each layer, in the order of all bytes.
         self._missing[: order.first_layer] = [0] * order.first_layer
         self._streamed = self.missing_bytes >= STREAMED_BYTES_MIN
-        self._begun: list[list[tuple[int, int]]] = [[] for _ in self._missing]  # Ascending ranges of each layer.
+        self._begun = ByteRanges()
         self._targets: dict[int, Bytes] = {}
         self._taken = order.first_layer  # Layers before it are the caller's.
         self._ahead = len(self._missing) if order.into is not None else _AHEAD_BYTES // max(self._missing)
@@ -182,35 +178,50 @@ class _Arrivals:
         return True
 
     def _next(self, connection: BulkConnection, deadline: Deadline | None = None) -> MessageHeader | None:
-        """The header of a DATA, or of its CHECKSUMS. None at the end."""
+        """The header of a DATA or SUMMED_DATA. None at the end."""
         header = receive_header(connection, deadline)
-        if header.kind not in (MessageKind.CHECKSUMS, MessageKind.DATA, MessageKind.END):
+        if header.kind not in (MessageKind.SUMMED_DATA, MessageKind.DATA, MessageKind.END):
             raise InvalidFrame(f"a load does not have the message {header.kind.name}")
         return None if header.kind is MessageKind.END else header
 
     def _fill(self, connection: BulkConnection, header: MessageHeader, deadline: Deadline | None = None) -> None:
-        """The rest of that message, and of its DATA."""
-        sums = None
-        if header.kind is MessageKind.CHECKSUMS:
-            # With the next header: a call less.
-            data = receive_bytes(connection, header.size_bytes + HEADER_BYTES, deadline)
-            sums = np.frombuffer(data, "<u8", header.size_bytes // 8).tolist()
-            announced, header = header, unpack_header(data[header.size_bytes :])
-            if header.kind is not MessageKind.DATA or header[1:4] != (*announced[1:3], 0):
-                raise InvalidFrame("CHECKSUMS are not followed by their DATA")
-        into = self._place(header)
-        if sums is None:
-            connection.receive(SocketBuffers([into]), deadline)
+        """The rest of that message."""
+        at, size_bytes = (header.layer, header.first_block), header.size_bytes
+        if header.kind is MessageKind.DATA:
+            ranges = self._ranges(*at, header.offset_bytes, size_bytes)
+            connection.receive(SocketBuffers(self._places(ranges)), deadline)
         else:
-            buffers = SocketBuffers(self._slices(header, into, len(sums)), summed=True, streamed=self._streamed)
-            connection.receive(buffers, deadline)
-            if buffers.sums.tolist() != sums:
-                raise Mismatch(f"bytes of layer {header.layer} that arrived are not what their checksums say")
+            ranges = self._ranges(*at, 0, header.offset_bytes)
+            self._fill_summed(connection, ranges, size_bytes - header.offset_bytes, deadline)
         with self._changed:
             self._transfer.progress += 1
-            self._missing[header.layer] -= header.size_bytes
-            if not self._missing[header.layer]:
+            for layer, begin, end in ranges:
+                self._missing[layer] -= end - begin
+            if not self._missing[ranges[-1][0]] or len(ranges) > 1:
                 self._changed.notify_all()
+
+    def _fill_summed(
+        self, connection: BulkConnection, ranges: list[_Range], sums_bytes: int, deadline: Deadline | None
+    ) -> None:
+        """The slices, and their checksums. Raises Mismatch."""
+        slices: list[memoryview] = []
+        layers: list[int] = []  # Of each slice.
+        for (layer, begin, end), place in zip(ranges, self._places(ranges), strict=True):
+            starts = self._order.block_starts(layer)
+            first, last = bisect_left(starts, begin), bisect_left(starts, end)
+            if starts[first] != begin or starts[last] != end:
+                raise InvalidFrame(f"bytes {begin}..{end} of layer {layer} have checksums, and are not whole slices")
+            slices += [place[start - begin : stop - begin] for start, stop in pairwise(starts[first : last + 1])]
+            layers += [layer] * (last - first)
+        if sums_bytes != 8 * len(slices):
+            raise InvalidFrame(f"{len(slices)} slices have {sums_bytes} bytes of checksums")
+        expected = bytearray(sums_bytes)
+        buffers = SocketBuffers([*slices, memoryview(expected)], summed=True, streamed=self._streamed)
+        connection.receive(buffers, deadline)
+        wrong = np.frombuffer(expected, "<u8") != np.frombuffer(buffers.sums, np.uint64)[:-1]
+        if wrong.any():
+            layer = layers[int(wrong.argmax())]
+            raise Mismatch(f"bytes of layer {layer} that arrived are not what their checksums say")
 
     def receive_first(self, connection: BulkConnection) -> None:
         while self.receive(connection):
@@ -228,35 +239,34 @@ class _Arrivals:
                 raise
             raise NotNeeded from None
 
-    def _slices(self, header: MessageHeader, into: memoryview, count: int) -> list[memoryview]:
-        """Of a message that has so many whole slices."""
-        first, starts = header.first_block, self._order.block_starts(header.layer)
-        bounds = starts[first : first + count + 1]
-        if len(bounds) != count + 1 or bounds[-1] - bounds[0] != len(into):
-            raise InvalidFrame(f"there are {count} checksums for {len(into)} bytes of layer {header.layer}")
-        return [into[begin - bounds[0] : end - bounds[0]] for begin, end in pairwise(bounds)]
+    def _ranges(self, layer: int, first_block: int, offset_bytes: int, size_bytes: int) -> list[_Range]:
+        """The bytes of a message, by layer."""
+        order = self._order
+        if not (order.first_layer <= layer < order.layer_count and first_block < order.block_count):
+            raise InvalidFrame(f"the load has no layer {layer} with a block {first_block}")
+        begin = order.block_starts(layer)[first_block] + offset_bytes
+        end = begin + size_bytes
+        if not begin < end <= self._begins[-1] - self._begins[layer] or begin >= order.block_starts(layer)[-1]:
+            raise InvalidFrame(f"the load has no bytes {begin}..{end} from layer {layer} on")
+        ranges = []
+        while end > 0:
+            size = order.block_starts(layer)[-1]
+            ranges.append((layer, begin, min(end, size)))
+            layer, begin, end = layer + 1, 0, end - size
+        return ranges
 
-    def _place(self, header: MessageHeader) -> memoryview:
-        """The caller's memory for this message. Waits while too much has arrived ahead of the caller."""
-        order, layer = self._order, header.layer
-        if not (order.first_layer <= layer < order.layer_count and header.first_block < order.block_count):
-            raise InvalidFrame(f"the load has no layer {layer} with a block {header.first_block}")
-        starts = order.block_starts(layer)
-        begin = starts[header.first_block] + header.offset_bytes
-        end = begin + header.size_bytes
+    def _places(self, ranges: list[_Range]) -> list[memoryview]:
+        """The caller's memory for these ranges. Waits while too much has arrived ahead of the caller."""
+        order, (first, begin, _), (last, _, end) = self._order, ranges[0], ranges[-1]
         with self._changed:
-            while layer > self._taken + self._ahead:
+            while first > self._taken + self._ahead:
                 self._transfer.check_not_over()
                 self._changed.wait()
-            ranges = self._begun[layer]
-            at = bisect_right(ranges, (begin, end))
-            is_free = (not at or ranges[at - 1][1] <= begin) and (at == len(ranges) or end <= ranges[at][0])
-            if not begin < end <= starts[-1] or not is_free:
-                raise InvalidFrame(f"bytes {begin}..{end} of layer {layer} do not exist, or came twice")
-            ranges.insert(at, (begin, end))
-            if layer not in self._targets:
-                self._targets[layer] = order.buffer(layer)
-            return self._targets[layer][begin:end].data
+            self._begun.add(self._begins[first] + begin, self._begins[last] + end)
+            for layer in range(first, last + 1):
+                if layer not in self._targets:
+                    self._targets[layer] = order.buffer(layer)
+            return [self._targets[layer][begin:end].data for layer, begin, end in ranges]
 
 
 class _Sending:
@@ -266,28 +276,29 @@ class _Sending:
         self._order = order
         self._wanted = list(wanted)
         self._transfer = transfer
-        self._units = _units(order, self._wanted)  # A list's iterator: `next` may be called by any thread.
+        self._units = iter(_units(order, self._wanted))  # A list's iterator: `next` may be called by any thread.
         self.size_bytes = sum(slices[block].size for slices in order.layers for block in self._wanted)
 
     def send_all(self, connection: BulkConnection, deadline: Deadline | None = None) -> None:
         """Units as long as there are any. Raises the daemon's error, if it sent one, or OSError."""
         try:
-            for layer, blocks in self._units:
+            for unit in self._units:
                 if self._transfer.error is not None:
                     return
-                self._send(connection, layer, blocks, deadline)
+                self._send(connection, unit, deadline)
         except OSError:
             with suppress(OSError):
                 receive_header(connection, Deadline(_REFUSAL_S))  # Raises what the daemon sent before it closed.
             raise
 
-    def _send(self, connection: BulkConnection, layer: int, blocks: range, deadline: Deadline | None) -> None:
-        """The slices of consecutive blocks, as one message."""
-        slices = [self._order.layers[layer][block].data for block in blocks]
-        head = pack_header(MessageKind.DATA, sum(map(len, slices)), layer=layer, first_block=blocks.start)
+    def _send(self, connection: BulkConnection, unit: list[tuple[int, int]], deadline: Deadline | None) -> None:
+        """These slices as one message."""
+        slices = [self._order.layers[layer][block].data for layer, block in unit]
+        layer, first_block = unit[0]
+        head = pack_header(MessageKind.DATA, sum(map(len, slices)), layer=layer, first_block=first_block)
         buffers = SocketBuffers([memoryview(head), *slices], summed=True)
         connection.send(buffers, deadline)
-        self._order.keep_checksums(layer, blocks, buffers.sums[1:].tolist())
+        self._order.keep_checksums(unit, buffers.sums[1:])
 
     def commit(self, connection: BulkConnection, deadline: Deadline) -> pb.SaveBlocksResponse:
         sums = self._order.checksums(self._wanted)
@@ -298,22 +309,19 @@ class _Sending:
         return _parsed(pb.SaveBlocksResponse, receive_bytes(connection, header.size_bytes, deadline))
 
 
-def _units(order: SaveOrder, wanted: Sequence[int]) -> Iterator[tuple[int, range]]:
-    """Layer and consecutive wanted blocks, of about `UNIT_BYTES` or one slice."""
-    units = []
+def _units(order: SaveOrder, wanted: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Layers and blocks of the wanted slices, in their order, in units of at most `UNIT_BYTES` or one slice."""
+    units: list[list[tuple[int, int]]] = []
+    room = 0
     for layer, slices in enumerate(order.layers):
-        begin = end = size = 0
         for block in wanted:
-            if size and (block != end or size + slices[block].size > UNIT_BYTES):
-                units.append((layer, range(begin, end)))
-                size = 0
-            if not size:
-                begin = block
-            end = block + 1
-            size += slices[block].size
-        if size:
-            units.append((layer, range(begin, end)))
-    return iter(units)
+            size = slices[block].size
+            if size > room:
+                units.append([])
+                room = UNIT_BYTES
+            units[-1].append((layer, block))
+            room -= size
+    return units
 
 
 def receive_header(connection: BulkConnection, deadline: Deadline | None) -> MessageHeader:

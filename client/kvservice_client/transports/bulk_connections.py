@@ -8,6 +8,7 @@ import select
 import socket
 import ssl
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +32,8 @@ _IDLE_MAX = 8
 _IDLE_S = 45.0  # The daemon closes idle connections after 60 s.
 _WAIT_S = 1.0  # At most, of one system call; the deadline is checked between two.
 _TIMEVAL = struct.Struct("@ll")
-_RTT_OFFSET, _TCP_INFO_BYTES = 68, 72  # In struct tcp_info: tcpi_rtt, u32, us.
+_MIN_RTT_OFFSET, _TCP_INFO_BYTES = 148, 152  # In struct tcp_info: tcpi_min_rtt, u32, us.
+_NO_RTT_US = 2**32 - 1  # Before the first one was measured.
 
 
 class Endpoint(NamedTuple):
@@ -71,9 +73,12 @@ class BulkConnection:
 
     @property
     def rtt_s(self) -> float:
-        """The kernel's estimate of the round trip."""
+        """The shortest round trip that the kernel has seen lately: that of the link. Its estimate of the current one
+        also has the time in queues, which is milliseconds where both hosts are busy. 0 if it is not known yet.
+        """
         info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        return int.from_bytes(info[_RTT_OFFSET:_TCP_INFO_BYTES], "little") / 1e6
+        rtt_us = int.from_bytes(info[_MIN_RTT_OFFSET:_TCP_INFO_BYTES], sys.byteorder)
+        return 0.0 if rtt_us == _NO_RTT_US else rtt_us / 1e6
 
     @property
     def is_stale(self) -> bool:

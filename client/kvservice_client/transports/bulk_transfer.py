@@ -266,7 +266,7 @@ class BulkTransfer:
             why = f"the bulk port {endpoint.port} of {endpoint.host} leads to another daemon: it refuses a new ticket"
             self._pool.forget(endpoint, why)
         if threading.current_thread() in self._threads:
-            # The garbage collector ends a load that was dropped on one of its own threads, which cannot wait for itself.
+            # The garbage collector ends a load that was dropped on one of its own threads: it cannot wait for itself.
             with suppress(RuntimeError):  # No thread can be started: the connections are closed with their last users.
                 threading.Thread(target=self._close, name="kvservice-bulk-end", daemon=True).start()
             return

@@ -38,6 +38,7 @@ T = TypeVar("T")
 _SCRATCH_BYTES = 256 << 20
 _SCRATCH_WAIT_S = 5.0
 
+_TRAILERS_ON_LOOP = 16  # They take 0.1 ms of the event loop, about as much as the change to a thread and back.
 _ROWS_A_TURN = 256  # They take a millisecond of the event loop.
 _VERIFIED_BYTES = 1 << 20  # Of a part that is verified right before it is sent: it is still in the cache then.
 
@@ -53,7 +54,7 @@ class LayerSlice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Bytes of one layer, at most as many as fit into one frame."""
+    """Bytes of one layer, at most as many as fit into one frame. For threads that send, also several whole layers."""
 
     layer: int
     first_block: int
@@ -150,6 +151,7 @@ class LeasedBytes:
         self._sources: dict[int, _Source] = {}
         self._all_at_hand: list[tuple[_Source, list[int]]] | None = None  # With checksums; if no block is of shards.
         self._rows_since_slot = 0
+        self._token_count = int(self._blocks_table.token_count[lease.rows[blocks.start : blocks.stop]].sum())
         self.scratch_bytes = 0
         self._held = AsyncExitStack()  # Keeps the promotions in place while they are read.
 
@@ -183,7 +185,10 @@ class LeasedBytes:
             await self._yield_to_loop(count)
             self._plans.append(self._plan(rows_of_block))
         resident = [source for source in self._sources.values() if source.image is not None and not source.pending]
-        await on_thread(lambda: self._read_trailers(resident), shared.executor)
+        if len(resident) <= _TRAILERS_ON_LOOP:
+            self._read_trailers(resident)
+        else:
+            await on_thread(lambda: self._read_trailers(resident), shared.executor)
         for source in resident:
             if source.trailer is None:
                 await self._quarantine(source, table.first_tier, "the trailer")
@@ -326,16 +331,29 @@ class LeasedBytes:
         parts.append(current)
         return parts
 
-    async def units(self, layer: int) -> list[Part]:
-        """One requested layer in parts of whole slices: of `UNIT_BYTES` or little more for the client to verify, or of
-        `_VERIFIED_BYTES`. Counts as for `parts`.
+    async def units(self, layers: range, run_bytes: int) -> tuple[list[Part], int]:
+        """The first of these layers, in parts of whole slices; or as many whole layers as have at most `run_bytes`
+        together, as one part. Returns the end of what is in the parts. Counts as for `parts`.
+
+        A part has `UNIT_BYTES` or little more for the client to verify. Otherwise `_VERIFIED_BYTES` of one layer.
         """
-        units: list[Part] = []
-        size = UNIT_BYTES
         if self._all_at_hand is None and not any(self._plans):
             self._all_at_hand = await self._with_checksums()
-        if self._all_at_hand is not None:  # The usual case, in a microsecond per slice.
-            for block, (source, checksums) in enumerate(self._all_at_hand):
+        if self._all_at_hand is None:
+            return await self._verified_units(layers.start), layers.start + 1
+        first = layers.start
+        layer_bytes = self._layer_bytes(first)
+        end, left_bytes = first + 1, min(run_bytes, UNIT_BYTES) - layer_bytes
+        while end < layers.stop and (left_bytes := left_bytes - self._layer_bytes(end)) >= 0:
+            end += 1
+        return await self._summed_units(self._all_at_hand, range(first, end)), end
+
+    async def _summed_units(self, blocks: list[tuple[_Source, list[int]]], layers: range) -> list[Part]:
+        """The usual case, in a microsecond per slice. Several layers are one part."""
+        units: list[Part] = []
+        size = UNIT_BYTES
+        for layer in layers:
+            for block, (source, checksums) in enumerate(blocks):
                 if self._rows_since_slot == _ROWS_A_TURN:
                     self._rows_since_slot = 0
                     await self._shared.loop_budget.slot()
@@ -349,7 +367,11 @@ class LeasedBytes:
                 unit.runs.append(source.image[begin:end])
                 unit.checksums.append(checksums[index])
                 size += end - begin
-            return units
+        return units
+
+    async def _verified_units(self, layer: int) -> list[Part]:
+        units: list[Part] = []
+        size = _VERIFIED_BYTES
         slices = await self._slices(layer + self._shard.layer_begin)
         for block, rows in enumerate(self._rows_of_block):
             await self._yield_to_loop(block)
@@ -361,6 +383,10 @@ class LeasedBytes:
             unit.runs.extend(runs)
             size += sum(map(len, runs))
         return units
+
+    def _layer_bytes(self, layer: int) -> int:
+        """Of all blocks together."""
+        return self._token_count * self._layout.shard_slice_bytes(self._shard, layer + self._shard.layer_begin, 1)
 
     async def _with_checksums(self) -> list[tuple[_Source, list[int]]] | None:
         """The source of each block, and the checksums of its slices. None if not all of them are in DRAM."""

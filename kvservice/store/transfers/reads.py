@@ -180,19 +180,20 @@ class Reads:
         first_layer: asyncio.Future[None] | None = None
         try:
             await read.open()
-            put_bytes = 0
-            for layer in layers:
+            put_bytes, layer = 0, layers.start
+            while layer < layers.stop:
                 times.layer_begins(layer)
-                units = await read.units(layer)
-                times.layers_ready(layer + 1)
-                layer_bytes = sum(len(run) for unit in units for run in unit.runs)
-                sender.put(units, is_last=layer + 1 == layers.stop)
-                put_bytes += layer_bytes
+                # The first layer alone, because it is waited for. Later ones wait for no more than was sent before.
+                units, layer = await read.units(range(layer, layers.stop), put_bytes)
+                times.layers_ready(layer)
+                units_bytes = sum(len(run) for unit in units for run in unit.runs)
+                sender.put(units, is_last=layer == layers.stop)
+                put_bytes += units_bytes
                 if first_layer is None:
                     first_layer = asyncio.ensure_future(sender.until_sent(put_bytes))
                     first_layer.add_done_callback(times.first_layer_sent)
                 # Of blocks in scratch memory, only this layer may be there while the next one is read.
-                ahead_bytes = layer_bytes if read.scratch_bytes else max(_AHEAD_BYTES, layer_bytes)
+                ahead_bytes = units_bytes if read.scratch_bytes else max(_AHEAD_BYTES, units_bytes)
                 if put_bytes - sender.sent_bytes > ahead_bytes:  # Not for each layer: a wait costs as much as 100 KiB.
                     await sender.until_sent(put_bytes - ahead_bytes // (1 if read.scratch_bytes else 2))
             await sender.until_sent(put_bytes)

@@ -148,6 +148,30 @@ def test_the_time_limit_of_a_socket_ends_a_wait_with_what_has_come(pair: tuple[s
     assert not received.is_done
 
 
+def test_a_send_that_nothing_reads_ends_at_its_time(pair: tuple[socket.socket, socket.socket]) -> None:
+    data = random_bytes(4 << 20)
+    pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 1000))
+    sent = SocketBuffers([memoryview(data)], summed=True)
+    while sent.send(pair[0], TURN, 1e-3)[1]:
+        pass
+    assert not sent.is_done
+    received = SocketBuffers([memoryview(bytearray(len(data)))], summed=True)
+    reader = threading.Thread(target=all_of, args=(received, pair[1]))
+    reader.start()
+    all_of(sent, pair[0], is_sending=True)
+    reader.join()
+    assert sent.sums == received.sums and sent.sums.tolist() == sums([memoryview(data)])
+
+
+def test_a_send_that_waits_ends_when_its_socket_is_shut_down(pair: tuple[socket.socket, socket.socket]) -> None:
+    sent = SocketBuffers([memoryview(bytes(4 << 20))], summed=True)
+    ending = threading.Timer(0.02, pair[0].shutdown, (socket.SHUT_RDWR,))
+    ending.start()
+    with pytest.raises(BrokenPipeError):
+        all_of(sent, pair[0], is_sending=True)
+    ending.join()
+
+
 def test_a_readable_descriptor_ends_a_turn_and_a_wait(
     pair: tuple[socket.socket, socket.socket], watched: int, implementation: str
 ) -> None:
