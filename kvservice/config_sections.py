@@ -298,7 +298,7 @@ class MoverSettings(Section):
     )
     reads_in_flight: int = setting(
         8,
-        "Reads of one promotion that are queued or run at one time, for each SSD drive: more than `ssd.io_threads`, so "
+        "Reads of promotions that are queued or run at one time, for each SSD drive: more than `ssd.io_threads`, so "
         "that no thread waits for the event loop.",
         unit="reads",
         ge=1,

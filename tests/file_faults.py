@@ -30,16 +30,19 @@ class FaultyCalls(FileCalls):
         self.failing: dict[str, int] = {}  # Name of a call -> the errno it fails with.
         self.failing_once: dict[str, int] = {}  # The same for one call.
         self.most_bytes: int | None = None  # The most bytes that one preadv or pwritev moves.
-        self._gates: dict[str, threading.Event] = {}
+        self._gates: dict[str, tuple[threading.Event, int | None]] = {}
         self._waiting = threading.Semaphore(0)
 
     def names(self) -> list[str]:
         return [call.name for call in self.made]
 
     @contextmanager
-    def held(self, name: str) -> Iterator[threading.Semaphore]:
-        """Calls of this name wait until the block is left. The semaphore counts those that began to wait."""
-        gate = self._gates[name] = threading.Event()
+    def held(self, name: str, offset: int | None = None) -> Iterator[threading.Semaphore]:
+        """Calls of this name wait until the block is left; with `offset`, those at that place of a file. The semaphore
+        counts those that began to wait.
+        """
+        gate = threading.Event()
+        self._gates[name] = gate, offset
         try:
             yield self._waiting
         finally:
@@ -76,7 +79,8 @@ class FaultyCalls(FileCalls):
         self.made.append(Call("posix_fallocate", fd, offset, length))
 
     def _begin(self, name: str, fd: int, offset: int, size: int) -> None:
-        if gate := self._gates.get(name):
+        gate, held_offset = self._gates.get(name, (None, None))
+        if gate is not None and held_offset in (None, offset):
             self._waiting.release()
             gate.wait()
         if number := self.failing_once.pop(name, 0) or self.failing.get(name):

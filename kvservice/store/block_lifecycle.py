@@ -131,6 +131,10 @@ class BlockLifecycle:
         except TimeoutError:
             raise StorageFailed("the record of an earlier copy could not be removed yet") from None
 
+    def is_record_leaving(self, object_key: bytes, tier: TierName) -> bool:
+        """Whether a record of this object is being removed from the tier's index."""
+        return (tier, object_key) in self._leaving
+
     async def place(
         self,
         rows: Sequence[int],

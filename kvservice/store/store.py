@@ -171,7 +171,7 @@ class BlockStore:
                 tasks,
                 loop_budget,
                 write_behind=self._write_behind,
-                reads_in_flight=limits.reads_in_flight * limits.ssd_drives,
+                reads_in_flight=limits.reads_in_flight,
                 piece_bytes=limits.read_bytes,
             )
         self.moves = RequestedMoves(blocks, lifecycle, self._promoter, self._policy, clock, loop_budget)

@@ -98,25 +98,31 @@ class PartRead(NamedTuple):
     then: Callable[[memoryview], Any]
 
 
-async def read_together(tier: Tier, parts: Sequence[PartRead], *, priority: float) -> list[Any]:
-    """What each `then` returned, or the exception in its place.
+async def read_together(
+    tier: Tier,
+    segment: int,
+    take: Callable[[], Sequence[PartRead]],
+    then: Callable[[list[Any]], None],
+    *,
+    priority: float,
+) -> None:
+    """Read the parts that `take` returns, all in this segment. `then` is called with what the `then` of each has
+    returned, or the exception in its place.
 
-    A tier may have a method of this name, which reads many small parts with one hand-over to a thread.
+    A tier may have a method of this name, which reads many small parts with one hand-over to a thread, and calls both
+    there: `take` once the thread is free. Raises what they raise; a tier of another kind may raise anything.
     """
     together = getattr(tier, "read_together", None)  # `isinstance` of a protocol takes longer than a hand-over.
     if together is not None:
-        try:
-            found: list[Any] = await together(parts, priority=priority)
-        except Exception as error:
-            return [error] * len(parts)
-        return found
-    found = []
-    for part in parts:
+        await together(segment, take, then, priority=priority)
+        return
+    found: list[Any] = []
+    for part in take():
         try:
             found.append(await tier.read(*part, priority=priority))
         except Exception as error:
             found.append(error)
-    return found
+    then(found)
 
 
 @runtime_checkable

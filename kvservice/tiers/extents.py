@@ -1,7 +1,11 @@
 """The free space of a tier: a best-fit allocator that joins adjacent free runs.
 
-Sizes are rounded up to a step of 1/32 of themselves (at least 4 KiB). So at most 3.1 % is wasted from 128 KiB up, and a
-block can use the freed space of another block of nearly the same size. A sorted list of the sizes finds free runs by
+Sizes are rounded up to a step of 1/32 of themselves (at least 4 KiB), or to such a step and one page. So at most 3.1 %
+is wasted from 128 KiB up, and a block can use the freed space of another block of nearly the same size. Most full
+blocks are a power of two and the page of their trailer: they waste nothing. If they were written one after another, the
+trailer of one and the first layer of the next one are one short read.
+
+A sorted list of the sizes finds free runs by
 size, and a sorted list of the starts finds them by place.
 """
 
@@ -21,6 +25,12 @@ _STEPS_PER_OCTAVE = 32
 def extent_size(size_bytes: int) -> int:
     """The bytes that an extent for `size_bytes` takes."""
     assert size_bytes > 0
+    return min(_rounded(size_bytes), _rounded(size_bytes - PAGE_BYTES) + PAGE_BYTES)
+
+
+def _rounded(size_bytes: int) -> int:
+    if size_bytes <= 0:
+        return 0
     octave = 1 << (size_bytes.bit_length() - 1)
     step = max(PAGE_BYTES, octave // _STEPS_PER_OCTAVE)
     return -(-size_bytes // step) * step

@@ -6,7 +6,6 @@ caller's memory and the file, so memory, offsets and lengths are multiples of 4 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import logging
@@ -14,7 +13,6 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -257,36 +255,32 @@ class SsdTier:
 
         return await self._pools[extent.segment].run(priority, work)
 
-    async def read_together(self, parts: Sequence[PartRead], *, priority: float = 0.0) -> list[Any]:
-        """As `base.read_together`: one job of a thread per file, and one read for parts with small gaps between them,
-        as the end of a block and the begin of the next one.
+    async def read_together(
+        self,
+        segment: int,
+        take: Callable[[], Sequence[PartRead]],
+        then: Callable[[list[Any]], None],
+        *,
+        priority: float = 0.0,
+    ) -> None:
+        """As `base.read_together`: one job of a thread, and one read for parts with small gaps between them, as the end
+        of a block and the begin of the next one.
         """
-        of_file: dict[int, list[int]] = {}
-        for number in sorted(range(len(parts)), key=lambda number: _place(parts[number])):
-            of_file.setdefault(parts[number].extent.segment, []).append(number)
-        found: list[Any] = [None] * len(parts)
+        file = self._files[segment]
 
-        def work(file: _File, numbers: list[int]) -> None:
-            for run in _runs(parts, numbers):
-                errors = file.read_parts([(_place(parts[number])[1], parts[number].into) for number in run])
+        def work() -> None:
+            parts = take()
+            found: list[Any] = [None] * len(parts)
+            for run in _runs(parts, sorted(range(len(parts)), key=lambda number: _place(parts[number]))):
+                errors = file.read_parts([(_place(parts[number]), parts[number].into) for number in run])
                 for number, error in zip(run, errors, strict=True):
                     try:
                         found[number] = error or parts[number].then(parts[number].into)
                     except Exception as raised:
                         found[number] = raised
+            then(found)
 
-        jobs = [
-            self._pools[segment].run(priority, partial(work, self._files[segment], numbers))
-            for segment, numbers in of_file.items()
-        ]
-        if len(jobs) == 1:
-            await jobs[0]
-            return found
-        # With the exceptions, and if it is cancelled, it ends once all jobs have: until then they use the memory.
-        for ended in await asyncio.gather(*jobs, return_exceptions=True):
-            if ended is not None:
-                raise ended
-        return found
+        await self._pools[segment].run(priority, work)
 
     def sync(self) -> None:
         """Flush the files written since the last sync. Called on any thread, before their records' commit.
@@ -309,8 +303,8 @@ class SsdTier:
             file.close()
 
 
-def _place(part: PartRead) -> tuple[int, int]:
-    return part.extent.segment, part.extent.offset_bytes + part.offset_bytes
+def _place(part: PartRead) -> int:
+    return part.extent.offset_bytes + part.offset_bytes
 
 
 def _runs(parts: Sequence[PartRead], numbers: Sequence[int]) -> Iterator[list[int]]:
@@ -318,13 +312,14 @@ def _runs(parts: Sequence[PartRead], numbers: Sequence[int]) -> Iterator[list[in
     run: list[int] = []
     end = 0
     for number in numbers:
-        place = _place(parts[number])[1]
+        place = _place(parts[number])
         if run and not end <= place <= end + _GAP_BYTES_MAX:
             yield run
             run = []
         run.append(number)
         end = place + len(parts[number].into)
-    yield run
+    if run:
+        yield run
 
 
 class _File:

@@ -7,128 +7,38 @@ block first, in small pieces (`read_order.py`). A load that joins a promotion ma
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvservice.blocks import Extent, TierName
+from kvservice.blocks import Extent
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.miss_reasons import SpaceFor
 from kvservice.store.mover.evictor import Evictor
-from kvservice.store.mover.promotion_spans import LayerReads
+from kvservice.store.mover.pending_promotion import PendingPromotion, StoredCopy
+from kvservice.store.mover.piece_reader import PieceReader
 from kvservice.store.mover.read_order import ReadOrder
 from kvservice.store.mover.write_behind import WriteBehind
-from kvservice.store.tasks import LoopBudget, Tasks, all_of
-from kvservice.tiers.base import PartRead, as_kv_error, read_together
+from kvservice.store.tasks import LoopBudget, Tasks
 from kvservice.tiers.dram import DramTier
 from kvservice_api import spans
-from kvservice_api.errors import ChecksumMismatch, KVError, StorageFailed, TierFull
-from kvservice_api.image import BlockGeometry, Trailer
+from kvservice_api.errors import KVError, StorageFailed, TierFull
+from kvservice_api.image import BlockGeometry
 
 log = logging.getLogger(__name__)
 
 _FIRST_BYTES = 64 << 10  # Of the first piece of a block at least: smaller reads take a disk as long.
 _FIRST_BATCH_ROWS = 32
 _ROWS_A_TURN = 32  # They take a millisecond of the event loop.
-_LAYER_S = 1e-6  # By so much a layer is less urgent than the one before it.
 _MEASURED_BYTES = 4 << 20  # The bandwidth is measured over this much,
 _RATE_WEIGHT = 0.2  # and the last measurement has this weight.
 _SPACE_WAIT_S = 0.2  # After this time, a load reads from the slower tier instead of waiting for space in DRAM.
-
-
-class PendingPromotion:
-    """A block that is being copied to DRAM. Its verified layers can be read before the last one has been read."""
-
-    def __init__(
-        self,
-        row: int,
-        generation: int,
-        geometry: BlockGeometry,
-        tier: TierName,
-        extent: Extent,
-        image: memoryview,
-        *,
-        due_s: float,
-        pieces: Sequence[image_check.ImagePiece],
-    ) -> None:
-        self.row = row
-        self.generation = generation
-        self.geometry = geometry
-        self.tier = tier  # The tier whose copy is read.
-        self.due_s = due_s  # Monotonic time by which a request needs it.
-        self.order: ReadOrder | None = None  # Once its reads have begun.
-        self.pieces = pieces  # Small ones first.
-        self.extent = extent
-        self.image = image
-        self.trailer: Trailer | None = None
-        self.done = asyncio.Event()
-        self.error: KVError | None = None
-        self._readers = 0
-        self._is_verified = [False] * geometry.slice_count
-        self._more = asyncio.Event()
-
-    @property
-    def checksums(self) -> NDArray[np.uint64]:
-        """One checksum per layer. Valid once a layer is ready."""
-        assert self.trailer is not None
-        return self.trailer.checksums
-
-    async def layer_ready(self, layer: int) -> None:
-        """Wait until the layer is read and verified. Raises the error with which the promotion failed."""
-        while not self.is_ready(layer):
-            await self._more.wait()
-
-    def is_ready(self, layer: int) -> bool:
-        """Whether the layer is read and verified. Raises as `layer_ready`."""
-        if not self._is_verified[layer] and self.error is not None:
-            raise self.error
-        return self._is_verified[layer]
-
-    def ready_until(self, layer: int) -> int:
-        """The end of the layers from `layer` on that are read and verified. Pieces may be read in another order."""
-        while layer < len(self._is_verified) and self._is_verified[layer]:
-            layer += 1
-        return layer
-
-    async def trailer_known(self) -> None:
-        """Wait until the trailer is read, or the promotion has failed."""
-        while self.trailer is None and self.error is None:
-            await self._more.wait()
-
-    def begin_reading(self) -> None:
-        """Keep the image in place until `end_reading`, also if the promotion fails."""
-        self._readers += 1
-
-    def end_reading(self) -> None:
-        self._readers -= 1
-        self._wake()
-
-    async def unread(self) -> None:
-        """Wait until no load reads the image."""
-        while self._readers:
-            await self._more.wait()
-
-    def piece_verified(self, piece: image_check.ImagePiece) -> None:
-        for layer in range(piece.layer_begin, piece.layer_end):
-            self._is_verified[layer] = True
-        self._wake()
-
-    def failed(self, error: KVError) -> None:
-        if self.error is None:
-            self.error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        self._more.set()
-        self._more = asyncio.Event()
 
 
 class Promoter:
@@ -155,13 +65,21 @@ class Promoter:
         self._tasks = tasks
         self._loop_budget = loop_budget
         self._write_behind = write_behind
-        self._reads_in_flight = reads_in_flight
         self._piece_bytes = piece_bytes
+        self._reader = PieceReader(
+            lifecycle,
+            clock,
+            counters,
+            tasks,
+            loop_budget,
+            self._note_over,
+            reads_in_flight=reads_in_flight,
+            piece_bytes=piece_bytes,
+        )
         self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
         self._over: list[PendingPromotion] = []  # All their pieces are read, or have failed.
         self._ending: asyncio.Task[None] | None = None
-        self._read_ended = asyncio.Event()  # Set, and replaced, at the end of each read of any promotion.
         self.bytes_per_s = 0.0  # Of all reads together while there are some; 0 until it is known.
         self._batches = 0  # Reads that run.
         self._busy_s = self._busy_bytes = 0.0  # Since the last measurement: the time with reads, and their bytes.
@@ -179,7 +97,7 @@ class Promoter:
 
     async def read_ended(self) -> None:
         """Wait for the end of the next read of any promotion, with or without success."""
-        await self._read_ended.wait()
+        await self._reader.read_ended()
 
     def is_promoting(self, row: int) -> bool:
         """Whether the row is being copied to DRAM, or waits for space there."""
@@ -323,10 +241,12 @@ class Promoter:
         pieces: Sequence[image_check.ImagePiece],
     ) -> PendingPromotion:
         image = self._dram.view(extent)[: geometry.image_bytes]
-        generation, source = int(self._blocks.generation[row]), self._blocks.fastest(row)
-        assert source is not None, "a held block keeps its copy"
+        blocks, tier = self._blocks, self._blocks.fastest(row)
+        place = blocks.extent(row, tier) if tier is not None else None
+        assert tier is not None and place is not None, "a held block keeps its copy"
+        source = StoredCopy(tier, place, blocks.key_of(row), int(blocks.trailer_checksum[row]))
         pending = self._pending[row] = PendingPromotion(
-            row, generation, geometry, source, extent, image, due_s=due_s, pieces=pieces
+            row, int(blocks.generation[row]), geometry, source, extent, image, due_s=due_s, pieces=pieces
         )
         return pending
 
@@ -334,12 +254,12 @@ class Promoter:
         """Read all pieces, several at a time, and end each promotion after its last piece."""
         began_s, reason = self._clock.monotonic_s(), space_for.name.lower()
         size_bytes = sum(each.geometry.image_bytes for each in promotions)
-        tier, count = str(promotions[0].tier), len(promotions)
+        tier, count = str(promotions[0].source.tier), len(promotions)
         with (
             self._measured(promotions),
             spans.span("kvservice.promote", tier=tier, blocks=count, bytes=size_bytes, reason=reason),
         ):
-            await self._read_pieces(promotions)
+            await self._reader.read(promotions)
         self._counters.promotion_times[reason,].observe(self._clock.monotonic_s() - began_s)
 
     @contextmanager
@@ -361,118 +281,11 @@ class Promoter:
                 self.bytes_per_s += (_RATE_WEIGHT if self.bytes_per_s else 1.0) * (rate - self.bytes_per_s)
                 self._busy_s = self._busy_bytes = 0.0
 
-    async def _read_pieces(self, promotions: list[PendingPromotion]) -> None:
-        """Read all pieces, in jobs of which `reads_in_flight` run at a time."""
-        missing = {pending.row: len(pending.pieces) for pending in promotions}
-        trace = spans.current()
-        traced = None if trace is None else LayerReads(promotions, trace, self._clock)
-        order = ReadOrder(promotions, job_bytes=self._piece_bytes, jobs_at_once=self._reads_in_flight)
-        for each in promotions:
-            each.order = order
-
-        async def worker() -> None:
-            while job := order.next():
-                for _, piece in job:
-                    if traced is not None:
-                        traced.begin(piece)
-                await self._read_job(job)
-                for pending, piece in job:
-                    if traced is not None:
-                        traced.end(piece)
-                    missing[pending.row] -= 1
-                if over := [pending for pending, _ in job if not missing[pending.row]]:
-                    # As a task, so that the next pieces do not wait for the commit.
-                    self._over += over
-                    if self._ending is None:
-                        self._end_next()
-                ended, self._read_ended = self._read_ended, asyncio.Event()
-                ended.set()
-
-        await all_of(worker() for _ in range(self._reads_in_flight))
-
-    async def _read_job(self, job: Sequence[tuple[PendingPromotion, image_check.ImagePiece]]) -> None:
-        # Of equally urgent blocks the first layers first, also of those that began a little later.
-        tier, due_s = job[0][0].tier, job[0][0].due_s + job[0][1].layer_begin * _LAYER_S
-        await self._loop_budget.slot()
-        reads = [self._reads_of(pending, piece) if pending.error is None else [] for pending, piece in job]
-        parts = list(itertools.chain.from_iterable(reads))
-        found = iter(await read_together(self._lifecycle.tiers[tier], parts, priority=due_s))
-        await self._loop_budget.slot()
-        failures = list[tuple[PendingPromotion, KVError]]()
-        waiting = list[tuple[PendingPromotion, image_check.ImagePiece, list[int]]]()  # For their trailers.
-        for (pending, piece), of_piece in zip(job, reads, strict=True):
-            results = list(itertools.islice(found, len(of_piece)))
-            failed = next((each for each in results if isinstance(each, Exception)), None)
-            self._counters.tier_read_bytes[tier] += sum(
-                len(part.into)
-                for part, result in zip(of_piece, results, strict=True)
-                if not isinstance(result, Exception)
-            )
-            if failed is not None:
-                failures.append((pending, as_kv_error(failed)))
-            elif results and pending.trailer is None and piece is not pending.pieces[0]:
-                waiting.append((pending, piece, results[-1]))
-            elif results and (damage := self._verify(pending, piece, results[-1])) is not None:
-                failures.append((pending, damage))
-        for pending, error in failures:  # Only now: the right pieces do not wait for a quarantine.
-            await self._fail(pending, error)
-        for pending, piece, sums in waiting:
-            await pending.trailer_known()
-            if (damage := self._verify(pending, piece, sums)) is not None:
-                await self._fail(pending, damage)
-
-    def _reads_of(self, pending: PendingPromotion, piece: image_check.ImagePiece) -> list[PartRead]:
-        """What is read for this piece: with the first piece the trailer, without a turn of its own."""
-        source, geometry = self._blocks.extent(pending.row, pending.tier), pending.geometry
-        assert source is not None, "a held block keeps its copy"
-        layers = range(piece.layer_begin, piece.layer_end)
-        reads = [
-            PartRead(
-                source,
-                piece.start,
-                pending.image[piece.start : piece.end],
-                lambda pages: image_check.layer_checksums(pages, piece.start, geometry, layers),
-            )
-        ]
-        if piece is pending.pieces[0]:
-            expected, key = int(self._blocks.trailer_checksum[pending.row]), self._blocks.key_of(pending.row)
-
-            def take_trailer(end: memoryview) -> None:
-                pending.trailer = image_check.read_trailer(end, geometry, key, expected)
-
-            start = image_check.trailer_start(geometry)
-            reads.insert(0, PartRead(source, start, pending.image[start:], take_trailer))
-        return reads
-
-    def _verify(
-        self, pending: PendingPromotion, piece: image_check.ImagePiece, found: list[int]
-    ) -> ChecksumMismatch | None:
-        """Compare the checksums of a piece's layers with those of the trailer, which was read."""
-        if pending.error is not None:
-            return None
-        if pending.trailer is None:
-            return self._damaged(pending, "the trailer")
-        expected = pending.trailer.checksums[piece.layer_begin : piece.layer_end].tolist()
-        if found != expected:
-            damaged = next(number for number, each in enumerate(found) if each != expected[number])
-            layer = self._blocks.shard_of(pending.row).layer_begin + piece.layer_begin + damaged
-            return self._damaged(pending, f"layer {layer}")
-        pending.piece_verified(piece)
-        return None
-
-    def _damaged(self, pending: PendingPromotion, what: str) -> ChecksumMismatch:
-        key = self._blocks.key_of(pending.row).hex()
-        return ChecksumMismatch(f"{what} of block {key} is damaged in {pending.tier}", key=key, damaged=what)
-
-    async def _fail(self, pending: PendingPromotion, error: KVError) -> None:
-        """Take a damaged block out of service at once, before the other promotions have ended."""
-        if "key" not in error.details:  # Of its own: several blocks may have failed by the same error.
-            key = self._blocks.key_of(pending.row).hex()
-            error = type(error)(error.message, **{**error.details, "key": key})
-        pending.failed(error)
-        self._counters.storage_errors += isinstance(error, StorageFailed)
-        if isinstance(error, ChecksumMismatch):
-            await self._lifecycle.quarantine(pending.row, pending.generation, pending.tier, error.details["damaged"])
+    def _note_over(self, promotions: Sequence[PendingPromotion]) -> None:
+        """End them as tasks, so that the next reads do not wait for the commit."""
+        self._over += promotions
+        if self._ending is None:
+            self._end_next()
 
     def _end_next(self, ended: asyncio.Task[None] | None = None) -> None:
         """End promotions that are over. Those that come meanwhile share the next commit of the index."""
@@ -483,25 +296,50 @@ class Promoter:
             self._ending.add_done_callback(self._end_next)
 
     async def _end(self, promotions: Sequence[PendingPromotion]) -> None:
-        """Make the blocks resident in DRAM, or release their space."""
-        blocks, tier = self._blocks, self._blocks.first_tier
-        placed: list[PendingPromotion] = []
+        """Make the blocks resident in DRAM, or release their space.
+
+        A block whose earlier record has not been deleted yet waits for that alone: it keeps no other one out of DRAM.
+        """
+        tier, now = self._blocks.first_tier, list[PendingPromotion]()
+        for each in promotions:
+            if each.error is None and self._lifecycle.is_record_leaving(self._blocks.object_key_of(each.row), tier):
+                self._tasks.start(self._end_late(each), "end of a promotion")
+            else:
+                now.append(each)
+        await self._end_now(now)
+
+    async def _end_late(self, pending: PendingPromotion) -> None:
+        key, tier = self._blocks.object_key_of(pending.row), self._blocks.first_tier
         try:
-            right = [each for each in promotions if each.error is None]
-            await self._lifecycle.wait_record_deletes([blocks.object_key_of(each.row) for each in right], tier)
-            placed = [each for each in right if blocks.live[each.row]]  # `place` owns their extents from here on.
+            await self._lifecycle.wait_record_deletes([key], tier)
+        except BaseException as error:
+            self._ended([pending], placed=())
+            if not isinstance(error, KVError):
+                raise
+            log.debug("a promoted block was not recorded: %s", error.message)
+        else:
+            await self._end_now([pending])
+
+    async def _end_now(self, promotions: Sequence[PendingPromotion]) -> None:
+        """Of blocks without records that are being deleted."""
+        # `place` owns the extents of these from here on.
+        placed = [each for each in promotions if each.error is None and self._blocks.live[each.row]]
+        try:
             if placed:
                 await self._place(placed)
         except KVError as error:
             # The bytes are right, so loads may continue to read them.
             log.debug("the records of promoted blocks were not written: %s", error.message)
         finally:
-            for each in promotions:
-                del self._pending[each.row]
-                each.done.set()
-                if each not in placed:
-                    self._tasks.start(self._release(each), "release the space of a promotion")
-            self._lifecycle.unhold([each.row for each in promotions])
+            self._ended(promotions, placed)
+
+    def _ended(self, promotions: Sequence[PendingPromotion], placed: Sequence[PendingPromotion]) -> None:
+        for each in promotions:
+            del self._pending[each.row]
+            each.done.set()
+            if each not in placed:
+                self._tasks.start(self._release(each), "release the space of a promotion")
+        self._lifecycle.unhold([each.row for each in promotions])
 
     async def _place(self, promotions: Sequence[PendingPromotion]) -> None:
         rows = np.array([each.row for each in promotions], np.int64)
@@ -525,10 +363,14 @@ class Promoter:
 
 
 def _hurry(promotions: Iterable[PendingPromotion], due_s: float) -> None:
-    """Read those that are due later before the others with which they began."""
-    later = [pending for pending in promotions if pending.due_s > due_s]
-    for pending in later:
-        pending.due_s = due_s
-    for order in {pending.order for pending in later} - {None}:
-        assert order is not None
-        order.reorder()
+    """Read those that are due later before the others of their drives."""
+    of_order: dict[ReadOrder, list[PendingPromotion]] = {}
+    for pending in promotions:
+        if pending.due_s <= due_s:
+            continue
+        if pending.order is None:
+            pending.due_s = due_s
+        else:
+            of_order.setdefault(pending.order, []).append(pending)
+    for order, some in of_order.items():
+        order.hurry(some, due_s)

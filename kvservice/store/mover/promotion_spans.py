@@ -15,21 +15,22 @@ from kvservice.store.image_check import ImagePiece
 from kvservice_api import spans
 
 if TYPE_CHECKING:
-    from kvservice.store.mover.promoter import PendingPromotion
+    from kvservice.store.mover.pending_promotion import PendingPromotion
 
 
 class LayerReads:
-    """For the event loop's thread."""
+    """For the event loop's thread, except `begin`."""
 
     def __init__(self, promotions: Sequence[PendingPromotion], trace: spans.TraceContext, clock: Clock) -> None:
         self._trace, self._clock = trace, clock
-        self._tier = str(promotions[0].tier)
+        self._tier = str(promotions[0].source.tier)
         self._left = Counter(piece.layer_begin for each in promotions for piece in each.pieces)
         self._blocks = Counter(self._left)
         self._bytes: Counter[int] = Counter()
         self._began_s: dict[int, float] = {}
 
     def begin(self, piece: ImagePiece) -> None:
+        """A read of the piece begins. Any thread may call it."""
         self._began_s.setdefault(piece.layer_begin, self._clock.monotonic_s())
 
     def end(self, piece: ImagePiece) -> None:

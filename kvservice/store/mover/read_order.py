@@ -2,51 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from heapq import heappop, heappush
 
 from kvservice.store.image_check import ImagePiece
+from kvservice.store.mover.pending_promotion import PendingPromotion
 
-if TYPE_CHECKING:
-    from kvservice.store.mover.promoter import PendingPromotion
-
-_JOB_PIECES_MAX = 16  # Before and after its read, each piece of a job takes some 50 us of the event loop's turn.
+_JOB_PIECES_MAX = 16  # Before and after its read, each piece of a job takes some 50 us of the interpreter's time.
+_LAYER_S = 1e-6  # By so much a layer is less urgent than the one before it.
 
 
 class ReadOrder:
-    """Of the promotions that began together. For the event loop's thread."""
+    """Of all promotions that read from one drive. Any thread may call it."""
 
-    def __init__(self, promotions: Sequence[PendingPromotion], *, job_bytes: int, jobs_at_once: int) -> None:
-        """A job is of at most `job_bytes`, if it has several pieces. `jobs_at_once` share the pieces of a layer."""
-        self._promotions = promotions
+    def __init__(self, *, job_bytes: int, jobs_at_once: int) -> None:
+        """A job is of at most `job_bytes`, if it has several pieces. `jobs_at_once` share what is left of a layer: its
+        last jobs are small, and end together.
+        """
         self._job_bytes = job_bytes
-        self._job_pieces = min(max(1, len(promotions) // jobs_at_once), _JOB_PIECES_MAX)
-        # (due_s, number of the piece, number of the promotion)
-        self._heap = [(each.due_s, 0, number) for number, each in enumerate(promotions)]
-        heapify(self._heap)
+        self._jobs_at_once = jobs_at_once
+        self._lock = threading.Lock()
+        # (due_s, number of the piece, number of the promotion): the next piece of each promotion. An entry is out of
+        # date if the promotion is due at another time now; then there is a second one.
+        self._heap: list[tuple[float, int, int, PendingPromotion]] = []
+        self._numbers = itertools.count()
+        self._left = Counter[tuple[float, int]]()  # Of the same, how many promotions have this time and this number.
+
+    def add(self, promotions: Iterable[PendingPromotion]) -> None:
+        with self._lock:
+            for pending in promotions:
+                pending.order = self
+                self._push(pending)
+
+    def hurry(self, promotions: Iterable[PendingPromotion], due_s: float) -> None:
+        """Make promotions of this order due at an earlier time."""
+        with self._lock:
+            for pending in promotions:
+                if pending.next_piece < len(pending.pieces):
+                    self._forget(pending)
+                    pending.due_s = due_s
+                    self._push(pending)
+
+    @property
+    def priority(self) -> float | None:
+        """Of the next job; lower ones are more urgent. None if all pieces are given out."""
+        with self._lock:
+            if (first := self._first()) is None:
+                return None
+            due_s, count, _, pending = first
+            return due_s + pending.pieces[count].layer_begin * _LAYER_S
 
     def next(self) -> list[tuple[PendingPromotion, ImagePiece]]:
-        """The pieces of the next job, all of one tier; empty once all are given out."""
+        """The pieces of the next job; none if all are given out."""
         job: list[tuple[PendingPromotion, ImagePiece]] = []
-        first: tuple[float, int] | None = None
-        size_bytes = 0
-        while self._heap and len(job) < self._job_pieces:
-            due_s, count, number = self._heap[0]
-            pending = self._promotions[number]
-            piece = pending.pieces[count]
-            size_bytes += piece.end - piece.start
-            if first is None:
-                first = due_s, count
-            elif first != (due_s, count) or pending.tier != job[0][0].tier or size_bytes > self._job_bytes:
-                break
-            heappop(self._heap)
-            if count + 1 < len(pending.pieces):
-                heappush(self._heap, (due_s, count + 1, number))
-            job.append((pending, piece))
+        with self._lock:
+            if (first := self._first()) is None:
+                return job
+            pieces_max = min(max(1, self._left[first[:2]] // self._jobs_at_once), _JOB_PIECES_MAX)
+            size_bytes = 0
+            found: tuple[float, int, int, PendingPromotion] | None = first
+            while found is not None and found[:2] == first[:2] and len(job) < pieces_max:
+                pending = found[3]
+                piece = pending.pieces[pending.next_piece]
+                size_bytes += piece.end - piece.start
+                if job and size_bytes > self._job_bytes:
+                    break
+                heappop(self._heap)
+                job.append((pending, piece))
+                self._forget(pending)
+                pending.next_piece += 1
+                if pending.next_piece < len(pending.pieces):
+                    self._push(pending)
+                found = self._first()
         return job
 
-    def reorder(self) -> None:
-        """After the `due_s` of promotions have changed."""
-        self._heap = [(self._promotions[number].due_s, count, number) for _, count, number in self._heap]
-        heapify(self._heap)
+    def _push(self, pending: PendingPromotion) -> None:
+        self._left[pending.due_s, pending.next_piece] += 1
+        heappush(self._heap, (pending.due_s, pending.next_piece, next(self._numbers), pending))
+
+    def _forget(self, pending: PendingPromotion) -> None:
+        of = pending.due_s, pending.next_piece
+        self._left[of] -= 1
+        if not self._left[of]:
+            del self._left[of]
+
+    def _first(self) -> tuple[float, int, int, PendingPromotion] | None:
+        """The first entry that is not out of date."""
+        while self._heap:
+            due_s, count, _, pending = self._heap[0]
+            if (due_s, count) == (pending.due_s, pending.next_piece):
+                return self._heap[0]
+            heappop(self._heap)
+        return None

@@ -24,7 +24,8 @@ from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
-from kvservice.store.mover.promoter import PendingPromotion, Promoter
+from kvservice.store.mover.pending_promotion import PendingPromotion
+from kvservice.store.mover.promoter import Promoter
 from kvservice.store.transfers.load_times import InPlacePath, LoadTimes, bytes_per_token
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import on_thread

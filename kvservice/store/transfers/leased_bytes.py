@@ -23,7 +23,8 @@ from kvservice.counters import Counters
 from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.leases import Lease
-from kvservice.store.mover.promoter import PendingPromotion, Promoter
+from kvservice.store.mover.pending_promotion import PendingPromotion
+from kvservice.store.mover.promoter import Promoter
 from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier

@@ -17,6 +17,7 @@ from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
 from tests.clock import FakeClock
+from tests.file_faults import FaultyCalls
 from tests.stores import (
     CALLER,
     KIB,
@@ -34,6 +35,7 @@ from tests.stores import (
 
 GEOMETRY = block_geometry(LAYOUT, WHOLE, LAYOUT.block_tokens)
 DRAM, SSD = TierName.DRAM, TierName.SSD
+HEADER = 4 * KIB  # Of an SSD file.
 
 
 @pytest.fixture
@@ -102,29 +104,12 @@ async def test_blocks_on_ssd_are_promoted_layer_by_layer(opened: OpenStore, clie
     assert opened.blocks.verified[leased.rows].all(), "the first by its upload, the others during their promotion"
 
 
-async def test_while_bytes_arrive_the_number_of_layers_is_repeated(open_store: Callable[..., Any]) -> None:
-    """So that a client does not take a slow disk for a daemon that hangs."""
-    opened = await open_store(share=True, clock=SlowClock())
-    client = opened.store.leases.attach(CALLER, "test")
-    chain, _, lease = await saved(opened, client)
-    opened.leases.begin_release(caller_of(client), lease.lease_id)
-    await opened.store.moves.evict(CALLER, chain.keys, DRAM)
-    leased = opened.lookup(client, chain.keys)
-    assert leased is not None
-    steps = run(opened, leased)
-    assert isinstance(await anext(steps), Located)
-    seen = [await anext(steps)]
-    while seen[-1] < LAYOUT.layers:
-        seen.append(await anext(steps))
-    assert seen == sorted(seen)
-    assert all(seen.count(ready) >= 3 for ready in seen if ready < LAYOUT.layers), "for each of its three blocks"
-    await steps.aclose()
-
-
-async def test_the_number_of_layers_is_repeated_also_while_the_disk_reads_for_earlier_promotions(
-    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+async def test_the_number_of_layers_is_repeated_also_while_the_disk_reads_for_other_promotions(
+    open_store: Callable[..., Any],
 ) -> None:
-    opened = await open_store(share=True, clock=SlowClock())
+    """So that a client does not take a slow disk for a daemon that hangs."""
+    calls = FaultyCalls()
+    opened = await open_store(share=True, clock=SlowClock(), calls=calls)
     client = opened.store.leases.attach(CALLER, "test")
     chain, other = some_chain(1), some_chain(2, seed=1)
     for each in (chain, other):
@@ -132,34 +117,28 @@ async def test_the_number_of_layers_is_repeated_also_while_the_disk_reads_for_ea
         await opened.store.moves.evict(CALLER, each.keys, DRAM)
     leased = opened.lookup(client, chain.keys)
     assert leased is not None
-    assert opened.ssd is not None
-    extent, turn, read = opened.blocks.extent(int(leased.rows[0]), SSD), asyncio.Event(), opened.ssd.read
-
-    async def in_turn(wanted: Extent, *args: Any, **options: Any) -> Any:
-        if wanted == extent:
-            await turn.wait()
-        return await read(wanted, *args, **options)
-
-    monkeypatch.setattr(opened.ssd, "read", in_turn)
-    steps = run(opened, leased)
-    assert isinstance(await anext(steps), Located)
-    assert await anext(steps) == 0
-    waits = asyncio.ensure_future(anext(steps))
-    await opened.store.moves.prefetch(CALLER, other.keys, within_s=0.0, wait=True)
-    assert await waits == 0
-    turn.set()
+    extent = opened.blocks.extent(int(leased.rows[0]), SSD)
+    with calls.held("preadv", HEADER + extent.offset_bytes) as waiting:
+        steps = run(opened, leased)
+        assert isinstance(await anext(steps), Located)
+        assert await anext(steps) == 0
+        waits = asyncio.ensure_future(anext(steps))
+        await asyncio.to_thread(waiting.acquire)
+        await opened.store.moves.prefetch(CALLER, other.keys, within_s=0.0, wait=True)
+        assert await asyncio.wait_for(waits, 30) == 0
     while await anext(steps) < LAYOUT.layers:
         pass
     await steps.aclose()
 
 
 async def test_layers_count_from_the_first_wanted_one_also_if_an_earlier_piece_is_read_after_it(
-    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    open_store: Callable[..., Any],
 ) -> None:
     """As for a rank of a pipeline, whose layers begin in the middle of the stored ones."""
     layout = Layout("large", "float32", layers=4, kv_heads=2, k_head_dim=512, v_head_dim=512, block_tokens=16)
+    calls = FaultyCalls()
     opened = await open_store(
-        share=True, dram_bytes=4 * MIB, ssd_bytes=8 * MIB, limits=replace(LIMITS, read_bytes=64 * KIB)
+        share=True, dram_bytes=4 * MIB, ssd_bytes=8 * MIB, limits=replace(LIMITS, read_bytes=64 * KIB), calls=calls
     )
     await opened.store.layouts.open(CALLER, layout)
     client, chain, whole = opened.store.leases.attach(CALLER, "test"), some_chain(1, layout=layout), Shard.whole(layout)
@@ -167,22 +146,16 @@ async def test_layers_count_from_the_first_wanted_one_also_if_an_earlier_piece_i
     await opened.save(client, chain, images, shard=whole, layout=layout, on_ssd=True)
     await opened.store.moves.evict(CALLER, chain.keys, DRAM)
     lease = opened.lookup(client, chain.keys, shard=replace(whole, layer_begin=2), layout=layout)
-    assert lease is not None and opened.promoter is not None
-    read_job, turn = opened.promoter._read_job, asyncio.Event()
-
-    async def second_piece_last(job: Any) -> None:
-        if job[0][1].layer_begin == 1:
-            await turn.wait()
-        await read_job(job)
-
-    monkeypatch.setattr(opened.promoter, "_read_job", second_piece_last)
-    steps = run(opened, lease)
-    assert isinstance(await anext(steps), Located)
-    seen = [await anext(steps)]
-    while 0 <= seen[-1] < lease.shard.layers:
-        seen.append(await asyncio.wait_for(anext(steps), 30))
-    assert seen == sorted(seen) and seen[0] == 0, seen
-    turn.set()
+    assert lease is not None
+    extent = opened.blocks.extent(int(lease.rows[0]), SSD)
+    second_piece = block_geometry(layout, whole, layout.block_tokens).slice_range(1)[0]
+    with calls.held("preadv", HEADER + extent.offset_bytes + second_piece):
+        steps = run(opened, lease)
+        assert isinstance(await anext(steps), Located)
+        seen = [await anext(steps)]
+        while 0 <= seen[-1] < lease.shard.layers:
+            seen.append(await asyncio.wait_for(anext(steps), 30))
+        assert seen == sorted(seen) and seen[0] == 0, seen
     await steps.aclose()
 
 

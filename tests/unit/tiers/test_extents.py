@@ -117,6 +117,12 @@ def test_rounding_wastes_little_and_never_cuts(size: int) -> None:
     assert extent_size(taken) == taken
 
 
+@pytest.mark.parametrize("size", [64 * 1024, 2 * MIB, 32 * MIB])
+def test_a_power_of_two_with_and_without_the_page_of_a_trailer_wastes_nothing(size: int) -> None:
+    assert extent_size(size) == size
+    assert extent_size(size + PAGE) == size + PAGE
+
+
 def test_freed_neighbours_become_one_run_again() -> None:
     space = SpaceMap(12 * PAGE)
     offsets = [space.reserve(4 * PAGE) for _ in range(3)]

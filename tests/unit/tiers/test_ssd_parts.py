@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,12 @@ from tests.ssd_tiers import OpenTier, path_of
 
 def part(extent: Extent, offset_bytes: int, size_bytes: int) -> PartRead:
     return PartRead(extent, offset_bytes, memory(size_bytes), bytes)
+
+
+async def read_together(tier: SsdTier, parts: Sequence[PartRead]) -> list[Any]:
+    found: list[Any] = []
+    await tier.read_together(parts[0].extent.segment, lambda: parts, found.extend)
+    return found
 
 
 async def filled(tier: SsdTier, count: int) -> tuple[list[Extent], list[bytes]]:
@@ -46,13 +53,14 @@ async def test_parts_with_small_gaps_are_one_read_in_whichever_order_they_are_wa
     calls.made.clear()
     calls.most_bytes = most_bytes
 
-    found = await tier.read_together(
+    found = await read_together(
+        tier,
         [
             part(extents[1], 0, PAGE),
             part(extents[0], PAGE, PAGE),
             part(extents[-1], 0, PAGE),
             part(extents[2], 0, PAGE),
-        ]
+        ],
     )
 
     assert found == [images[1][:PAGE], images[0][PAGE:], images[-1][:PAGE], images[2][:PAGE]]
@@ -64,7 +72,7 @@ async def test_a_part_that_cannot_be_read_is_an_error_in_its_place(tier: SsdTier
     extents, images = await filled(tier, FAR)
     calls.failing_once["preadv"] = errno.EIO
 
-    found = await tier.read_together([part(extents[0], 0, PAGE), part(extents[-1], 0, PAGE)])
+    found = await read_together(tier, [part(extents[0], 0, PAGE), part(extents[-1], 0, PAGE)])
 
     assert isinstance(found[0], StorageFailed)
     assert found[1] == images[-1][:PAGE]
@@ -92,13 +100,37 @@ async def test_a_part_that_cannot_be_read_or_used_leaves_those_beside_it(tmp_pat
         raise MemoryError
 
     parts[2] = parts[2]._replace(then=no_memory)
-    found = await tier.read_together(parts)
+    found = await read_together(tier, parts)
     tier.close()
 
     assert (found[0], found[3]) == (images[0][:PAGE], images[3][:PAGE])
     assert isinstance(found[1], StorageFailed)
     assert f"at {extents[1].offset_bytes} of" in found[1].message
     assert isinstance(found[2], MemoryError)
+
+
+async def test_what_is_read_is_decided_when_a_thread_is_free_for_it(tier: SsdTier, calls: FaultyCalls) -> None:
+    extents, images = await filled(tier, 1)
+    wanted, found = list[PartRead](), list[Any]()
+    with calls.held("preadv") as waiting:
+        others = [asyncio.ensure_future(tier.read(extents[0], 0, memory(PAGE))) for _ in range(2)]
+        for _ in others:
+            await asyncio.to_thread(waiting.acquire)  # All threads of the tier are busy.
+        reading = asyncio.ensure_future(tier.read_together(0, lambda: wanted, found.extend))
+        await asyncio.sleep(0)
+        wanted.append(part(extents[0], PAGE, PAGE))
+    await reading
+    assert found == [images[0][PAGE:]]
+    await asyncio.gather(*others)
+
+
+async def test_there_may_be_nothing_to_read_any_more(tier: SsdTier, calls: FaultyCalls) -> None:
+    calls.made.clear()
+    found: list[Any] = []
+
+    await tier.read_together(0, list, found.extend)
+
+    assert found == calls.made == []
 
 
 class SlowDrive(FaultyCalls):
@@ -139,41 +171,3 @@ class TestSeveralDrives:
         assert not slow.done()
         calls.gate.set()
         await slow
-
-    async def test_parts_on_several_drives_are_read_at_the_same_time(
-        self, open_tier: OpenTier, calls: SlowDrive
-    ) -> None:
-        tier = open_tier(files=2, io_threads=1)
-        extents, images = await filled(tier, 2)
-        both = threading.Barrier(2)
-
-        def meets(pages: memoryview) -> bytes:
-            both.wait(30)
-            return bytes(pages)
-
-        parts = [part(extent, 0, PAGE)._replace(then=meets) for extent in extents]
-
-        assert await tier.read_together(parts) == [image[:PAGE] for image in images]
-
-    async def test_a_read_that_ends_by_an_error_of_ours_leaves_no_thread_that_writes_to_its_memory(
-        self, open_tier: OpenTier, calls: SlowDrive, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        tier = open_tier(files=2, io_threads=1)
-        extents, _ = await filled(tier, 2)
-        calls.gate = threading.Event()
-
-        def fails(parts: object) -> None:
-            calls.waits.wait(30)
-            raise MemoryError
-
-        monkeypatch.setattr(tier._files[1], "read_parts", fails)
-        reading = asyncio.ensure_future(tier.read_together([part(extent, 0, PAGE) for extent in extents]))
-        try:
-            await tier._pools[1].run(0.0, lambda: None)  # After the failed read.
-            for _ in range(10):
-                await asyncio.sleep(0)
-            assert not reading.done()
-        finally:
-            calls.gate.set()
-        with pytest.raises(MemoryError):
-            await reading
