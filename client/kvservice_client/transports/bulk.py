@@ -22,7 +22,7 @@ from google.rpc import status_pb2
 from kvservice_api.bulk import HEADER_BYTES, UNIT_BYTES, MessageHeader, MessageKind, pack_header, unpack_header
 from kvservice_api.byte_ranges import ByteRanges
 from kvservice_api.copying import STREAMED_BYTES_MIN
-from kvservice_api.errors import BulkUnavailable, InvalidFrame, KVError, TransferEnded
+from kvservice_api.errors import BulkUnavailable, DeadlineExceeded, InvalidFrame, KVError, TransferEnded
 from kvservice_api.malloc import keep_large_buffers
 from kvservice_api.socket_buffers import SocketBuffers
 from kvservice_api.status import from_status
@@ -287,7 +287,7 @@ class _Sending:
                     return
                 self._send(connection, unit, deadline)
         except OSError:
-            with suppress(OSError):
+            with suppress(OSError, DeadlineExceeded):  # Else another transport carries the save.
                 receive_header(connection, Deadline(_REFUSAL_S))  # Raises what the daemon sent before it closed.
             raise
 

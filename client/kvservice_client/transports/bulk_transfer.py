@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from kvservice_api.bulk import CONNECTIONS_MAX, pack_hello
-from kvservice_api.errors import KVError, TransferEnded
+from kvservice_api.errors import InvalidFrame, KVError, TransferEnded
 from kvservice_api.socket_buffers import SocketBuffers
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
@@ -70,14 +70,16 @@ class BulkTransfer:
         self.is_far = self.first.rtt_s >= _FAR_RTT_S
 
     def open(self, request: pb.OpenTransferRequest, size_bytes: int) -> pb.OpenTransferResponse:
-        """Take the first connection, and ask for tickets. Raises BulkUnavailable, and the daemon's errors."""
+        """Take the first connection, and ask for tickets. Raises BulkUnavailable, InvalidFrame, the daemon's errors."""
         deadline = self._deadline
         self._connect()
         request.connections = self.connections(size_bytes)
         channel = self._connection.channel
         # As a stream of one answer, because a stream ends when its load is cancelled.
         with closing(channel.stream(BLOCKS + "OpenTransfer", request, pb.OpenTransferResponse, deadline)) as answers:
-            opened = next(answers)
+            opened = next(answers, None)
+        if opened is None or not opened.tickets:
+            raise InvalidFrame("the daemon opened a transfer without a ticket")
         self._fresh_until_s = deadline.clock.now_s() + opened.ttl_ms / 2000
         endpoint = self._pool.endpoint(self._connection.limits(deadline))
         if endpoint != self.first.endpoint:  # The TLS files have changed, and the ticket is bound to them.
