@@ -10,6 +10,8 @@ FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 # For the C extension that copies and sums. A base with Debian's Python also needs libpython3-dev.
 ARG BUILD_PACKAGES="gcc libc6-dev"
+# Not pinned: Debian keeps the newest versions only, and nothing of them is in the image.
+# hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends ${BUILD_PACKAGES}
 WORKDIR /src
 COPY constraints.txt hatch_build.py pyproject.toml README.md LICENSE ./
