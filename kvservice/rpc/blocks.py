@@ -153,7 +153,7 @@ class BlockService:
             if request.offer_load:
                 self._offer_load(caller, hit.lease, request.offer_load, context, answer)
             if not (answer.HasField("located") or answer.HasField("offered_load")):
-                self._store.loads.lease_granted(hit.lease)
+                self._store.loads.expect(caller, hit.lease.lease_id)
         return answer
 
     async def LoadBlocks(self, request: pb.LoadBlocksRequest, context: Context) -> None:
@@ -290,7 +290,6 @@ class BlockService:
 
     async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Context) -> pb.ReleaseLeaseResponse:
         caller = self._callers.of(context, request.client_id)
-        self._store.loads.lease_released(request.lease_id)
         loads = [(Span(each.first_block, each.block_count), each.took_us / 1e6) for each in request.loads]
         try:
             self._store.loads.note_in_place(caller, request.lease_id, loads)

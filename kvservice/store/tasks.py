@@ -96,9 +96,11 @@ class LoopBudget:
 
 
 async def in_parts(items: Sequence[T], work: Callable[[Sequence[T]], Awaitable[R]], loop_budget: LoopBudget) -> list[R]:
-    """The results of `work` for parts of the items. Each begins in a turn of the event loop of its own, and takes a
-    short one; some run at the same time.
+    """The results of `work` for parts of the items. Each takes a short turn of the event loop, and begins in one of its
+    own, but few items at once; some parts run at the same time.
     """
+    if len(items) <= _PART:
+        return [await work(items)] if items else []
 
     async def one(part: Sequence[T]) -> R:
         await loop_budget.slot()

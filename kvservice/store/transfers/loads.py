@@ -74,17 +74,15 @@ class Loads:
                     await self._admission.taken(send(frame))
                     record.sent_bytes += len(frame)
 
-    def lease_granted(self, lease: Lease) -> None:
-        """A client has this new lease, and the places of its blocks were not named. If it is of little, the client's
-        next call goes before the frames of huge loads.
+    def expect(self, caller: Caller, lease_id: int) -> None:
+        """The client has a new lease, and probably loads its blocks at once. If they are few, its next call goes before
+        the frames of huge loads. Raises UnknownClient, LeaseExpired, LeaseNotYours.
         """
         precedence = self._reads.precedence
-        if precedence.has_huge() and int(self._blocks.size_bytes[lease.held_rows].sum()) <= LITTLE_BYTES:
-            precedence.expect_call(lease.lease_id)
-
-    def lease_released(self, lease_id: int) -> None:
-        """The client's last call for the lease has come."""
-        self._reads.precedence.called(lease_id)
+        if precedence.has_huge():
+            lease = self._leases.get(caller, lease_id)
+            if int(self._blocks.size_bytes[lease.held_rows].sum()) <= LITTLE_BYTES:
+                precedence.expect_call(lease_id)
 
     async def to_send(
         self, caller: Caller, lease_id: int, shard: Shard | None, blocks: Span, layers: Span
@@ -162,13 +160,15 @@ class Loads:
         return None if located is None else (located, self._in_place_reads.are_verified(lease.rows))
 
     def note_in_place(self, caller: Caller, lease_id: int, loads: Sequence[tuple[Span, float]]) -> None:
-        """Note loads from those places, which the client reports: the blocks and the seconds of each, 0 for a view.
+        """Note loads from those places, which the client reports with its last call for the lease: the blocks and the
+        seconds of each, 0 for a view.
 
         Nothing is noted if the lease has ended. Raises InvalidRequest.
         """
         lease = self._leases.find(lease_id)
         if lease is None or lease.client.client_id != caller.client:
             return
+        self._reads.precedence.called(lease_id)
         if len(loads) > LOADS_REPORTED_MAX:
             raise InvalidRequest(f"{len(loads)} loads are reported; at most {LOADS_REPORTED_MAX}", field="loads")
         for blocks, took_s in loads:
