@@ -56,8 +56,8 @@ def files_of() -> dict[str, set[str]]:
     # Two files of a load are its measurement; two of a save run only if the policy has not answered before its write.
     # One of each sees whether the request is traced. Tails, arrived slices and the space of uploads have files of their
     # own since their files had more than 600 lines. A save ends unused bulk saves of its client; reads from SSD have an
-    # order; the threads of a drive have a file. The bytes of a load and its turn beside other loads have a file each, and
-    # so have an upload's begin, its state, its frames and its commit; a promotion, its reads and the order of these.
+    # order; the threads of a drive have a file. The bytes of a load and its turn beside other loads have a file each.
+    # So have an upload's begin, its state, its frames and its commit; a promotion, its reads and the order of these.
     [("save", 51, 10), ("load from DRAM", 31, 9), ("load from SSD", 48, 9)],
 )
 def test_a_save_and_a_load_over_grpc_run_few_files(
