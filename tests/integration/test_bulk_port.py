@@ -19,7 +19,7 @@ from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.status import from_status
 from kvservice_api.v1 import blocks_pb2, types_pb2
-from kvservice_client import Client, Tier
+from kvservice_client import Client, Durability, Tier
 from tests.daemon import DaemonProcess, until
 from tests.integration.bulk_wire import (
     BulkSocket,
@@ -297,7 +297,7 @@ def save_by_ranks(daemon: DaemonProcess, chain: BlockChain) -> None:
         for begin in (0, 2):
             rank = client.open_layout(LARGE, Shard(0, LARGE.layers, begin, begin + 2))
             part = [[heads_of(data, begin, begin + 2) for data in blocks] for blocks in layers_of(LARGE, chain)]
-            assert rank.save(chain, part).stored == len(chain)
+            assert rank.save(chain, part, Durability.SSD).stored == len(chain)  # No copy is made after that.
 
 
 def heads_of(data: NDArray[np.uint8], begin: int, end: int) -> NDArray[np.uint8]:
