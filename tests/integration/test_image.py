@@ -81,12 +81,14 @@ def test_its_configuration_is_that_of_the_dockerfile(built: Built) -> None:
     assert config["StopSignal"] == IMAGE.only("STOPSIGNAL").value
 
 
-def test_it_has_no_torch_no_pip_of_its_own_and_nothing_of_the_host_that_built_it(built: Built) -> None:
+def test_it_has_the_extension_no_torch_no_pip_of_its_own_and_nothing_of_the_host_that_built_it(built: Built) -> None:
     (packages,) = built.root.glob("opt/kvservice/lib/python*/site-packages")
     names = {each.name for each in packages.iterdir()}
 
     assert {"kvservice", "opentelemetry"} <= names
     assert not names & {"torch", "pip", "transformers"}
+    assert (packages / "kvservice_api" / "_copying.abi3.so").exists()
+    assert not list(built.root.glob("usr/bin/*gcc*")), "the compiler is of the stage that builds"
     for path in ("etc/pip.conf", "etc/xdg/pip", "root/.cache", "src", "wheels"):
         assert not (built.root / path).exists(), path
     for path in ("etc/hostname", "etc/hosts", "etc/resolv.conf"):  # buildah leaves empty ones.
