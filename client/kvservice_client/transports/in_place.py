@@ -226,12 +226,8 @@ class InPlace:
         return bool((self._arena.generations(self._offsets) != self._generations).any())
 
     def check(self) -> None:
-        """Call it after the last use of the bytes. Raises LeaseExpired if they may have been replaced, or the error by
-        which the daemon has ended its call before.
-        """
+        """Call it after the last use of the bytes. Raises LeaseExpired if they may have been replaced."""
         if self.are_replaced:
-            for _ in self._answers or ():
-                pass
             raise LeaseExpired("blocks were moved or evicted while they were read: look the prefix up again")
         if not self._order.is_usable():
             raise LeaseExpired("the lease is about to end: bytes in place are not used any more")
