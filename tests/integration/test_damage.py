@@ -20,7 +20,7 @@ from tests.integration.media import Flip, arena, flip_data, flip_trailer, ssd_fi
 
 _PLACES = 12  # Blocks damaged in each test, each at another random place.
 
-# A block that is read from SSD into its place in DRAM may have left that place before the client has the daemon's error.
+# A block that is read from SSD into its place in DRAM may have left it before the client has the daemon's error.
 DAMAGED = (ChecksumMismatch, LeaseExpired)
 
 
