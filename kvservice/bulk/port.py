@@ -31,7 +31,7 @@ from kvservice.store.tasks import Tasks
 from kvservice.store.types import FilledUpload, SaveHeader, SaveOutcome, Span
 from kvservice.tiers.files import on_thread
 from kvservice_api.bulk import CONNECTIONS_MAX
-from kvservice_api.errors import BulkUnavailable, InvalidFrame, InvalidRequest, KVError, TransferEnded
+from kvservice_api.errors import INTERNAL, BulkUnavailable, InvalidFrame, InvalidRequest, KVError, TransferEnded
 from kvservice_api.layout import Shard
 
 log = logging.getLogger(__name__)
@@ -243,11 +243,12 @@ class BulkPort:
         client.on_detach.add(detached)
         self._running.add(transfer)
 
-        def ended(_: object) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
             client.on_detach.discard(detached)
             self._running.discard(transfer)
             transfer.abandon()
-            self.ended[transfer.kind, transfer.result] += 1
+            is_fault = not task.cancelled() and task.exception() is not None
+            self.ended[transfer.kind, INTERNAL if is_fault else transfer.result] += 1
 
         task.add_done_callback(ended)
         return task
@@ -403,13 +404,21 @@ class BulkPort:
         else:
             closed_first = [each for each in connections if each.is_pooled]
         closed_first.sort(key=lambda each: each.deadline_s)
-        return any(self._close_waiting(each, "full") for each in closed_first)
 
-    def _close_waiting(self, connection: BulkConnection, reason: str) -> bool:
-        """Close it, unless a thread continues it just now."""
+        def why(each: BulkConnection) -> str | None:
+            return "full" if each.is_pooled or not each.has_joined else None
+
+        return any(self._close_if(each, why) for each in closed_first)
+
+    def _close_if(self, connection: BulkConnection, why: Callable[[BulkConnection], str | None]) -> bool:
+        """Close it, unless a thread continues it just now. `why` is asked with its lock, because it may have joined a
+        transfer since the caller looked at it. It returns the reason that is counted, or "" for none; None to keep it.
+        """
         if not connection.lock.acquire(blocking=False):
             return False
         try:
+            if (reason := why(connection)) is None:
+                return False
             self._close(connection, reason)
             return True
         finally:
@@ -422,14 +431,21 @@ class BulkPort:
             await self._clock.sleep(_LOOK_EVERY_S)
             now_s = self._clock.monotonic_s()
             for transfer in self._open_tickets.expire(now_s):
-                if transfer in self._running and not transfer.has_joined:
+                if transfer in self._running:
                     transfer.fail(TransferEnded("no connection has brought a ticket of the transfer in time"))
             for each in list(self._connections.values()):
                 if each.deadline_s <= now_s:
-                    self._close_waiting(each, "" if each.has_joined else "timeout")
+                    self._close_if(each, partial(_overdue, now_s))
             if not self._is_accepting and self._listener is not None:
                 self._is_accepting = True
                 self._epoll.modify(self._listener, select.EPOLLIN | select.EPOLLONESHOT)
+
+
+def _overdue(now_s: float, connection: BulkConnection) -> str | None:
+    """By which reason a connection is counted that is closed because its time is over; None if it is not."""
+    if connection.deadline_s > now_s:
+        return None
+    return "" if connection.has_joined else "timeout"
 
 
 def _reason(error: Exception, connection: BulkConnection) -> str:

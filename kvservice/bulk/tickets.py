@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from kvservice_api.bulk import TICKET_BYTES
 
@@ -33,11 +33,18 @@ class TicketRefused(Exception):
         self.reason = reason
 
 
-@dataclass(slots=True)
-class _Ticket(Generic[T]):
+@dataclass(slots=True, eq=False)
+class _Issue(Generic[T]):
+    """What all tickets of a transfer have in common."""
+
     transfer: T
-    number: int
     expires_s: float
+    is_used: bool = False  # Any of its tickets.
+
+
+class _Ticket(NamedTuple, Generic[T]):
+    issue: _Issue[T]
+    number: int
 
 
 class TransferTickets(Generic[T]):
@@ -57,9 +64,10 @@ class TransferTickets(Generic[T]):
         """Tickets for a transfer. Those of an offer end before their time if many more are made."""
         tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(count)]
         digests = [_digest(ticket) for ticket in tickets]
+        issue = _Issue(transfer, expires_s)
         with self._lock:
             for number, digest in enumerate(digests):
-                self._open[digest] = _Ticket(transfer, number, expires_s)
+                self._open[digest] = _Ticket(issue, number)
             if is_offer:
                 self._offers.append(digests)
                 if len(self._offers) > _OFFERS_MAX:
@@ -74,21 +82,26 @@ class TransferTickets(Generic[T]):
             found = self._open.get(digest)
             if found is None:
                 raise TicketRefused(self._ended.get(digest, "unknown"))
-            if (found.transfer.client_id, found.transfer.certificate) != (client_id, certificate):
+            issue = found.issue
+            if (issue.transfer.client_id, issue.transfer.certificate) != (client_id, certificate):
                 raise TicketRefused("foreign")
-            is_late = found.expires_s <= now_s
+            is_late = issue.expires_s <= now_s
+            issue.is_used |= not is_late
             self._end(digest, "expired" if is_late else "used")
         if is_late:
             raise TicketRefused("expired")
-        return found.transfer, found.number
+        return issue.transfer, found.number
 
     def expire(self, now_s: float) -> list[T]:
-        """End the tickets whose time is over. Returns their transfers."""
+        """End the tickets whose time is over. Returns the transfers of which no ticket was used.
+
+        A connection uses its ticket first, and joins the transfer a moment later.
+        """
         with self._lock:
-            over = {digest: each.transfer for digest, each in self._open.items() if each.expires_s <= now_s}
+            over = {digest: each.issue for digest, each in self._open.items() if each.issue.expires_s <= now_s}
             for digest in over:
                 self._end(digest, "expired")
-        return list(over.values())
+            return [issue.transfer for issue in dict.fromkeys(over.values()) if not issue.is_used]
 
     def _end(self, digest: bytes, why: str) -> None:
         del self._open[digest]

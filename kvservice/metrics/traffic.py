@@ -8,10 +8,13 @@ from kvservice.counters import Durations
 from kvservice.metrics.rows import PATHS, Metric, from_zero, gauge, histogram, total, totals
 from kvservice.rpc.reports import OUTCOMES, PLANS
 from kvservice.store.types import MISS_REASONS
-from kvservice_api.errors import ChecksumMismatch, DeadlineExceeded, Overloaded, StorageFailed
+from kvservice_api.errors import INTERNAL, ChecksumMismatch, DeadlineExceeded, Overloaded, StorageFailed
 
 # With these, loads on the bulk port count in the alert KVServiceCallsFail, as calls with theirs (`rpc.calls.ALERTED`).
-BULK_LOAD_ERRORS = tuple(each.reason for each in (ChecksumMismatch, DeadlineExceeded, Overloaded, StorageFailed))
+BULK_LOAD_ERRORS = (
+    INTERNAL,
+    *(each.reason for each in (ChecksumMismatch, DeadlineExceeded, Overloaded, StorageFailed)),
+)
 
 LOOKUPS = (
     histogram(
@@ -218,7 +221,7 @@ BULK = (
         "bulk_transfers_total",
         "counter",
         "Loads and saves on the bulk port that ended: `OK`, or the reason of their error.",
-        "What to do about each reason: [errors](../errors.md).",
+        "What to do about each reason: [errors](../errors.md). `INTERNAL` is a fault of the daemon: see its log.",
         ("kind", "result"),
         lambda from_: from_zero(product(("load",), BULK_LOAD_ERRORS), from_.bulk.ended.copy()),
     ),

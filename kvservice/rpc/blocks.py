@@ -138,7 +138,7 @@ class BlockService:
             request.request_id,
             request.parent_key,
             # After the answer is sent. A span is recorded within that of its call.
-            asyncio.get_running_loop().call_soon if spans.current() is None else _at_once,
+            asyncio.get_running_loop().call_soon if spans.current() is None else None,
         )
         answer = pb.LookupPrefixResponse(
             hit_blocks=hit.blocks,
@@ -364,10 +364,6 @@ class BlockService:
         answer.trailer_checksums.extend(located.trailer_checksums.tolist())
         answer.token_counts.extend(located.token_counts.tolist())
         answer.shards = np.ascontiguousarray(located.shards).tobytes()
-
-
-def _at_once(work: Callable[[], None]) -> None:
-    work()
 
 
 def _encode(part: Part) -> bytes:

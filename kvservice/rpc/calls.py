@@ -18,6 +18,7 @@ from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.store import BlockStore
 from kvservice_api import spans
 from kvservice_api.errors import (
+    INTERNAL,
     ChecksumMismatch,
     DeadlineExceeded,
     IndexFull,
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Unary = Callable[[Any, Context], Awaitable[Any]]
 
-_INTERNAL = "INTERNAL"
 _LOADS = ("LoadBlocks", "LocateBlocks", "LoadToDevice")
 _TIER_USERS = (*_LOADS, "SaveBlocks", "ReserveBlocks", "CommitBlocks", "SaveFromDevice", "Prefetch", "Pin")
 _SESSION_WRITERS = ("AppendTurn", "TruncateSession", "ForkSession", "RestoreSession")
@@ -109,7 +109,7 @@ class CallCounts:
         """Count it from now on, from zero. Prometheus sees no increase in the first value of a series."""
         self.running[method] = self.ended[method, "OK"] = 0
         reasons = (reason for reason, methods in ALERTED.items() if method in methods)
-        for reason in (_INTERNAL, Overloaded.reason, *reasons):
+        for reason in (INTERNAL, Overloaded.reason, *reasons):
             self.errors[method, reason] = 0
 
     def end(self, method: str, code: str, reason: str) -> None:
@@ -157,7 +157,7 @@ def guarded(
             # A write failed because the client has disconnected: no error for the log, and no client to answer.
             raise asyncio.CancelledError from error
         except Exception:  # A bug of the daemon: it ends this call only, with its traceback in the log.
-            code = reason = _INTERNAL
+            code = reason = INTERNAL
             log.exception("a handler failed: %s", method)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; the daemon's log has the details")
         finally:

@@ -27,10 +27,6 @@ from kvservice_api.layout import Layout, Shard
 _KEYS_A_TURN = 512
 
 
-def _now(work: Callable[[], None]) -> None:
-    work()
-
-
 class Hit(NamedTuple):
     """The answer to a lookup. `runs` are over the leading hits; `ttl_s` is the granted time of the lease; `tails`
     continue the last hit.
@@ -77,14 +73,15 @@ class Lookups:
         lease_ttl_s: float,
         request_id: str = "",
         parent_key: bytes = b"",
-        later: Callable[[Callable[[], None]], object] = _now,
+        later: Callable[[Callable[[], None]], object] | None = None,
     ) -> Hit:
         """How many leading blocks are stored; leases them if `lease_ttl_s` is not 0. Waits only if there are many keys.
 
         With a `request_id`, the lookup and its result are noted for `explain`. With the `parent_key` of the first key,
-        the answer has the tails of the last hit. What the answer does not need, the use of the blocks and the counts,
-        is noted by a function that is passed to `later`, which calls it soon: other requests may begin before, and the
-        lease may have ended. Raises InvalidRequest, UnknownLayout, UnknownClient, Overloaded.
+        the answer has the tails of the last hit. What the answer of a leased hit does not need, the use of the blocks
+        and the counts, is noted by a function that is passed to `later`, if there is one. It calls the function soon:
+        other requests may begin before, and the lease may have ended. Raises InvalidRequest, UnknownLayout,
+        UnknownClient, Overloaded.
         """
         began_s = self._clock.monotonic_s()
         self._requests.check_id(request_id)
@@ -121,7 +118,10 @@ class Lookups:
                 self._note_use(found.held, hit.lease)
                 self._counts.note(layout_id, keys, found.rows, hit.runs, took_s)
 
-            later(note) if hit.lease is not None else note()
+            if later is None or hit.lease is None:
+                note()
+            else:
+                later(note)
             return hit
         finally:
             for rows in held:

@@ -59,6 +59,9 @@ if TYPE_CHECKING:
     from kvservice_api.v1 import sessions_pb2
 
 
+INTERNAL = "INTERNAL"  # Counted as the reason of an exception that is no KVError.
+
+
 class Code(IntEnum):
     """The status codes of gRPC that our errors travel as: names and numbers of ``google.rpc.Code``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import struct
 import threading
@@ -204,6 +205,60 @@ async def test_a_connection_that_can_move_while_turns_are_awaited_has_its_turn_a
         connection.lock = lock
         await port.pass_turns([connection])
         await until(lambda: port.refused["garbage"] == 1)
+
+
+class LockTakenLate:
+    """Before the thread that does not wait for the lock gets it, another thread continues the connection: `turn`."""
+
+    def __init__(self, turn: Callable[[], None]) -> None:
+        self._turn = turn
+
+    def acquire(self, blocking: bool = True) -> bool:
+        self._turn()
+        return True
+
+    def release(self) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+async def test_a_connection_that_joins_a_transfer_when_its_time_is_over_stays(port: BulkPort, clock: HandClock) -> None:
+    with await connected(port) as client:
+        (connection,) = port._connections.values()
+        joins = asyncio.Event()
+
+        def join() -> None:
+            connection.has_joined, connection.deadline_s = True, math.inf
+            joins.set()
+
+        lock: Any = LockTakenLate(join)
+        connection.lock, connection.deadline_s = lock, clock.monotonic_s()
+        await until(lambda: passes(clock) and joins.is_set())
+        assert list(port._connections.values()) == [connection] and not connection.is_closed
+        client.close()
+        await until(lambda: not port.connection_count)
+
+
+async def test_a_connection_that_joins_a_transfer_while_the_port_is_full_makes_no_room(
+    port: BulkPort, clock: HandClock
+) -> None:
+    opened = [await connected(port) for _ in range(3)]
+    joining, *others = port._connections.values()
+    for each in others:
+        each.since_s += 1.0  # Only the first is old enough.
+    clock.advance(seconds=1.0)
+    lock: Any = LockTakenLate(lambda: setattr(joining, "has_joined", True))
+    joining.lock = lock
+    with await connected(port) as late:
+        assert await is_closed(late)
+    assert joining in port._connections.values()
+    for each_client in opened:
+        each_client.close()
 
 
 async def test_without_a_listener_transfers_are_refused(clock: HandClock) -> None:

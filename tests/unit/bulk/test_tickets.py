@@ -50,6 +50,15 @@ def test_tickets_that_are_never_brought_are_dropped() -> None:
     assert why(tickets, ticket, by=owner) == "expired"
 
 
+def test_a_transfer_expires_once_and_only_if_none_of_its_tickets_was_used() -> None:
+    tickets, joined, unjoined = TransferTickets[Owner](), Owner(), Owner()
+    first, _ = tickets.issue(joined, 2, expires_s=10.0)
+    tickets.issue(unjoined, 2, expires_s=10.0)
+    use(tickets, first, by=joined, at_s=9.9)
+    assert tickets.expire(10.0) == [unjoined]
+    assert tickets.open_count == 0
+
+
 def test_another_client_or_certificate_is_refused_and_does_not_use_the_ticket_up() -> None:
     tickets, owner = TransferTickets[Owner](), Owner(certificate=b"c" * 32)
     (ticket,) = tickets.issue(owner, 1, expires_s=10.0)

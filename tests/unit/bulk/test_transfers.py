@@ -122,6 +122,21 @@ async def test_a_load_whose_client_leaves_before_its_first_step_ends(
     assert port.ended["load", "TRANSFER_ENDED"] == 1
 
 
+async def test_a_load_that_ends_by_a_fault_of_the_daemon_is_counted_as_that(
+    opened: OpenStore, port: BulkPort, client: Client, leased: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def send(sender: OutgoingLoad) -> None:
+        raise ValueError("of a test")
+
+    async def to_send(*_: object) -> Callable[[OutgoingLoad], Any]:
+        return send
+
+    monkeypatch.setattr(opened.store.loads, "to_send", to_send)
+    with joined(port, client, await open_load(port, client, leased)) as connection:
+        assert isinstance(await error_on(connection), TransferEnded)
+    assert +port.ended == {("load", "INTERNAL"): 1}
+
+
 async def test_an_offered_load_is_nothing_until_a_connection_brings_its_ticket(
     opened: OpenStore, port: BulkPort, clock: HandClock, client: Client, leased: int
 ) -> None:
