@@ -8,20 +8,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvservice_api.errors import ChecksumMismatch, LeaseExpired
+from kvservice_api.errors import ChecksumMismatch
 from kvservice_api.v1 import admin_pb2
 from kvservice_client import BlockChain, Client, Durability, Layout, Lease, Tier
-from tests.daemon import MIB, DaemonProcess
+from kvservice_client.transports import shm
+from kvservice_client.transports.in_place import InPlace
+from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, tiers_of, verify
-from tests.integration.media import Flip, arena, flip_data, flip_trailer, ssd_file
+from tests.integration.media import Flip, arena, flip_bit_of, flip_data, flip_trailer, ssd_file
 
 _PLACES = 12  # Blocks damaged in each test, each at another random place.
-
-# A block that is read from SSD into its place in DRAM may have left it before the client has the daemon's error.
-DAMAGED = (ChecksumMismatch, LeaseExpired)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def expect_quarantine(daemon: DaemonProcess, client: Client, layout: Layout, cha
     before = quarantined(client)
     with client.open_layout(layout).lookup(chain) as lease:
         assert lease.hit_blocks == 1
-        with pytest.raises(DAMAGED):
+        with pytest.raises(ChecksumMismatch):
             compare(lease, layout, chain)
     assert quarantined(client) == before + 1
     (key,) = chain.keys
@@ -73,7 +73,7 @@ def test_the_log_names_the_damaged_block_and_what_of_it_is_damaged(tmp_path: Pat
                 if tier is Tier.SSD:
                     client.evict(chain, Tier.DRAM)
                 flip((arena if tier is Tier.DRAM else ssd_file)(daemon), LARGE, chain.keys[0], random.Random(3))
-                with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(DAMAGED):
+                with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(ChecksumMismatch):
                     compare(lease, LARGE, chain)
                 event = "a damaged block was quarantined"
                 line = daemon.wait_for_log(event, key=chain.keys[0].hex(), tier=str(tier))
@@ -139,6 +139,27 @@ def test_a_flipped_bit_in_the_arena_is_caught_by_the_next_load(
     verify(client, layout, chains[0])
 
 
+def test_damage_that_is_found_during_a_load_in_place_is_its_error_also_if_the_block_has_left_before(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_copy = shm._start_copy
+
+    def start_copy_late(blocks: InPlace, *arguments: Any) -> Any:
+        """The daemon has found the damage of a later layer, and has released the space of the block."""
+        until(lambda: blocks.are_replaced)
+        return start_copy(blocks, *arguments)
+
+    with daemon.client(transport="shm") as client:
+        chain = new_chain(LARGE)
+        assert save(client, LARGE, chain, Durability.SSD).is_complete
+        client.evict(chain, Tier.DRAM)
+        flip_bit_of(ssd_file(daemon), LARGE, chain.keys[0], LARGE.layers - 1)
+        monkeypatch.setattr(shm, "_start_copy", start_copy_late)
+        with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(ChecksumMismatch) as caught:
+            compare(lease, LARGE, chain)
+        assert caught.value.details["block"] == "0"
+
+
 def test_one_damaged_block_of_a_chain_ends_the_prefix_there_and_costs_no_other_block(
     daemon: DaemonProcess, client: Client
 ) -> None:
@@ -146,7 +167,7 @@ def test_one_damaged_block_of_a_chain_ends_the_prefix_there_and_costs_no_other_b
     assert save(client, LARGE, chain, Durability.SSD).is_complete
     client.evict(chain, Tier.DRAM)
     flip_data(ssd_file(daemon), LARGE, chain.keys[3], random.Random(4))
-    with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(DAMAGED):
+    with client.open_layout(LARGE).lookup(chain) as lease, pytest.raises(ChecksumMismatch):
         compare(lease, LARGE, chain)
     assert client.open_layout(LARGE).contains(chain) == 3
     for position in (0, 1, 2, 4, 5):
@@ -202,7 +223,7 @@ def test_a_bit_that_flipped_while_no_daemon_ran_is_caught_all_the_same(
     for chain in chains[1:3]:
         with client.open_layout(LARGE).lookup(chain) as lease:
             if lease.hit_blocks:  # Unless the write-behind found the damage first.
-                with pytest.raises(DAMAGED):
+                with pytest.raises(ChecksumMismatch):
                     compare(lease, LARGE, chain)
         assert client.open_layout(LARGE).contains(chain) == 0
     assert quarantined(client) == 2

@@ -232,6 +232,18 @@ class InPlace:
         if not self._order.is_usable():
             raise LeaseExpired("the lease is about to end: bytes in place are not used any more")
 
+    def check_with_reason(self) -> None:
+        """As `check`. If the daemon has ended the call by an error, and so released the blocks, raises that error.
+
+        It may wait for the error. For the thread that waits for layers.
+        """
+        try:
+            self.check()
+        except LeaseExpired:
+            if self.are_replaced and self.layers_ready < self.layer_count:
+                self.wait_for_layer(self.layer_count - 1)
+            raise
+
     def close(self) -> None:
         """End the call, which ends the daemon's hold on the blocks."""
         if self._answers is not None:
@@ -371,9 +383,9 @@ class View:
         try:
             self.check()
         except LeaseExpired:
-            if self._is_open and self._blocks.are_replaced and self._blocks.layers_ready < self._blocks.layer_count:
+            if self._is_open:
                 with self._deadline.layer():
-                    self._blocks.wait_for_layer(self._blocks.layer_count - 1)
+                    self._blocks.check_with_reason()
             raise
 
     def __enter__(self) -> Self:

@@ -88,7 +88,7 @@ class ShmTransport(Transport):
                             next_layer = until
                         targets, group = started.popleft()
                         batch.finish(group, deadline)
-                        blocks.check()
+                        blocks.check_with_reason()
                         layer += len(targets)
                         if layer == order.layer_count:
                             self._note(order, blocks, began_s)  # A caller that has all layers may ask for no more.
@@ -96,7 +96,7 @@ class ShmTransport(Transport):
                             deadline.check()
                             yield target
             except InPlaceMismatch:
-                blocks.check()  # The blocks may have been replaced, which is not damage.
+                blocks.check_with_reason()  # The blocks may have been replaced, which is not damage.
                 raise
 
     def _note(self, order: LoadOrder, blocks: InPlace, began_s: float) -> None:
