@@ -84,6 +84,25 @@ def test_a_block_lost_by_the_faster_tiers_is_read_from_the_third(daemon: DaemonP
         verify(client, LARGE, chain)
 
 
+def test_a_block_that_left_ssd_before_its_copy_was_made_is_copied_from_dram(
+    new_daemon: Callable[..., DaemonProcess], tmp_path: Path
+) -> None:
+    lower = below_ssd(tmp_path / "archive", "tests.slow_directory:TroubledDirectory")
+    daemon = new_daemon(dram__capacity_bytes=8 * MIB, ssd__capacity_bytes=8 * MIB, tiers__below_ssd=lower)
+    marker = tmp_path / "archive.trouble"
+    with daemon.client() as client:
+        marker.write_text("write fails")
+        chain = new_chain(LARGE)
+        save(client, LARGE, chain, Durability.SSD)
+        until(lambda: client.evict(chain.keys, "ssd").evicted == 1)  # A write that fails holds it for a moment.
+        assert tiers_of(client, chain) == ("dram",)
+        marker.unlink()
+        wait_for_archive(client, chain)
+        until(lambda: client.evict(chain.keys, "dram").evicted == 1)
+        assert tiers_of(client, chain) == ("archive",)
+        verify(client, LARGE, chain)
+
+
 def test_a_damaged_copy_in_the_third_tier_is_a_miss_and_never_wrong_bytes(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:

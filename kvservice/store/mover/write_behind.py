@@ -1,5 +1,8 @@
 """Write-behind: copies every block of one tier to the next slower tier soon, so that its eviction costs no I/O.
 
+The bytes are read from the fastest tier that has them: a block that has left the tier above before its copy was made is
+still copied, if a faster tier has it.
+
 There is one `WriteBehind` for each two neighbouring tiers. It writes the bytes of several blocks at a time; blocks
 whose bytes are written share index commits.
 """
@@ -13,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,7 +77,8 @@ class WriteBehind:
         self._dram = dram
         self._target = target
         self._above = above
-        self._below = lifecycle.blocks.tiers[lifecycle.blocks.position(above) + 1]
+        self._sources = lifecycle.blocks.tiers[: lifecycle.blocks.position(above) + 1]
+        self._below = lifecycle.blocks.tiers[len(self._sources)]
         self._following = following
         self._ranking = ranking
         self._clock = clock
@@ -209,9 +214,9 @@ class WriteBehind:
         await self._are_less(len(marks) - len(wanted))
 
     def _needs_copy(self, row: int, generation: int) -> bool:
-        """Whether the block is still in the upper tier, and may be copied below."""
+        """Whether the block is still in the upper tier, or in a faster one, and may be copied below."""
         blocks = self._blocks
-        if blocks.generation[row] != generation or not blocks.live[row] or not blocks.is_resident(row, self._above):
+        if blocks.generation[row] != generation or not blocks.live[row] or self._source(row) is None:
             return False
         # What the tier below has evicted was the least of it: a new copy would only evict a better block.
         is_unwanted = bool(blocks.unwanted[blocks.position(self._below), row])
@@ -277,7 +282,7 @@ class WriteBehind:
 
     async def _write(self, row: int, copied: asyncio.Event | None) -> None:
         blocks = self._blocks
-        source = blocks.extent(row, self._above) if blocks.live[row] else None
+        source = self._source(row) if blocks.live[row] else None
         if source is None:
             raise BlockNotFound("the block was evicted or discarded before it was written")
         if blocks.is_resident(row, self._below):
@@ -287,7 +292,7 @@ class WriteBehind:
         try:
             geometry = self._lifecycle.geometry(row)
             extent, flush_failures = await self._copy(row, source, geometry)  # Its memory is free before the commit.
-            if self._above == blocks.first_tier:
+            if source.tier == blocks.first_tier:
                 blocks.verified[row] = True  # It is held, so it is still this copy.
             if copied is not None:
                 copied.set()
@@ -296,33 +301,39 @@ class WriteBehind:
             self._counters.tier_written_behind_blocks[self._below] += 1
             self._counters.written_behind_bytes += geometry.image_bytes
         except ChecksumMismatch as error:
-            await self._lifecycle.quarantine(row, generation, self._above, error.message)
+            await self._lifecycle.quarantine(row, generation, source.tier, error.message)
             raise
         finally:
             self._lifecycle.unhold([row])
 
-    async def _image(self, source: Extent, geometry: BlockGeometry) -> memoryview:
+    def _source(self, row: int) -> _Source | None:
+        """The fastest copy that is not below."""
+        fastest = self._blocks.fastest(row)
+        extent = self._blocks.extent(row, fastest) if fastest in self._sources else None
+        return None if fastest is None or extent is None else _Source(fastest, extent)
+
+    async def _image(self, source: _Source, geometry: BlockGeometry) -> memoryview:
         """The block's bytes as memory: in place where they are in DRAM, else read into memory of their own."""
-        if self._above == self._blocks.first_tier:
-            return self._dram.view(source)[: geometry.image_bytes]
+        if source.tier == self._blocks.first_tier:
+            return self._dram.view(source.extent)[: geometry.image_bytes]
         image = image_check.scratch(geometry.image_bytes)
-        await self._lifecycle.tiers[self._above].read(source, 0, image, priority=WRITE)
-        self._counters.tier_read_bytes[self._above] += len(image)
+        await self._lifecycle.tiers[source.tier].read(source.extent, 0, image, priority=WRITE)
+        self._counters.tier_read_bytes[source.tier] += len(image)
         return image
 
-    async def _copy(self, row: int, source: Extent, geometry: BlockGeometry) -> tuple[Extent, int]:
+    async def _copy(self, row: int, source: _Source, geometry: BlockGeometry) -> tuple[Extent, int]:
         """The copy's place, and how many flushes of its file had failed before."""
         extent = await self._evictor.reserve(self._below, geometry.image_bytes, SpaceFor.COPY)
         flush_failures = self._target.flush_failures(extent)
         with _released_on_error(self._target, extent):
             image = await self._image(source, geometry)
-            trailer = self._trailer(row, image, geometry)
+            trailer = self._trailer(row, image, geometry, source.tier)
             for piece in image_check.cut(geometry, self._piece_bytes):
 
                 def verify(pages: memoryview, piece: image_check.ImagePiece = piece) -> None:
                     layers = range(piece.layer_begin, piece.layer_end)
                     if image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums):
-                        raise ChecksumMismatch(f"a layer was damaged in {self._above} before the block was written")
+                        raise ChecksumMismatch(f"a layer was damaged in {source.tier} before the block was written")
 
                 await self._target.write(extent, piece.start, image[piece.start : piece.end], verify)
                 self._counters.tier_written_bytes[self._below] += piece.end - piece.start
@@ -332,11 +343,11 @@ class WriteBehind:
             await self._target.seal(extent)
         return extent, flush_failures
 
-    def _trailer(self, row: int, image: memoryview, geometry: BlockGeometry) -> Trailer:
+    def _trailer(self, row: int, image: memoryview, geometry: BlockGeometry, tier: TierName) -> Trailer:
         expected = int(self._blocks.trailer_checksum[row])
         trailer = image_check.read_trailer(image, geometry, self._blocks.key_of(row), expected)
         if trailer is None:
-            raise ChecksumMismatch(f"the trailer was damaged in {self._above} before the block was written")
+            raise ChecksumMismatch(f"the trailer was damaged in {tier} before the block was written")
         return trailer
 
     async def _record(self, row: int, extent: Extent, flush_failures: int) -> None:
@@ -403,6 +414,13 @@ class WriteBehind:
         for copied in batch:
             self._target.release(copied.extent)  # No record names the extent.
             copied.fail(error)
+
+
+class _Source(NamedTuple):
+    """A copy that is read."""
+
+    tier: TierName
+    extent: Extent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
