@@ -237,6 +237,7 @@ class TestAForkWhileTheParentIsBusy:
             def work() -> str:
                 layers.clear()
                 gc.collect()
+                assert not client.stats().loaded_bytes  # The parent counts its load itself.
                 return use(client)
 
             in_child(work)

@@ -189,7 +189,7 @@ class _Arrivals:
         at, size_bytes = (header.layer, header.first_block), header.size_bytes
         if header.kind is MessageKind.DATA:
             ranges = self._ranges(*at, header.offset_bytes, size_bytes)
-            connection.receive(SocketBuffers(self._places(ranges)), deadline)
+            connection.receive(SocketBuffers(self._places(ranges, deadline)), deadline)
         else:
             ranges = self._ranges(*at, 0, header.offset_bytes)
             self._fill_summed(connection, ranges, size_bytes - header.offset_bytes, deadline)
@@ -206,7 +206,7 @@ class _Arrivals:
         """The slices, and their checksums. Raises Mismatch."""
         slices: list[memoryview] = []
         layers: list[int] = []  # Of each slice.
-        for (layer, begin, end), place in zip(ranges, self._places(ranges), strict=True):
+        for (layer, begin, end), place in zip(ranges, self._places(ranges, deadline), strict=True):
             starts = self._order.block_starts(layer)
             first, last = bisect_left(starts, begin), bisect_left(starts, end)
             if starts[first] != begin or starts[last] != end:
@@ -255,11 +255,15 @@ class _Arrivals:
             layer, begin, end = layer + 1, 0, end - size
         return ranges
 
-    def _places(self, ranges: list[_Range]) -> list[memoryview]:
-        """The caller's memory for these ranges. Waits while too much has arrived ahead of the caller."""
+    def _places(self, ranges: list[_Range], deadline: Deadline | None) -> list[memoryview]:
+        """The caller's memory for these ranges. A thread of ours waits while too much has arrived ahead of the caller.
+        The caller's thread, which has a deadline, cannot wait for itself.
+        """
         order, (first, begin, _), (last, _, end) = self._order, ranges[0], ranges[-1]
         with self._changed:
             while first > self._taken + self._ahead:
+                if deadline is not None:
+                    raise InvalidFrame(f"layer {first} arrived while layer {self._taken} was not complete")
                 self._transfer.check_not_over()
                 self._changed.wait()
             self._begun.add(self._begins[first] + begin, self._begins[last] + end)

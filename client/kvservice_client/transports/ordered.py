@@ -187,7 +187,7 @@ class OrderedTransports:
 
         Closing the generator ends the load.
         """
-        waiting = deque(self._transports)
+        waiting, generation = deque(self._transports), forks.generation
         while waiting:
             transport = waiting.popleft()
             if not self._carries(transport, order, deadline):
@@ -216,7 +216,7 @@ class OrderedTransports:
                 continue
             finally:
                 layers.close()
-                if size_bytes:
+                if size_bytes and generation == forks.generation:  # A forked child ends a load that is its parent's.
                     self.meter.add(transport.name, loaded_bytes=size_bytes, load_seconds=seconds)
             self.meter.add(transport.name, loads=1)
             return

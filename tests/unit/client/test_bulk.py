@@ -36,7 +36,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import BlockChain, Durability, Layout, Shard, TlsFiles
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline, TransferDeadline, Watchdog
-from kvservice_client.transports import bulk_transfer
+from kvservice_client.transports import bulk, bulk_transfer
 from kvservice_client.transports.base import LoadOrder, Mismatch, NotCarried, SaveOrder
 from kvservice_client.transports.bulk import BulkTransport
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections, Endpoint, User
@@ -247,6 +247,26 @@ class TestALoad:
         )
         with pytest.raises(InvalidFrame):
             list(transport.load(order, whole()))
+
+    @pytest.mark.parametrize("connections", [1], ids=["one connection"], indirect=True)
+    def test_does_not_wait_for_itself_when_a_layer_comes_long_before_its_turn(
+        self, connections: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        order = order_of(LARGE, [512] * 4, into=False)
+        monkeypatch.setattr(bulk, "_AHEAD_BYTES", order.block_starts(0)[-1])
+        raised: list[BaseException] = []
+
+        def load() -> None:
+            with pytest.raises(InvalidFrame, match="layer 5 arrived while layer 0") as caught:
+                list(transport.load(order, whole()))
+            raised.append(caught.value)
+
+        with BulkDaemon(units_of(order, content(order))[-1:]) as daemon:
+            transport = BulkTransport(daemon.connection())
+            thread = threading.Thread(target=load, daemon=True)
+            thread.start()
+            thread.join(SOON_S)
+            assert raised
 
 
 class TestTheEndOfALoad:
