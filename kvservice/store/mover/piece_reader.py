@@ -122,11 +122,11 @@ class PieceReader:
         await self._loop_budget.slot()
         self._counters.tier_read_bytes[tier] += job.read_bytes
         for pending, failure in job.failures:  # Only now: the right pieces do not wait for a quarantine.
-            await self._fail(pending, failure)
+            self._fail(pending, failure)
         for pending, piece, sums in job.waiting:
             await pending.trailer_known()
             if (damage := _damage(pending, piece, sums)) is not None:
-                await self._fail(pending, damage)
+                self._fail(pending, damage)
         self._note_read(job.pieces)
         self._wake(job)
 
@@ -152,15 +152,18 @@ class PieceReader:
         if over:
             self._over(over)
 
-    async def _fail(self, pending: PendingPromotion, error: KVError) -> None:
-        """Take a damaged block out of service at once, before the other promotions have ended."""
+    def _fail(self, pending: PendingPromotion, error: KVError) -> None:
+        """Take a damaged block out of service at once, before the other promotions have ended. No read waits until the
+        index has recorded that: a tier below SSD may hang.
+        """
         if "key" not in error.details:  # Of its own: several blocks may have failed by the same error.
             error = type(error)(error.message, **{**error.details, "key": pending.source.key.hex()})
-        pending.failed(error)
         self._counters.storage_errors += isinstance(error, StorageFailed)
         if isinstance(error, ChecksumMismatch):
             tier, what = pending.source.tier, error.details["damaged"]
-            await self._lifecycle.quarantine(pending.row, pending.generation, tier, what)
+            quarantine = self._lifecycle.quarantine(pending.row, pending.generation, tier, what)
+            self._tasks.start(quarantine, "quarantine")  # It runs before the loads that get the error.
+        pending.failed(error)
 
 
 class _Job:
@@ -198,7 +201,8 @@ class _Job:
                 self.failures.append((pending, damage))
 
     def fail(self, error: KVError) -> None:
-        """All of it."""
+        """All of it. Pieces that no thread has taken are taken here: else they would be tried for ever."""
+        self.pieces = self.pieces or self._order.next()
         self.waiting.clear()
         self.failures = [(pending, error) for pending, _ in self.pieces]
 

@@ -34,11 +34,11 @@ class LayerReads:
         self._began_s.setdefault(piece.layer_begin, self._clock.monotonic_s())
 
     def end(self, piece: ImagePiece) -> None:
-        """The piece is read and verified, or that has failed."""
+        """The piece is read and verified, or that has failed; or it is not read, because its block has failed."""
         layer = piece.layer_begin
         self._left[layer] -= 1
         self._bytes[layer] += piece.end - piece.start
-        if not self._left[layer]:
+        if not self._left[layer] and layer in self._began_s:
             spans.record(
                 "kvservice.tier.read",
                 self._clock.monotonic_s() - self._began_s[layer],

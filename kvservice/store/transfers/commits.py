@@ -141,7 +141,6 @@ class Commits:
         for destination in written:
             assert destination.extent is not None
             extents.append(destination.extent)
-            state.space.recorded(destination.extent)
             destination.extent = destination.image = None  # From here on `admit` owns the space.
         try:
             await self._lifecycle.admit(rows, extents)

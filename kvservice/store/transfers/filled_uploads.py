@@ -33,9 +33,6 @@ class _SpaceInUse:
     def returned(self, extent: Extent) -> None:
         self._returned.append(extent)
 
-    def recorded(self, extent: Extent) -> None:
-        pass
-
     def release(self) -> None:
         returned, self._returned = self._returned, []
         for extent in returned:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,8 +50,11 @@ class _WrittenInPlace:
             self._writer.forget(extent)
             self._dram.release(extent)
 
-    def recorded(self, extent: Extent) -> None:
-        self._writer.forget(extent)
+    def written(self, places: Sequence[Place]) -> None:
+        """The client has committed. If its process ends during the commit, these places are not free by that."""
+        self.may_be_written = False
+        for place in places:
+            self._writer.forget(place.extent)
 
 
 class _InPlaceUpload(NamedTuple):
@@ -139,7 +143,7 @@ class InPlaceUploads:
             raise ReservationEnded("there is no such reservation: reserve again", reservation_id=number)
         found.upload.check_written(checksums)
         del self._open[number]
-        found.space.may_be_written = False
+        found.space.written(found.upload.places)
         return await found.upload.commit_written(checksums, on_ssd=found.on_ssd)
 
     def abandon(self, caller: Caller, number: int, client: Client) -> None:

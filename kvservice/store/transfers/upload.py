@@ -101,7 +101,7 @@ class Upload:
         self._all = uploads
         checksums = np.zeros((len(request.keys), request.shard.layers), np.uint64)
         began_s = uploads.clock.monotonic_s()
-        self._state = UploadState(caller, client, request, space, path, began_s, checksums)
+        self._state = UploadState(caller, client, request, path, began_s, checksums)
         self._client = client
         self._request = request
         self._space = space

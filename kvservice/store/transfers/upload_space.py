@@ -1,4 +1,4 @@
-"""The owner of the space of an upload, from its reservation to its record."""
+"""The owner of the space of an upload, from its reservation until it is returned or a record names it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ class Space(Protocol):
     def returned(self, extent: Extent) -> None:
         """The upload does not need it any more, and no record has ever named it."""
 
-    def recorded(self, extent: Extent) -> None:
-        """A record is about to name it."""
-
 
 class OwnSpace:
     """Space that only the daemon writes: it is free at once."""
@@ -32,6 +29,3 @@ class OwnSpace:
 
     def returned(self, extent: Extent) -> None:
         self._dram.release(extent)
-
-    def recorded(self, extent: Extent) -> None:
-        pass

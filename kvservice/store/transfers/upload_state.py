@@ -14,7 +14,6 @@ from kvservice.store.leases import Client
 from kvservice.store.transfers.admission import Claim
 from kvservice.store.transfers.arrived_slices import ArrivedSlices
 from kvservice.store.transfers.save_request import SaveOutcome, SavePath, SaveRequest
-from kvservice.store.transfers.upload_space import Space
 from kvservice_api.image import BlockGeometry
 
 
@@ -35,7 +34,6 @@ class UploadState:
     caller: Caller
     client: Client
     request: SaveRequest
-    space: Space
     path: SavePath
     began_s: float  # By the monotonic clock.
     checksums: NDArray[np.uint64]  # Of received slices: ``[block, layer]``.

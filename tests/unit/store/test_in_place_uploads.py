@@ -285,6 +285,37 @@ async def test_what_was_committed_stays_where_it_is_when_its_writer_ends(opened:
     assert await loaded(opened, opened.store.leases.attach(CALLER, "other"), chain) == layers_of(images)
 
 
+async def test_a_client_that_ends_while_its_blocks_are_committed_costs_none_of_them(
+    open_store: Callable[..., Any],
+) -> None:
+    """A commit of many blocks takes several turns of the event loop."""
+    opened: OpenStore = await open_store(share=True, dram_bytes=4 * MIB, ssd_bytes=0)
+    client = opened.store.leases.attach(CALLER, "test")
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
+    chain = some_chain(40)
+    images = some_images(chain)
+    places = await reserve(opened, client, chain)
+    write(opened, places, images)
+    budget = opened.store._loop_budget
+    for _ in range(2):
+        await budget._places.acquire()  # As other work does.
+    committing = asyncio.create_task(commit(opened, client, places, images))
+    await until(lambda: bool(opened.blocks.row_end))
+    opened.store.leases.detach(CALLER, client)
+    lock.release()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    budget._places.release()
+    budget._places.release()
+
+    assert len((await committing).stored) == 40
+
+    await until(lambda: not opened.in_place_uploads.set_aside)
+    await opened.settle()
+    assert await loaded(opened, opened.store.leases.attach(CALLER, "other"), chain) == layers_of(images)
+    assert not list((opened.dram.arena.directory / "writers").iterdir())
+
+
 async def test_an_index_that_refuses_the_record_costs_the_save_and_no_space(
     opened: OpenStore, client: Client, lock: WriterLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
