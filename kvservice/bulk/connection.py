@@ -15,6 +15,7 @@ from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 
 from kvservice_api.bulk import HEADER_BYTES, PREFACE, MessageHeader, unpack_header
 from kvservice_api.socket_buffers import BLOCKED, ENDED, SocketBuffers
+from kvservice_api.tcp_links import limit_bytes_ahead, shortest_rtt_s
 
 READABLE, WRITABLE = EPOLLIN, EPOLLOUT
 NOW = EPOLLIN | EPOLLOUT  # Continue after the others that can.
@@ -42,6 +43,7 @@ class BulkConnection:
 
     __slots__ = (
         "_header",
+        "_is_limited",
         "_others",
         "_socket",
         "certificate",
@@ -76,6 +78,7 @@ class BulkConnection:
         self.sent_bytes = self.received_bytes = 0
         self.moves: Callable[[int], None] | None = None  # Called after so many bytes of its transfer have moved.
         self._header = bytearray(HEADER_BYTES)
+        self._is_limited = accepted.family == socket.AF_UNIX
         self._others = others
         self.steps: Steps | None = None
 
@@ -109,6 +112,11 @@ class BulkConnection:
                 yield WRITABLE
         if shown := wrapped.getpeercert(binary_form=True):
             self.certificate = hashlib.sha256(shown).digest()
+
+    def limit_bytes_ahead(self) -> None:
+        """As the function, at the beginning of each transfer until it is known that the client is on this host."""
+        if not self._is_limited:
+            self._is_limited = limit_bytes_ahead(self._socket, shortest_rtt_s(self._socket))
 
     def read_header(self) -> Generator[int, int, MessageHeader]:
         """Raises InvalidFrame; as `read`."""

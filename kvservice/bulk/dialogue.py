@@ -44,6 +44,7 @@ class Dialogue:
             if header.kind is not MessageKind.HELLO or header.size_bytes != HELLO_BYTES:
                 raise InvalidFrame(f"a message {header.kind.name} of {header.size_bytes} bytes comes before HELLO")
             yield from connection.read(SocketBuffers([memoryview(hello)]))
+            connection.limit_bytes_ahead()
             try:
                 transfer, number = self._open_tickets.use(
                     *unpack_hello(hello), connection.certificate, self._clock.monotonic_s()

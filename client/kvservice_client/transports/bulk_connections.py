@@ -8,7 +8,6 @@ import select
 import socket
 import ssl
 import struct
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +17,7 @@ from weakref import WeakSet
 from kvservice_api.bulk import PREFACE
 from kvservice_api.errors import BulkUnavailable
 from kvservice_api.socket_buffers import ENDED, SocketBuffers
+from kvservice_api.tcp_links import limit_bytes_ahead, shortest_rtt_s
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
 from kvservice_client.connection import Connection
@@ -32,8 +32,6 @@ _IDLE_MAX = 8
 _IDLE_S = 45.0  # The daemon closes idle connections after 60 s.
 _WAIT_S = 1.0  # At most, of one system call; the deadline is checked between two.
 _TIMEVAL = struct.Struct("@ll")
-_MIN_RTT_OFFSET, _TCP_INFO_BYTES = 148, 152  # In struct tcp_info: tcpi_min_rtt, u32, us.
-_NO_RTT_US = 2**32 - 1  # Before the first one was measured.
 
 
 class Endpoint(NamedTuple):
@@ -56,6 +54,7 @@ class BulkConnection:
         self.pause_s = _WAIT_S  # After which a call returns with what has come.
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._wait_s: float | None = None
+        self._is_limited = False
 
     def connect(self, address: Any, context: ssl.SSLContext | None, limit: Deadline) -> None:
         """Connect, and send the preface."""
@@ -70,15 +69,16 @@ class BulkConnection:
             wrapped.do_handshake()
         self._socket.settimeout(None)
         self._socket.sendall(PREFACE)
+        self.limit_bytes_ahead(self.rtt_s)
 
     @property
     def rtt_s(self) -> float:
-        """The shortest round trip that the kernel has seen lately: that of the link. Its estimate of the current one
-        also has the time in queues, which is milliseconds where both hosts are busy. 0 if it is not known yet.
-        """
-        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        rtt_us = int.from_bytes(info[_MIN_RTT_OFFSET:_TCP_INFO_BYTES], sys.byteorder)
-        return 0.0 if rtt_us == _NO_RTT_US else rtt_us / 1e6
+        """The shortest round trip of its link. 0 if it is not known yet."""
+        return shortest_rtt_s(self._socket)
+
+    def limit_bytes_ahead(self, rtt_s: float) -> None:
+        """As the function, once."""
+        self._is_limited = self._is_limited or limit_bytes_ahead(self._socket, rtt_s)
 
     @property
     def is_stale(self) -> bool:
@@ -329,9 +329,10 @@ class BulkConnections:
         now_s = self._connection.clock.now_s()
         connection.idle_since_s = now_s
         connection.arrived, connection.pause_s = None, _WAIT_S
-        rtt = connection.endpoint, connection.rtt_s
+        rtt_s = connection.rtt_s
+        connection.limit_bytes_ahead(rtt_s)
         with self._lock:
-            self._rtt = rtt
+            self._rtt = connection.endpoint, rtt_s
             if not self._is_closed:
                 self._idle.append(connection)
                 connection = self._idle[0]

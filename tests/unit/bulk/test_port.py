@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import socket
 import struct
 import threading
@@ -66,6 +67,19 @@ async def test_a_connection_that_does_not_say_hello_in_time_is_closed(
         await until(lambda: passes(clock) and not port.connection_count)
         assert await is_closed(client)
         assert port.refused["timeout"] == 1
+
+
+@pytest.mark.parametrize(("rtt_s", "is_limited"), [(5e-6, True), (50e-6, False), (0.0, False)])
+async def test_a_client_on_the_same_host_is_sent_half_a_mib_ahead_of_what_it_has_received(
+    port: BulkPort, monkeypatch: pytest.MonkeyPatch, rtt_s: float, is_limited: bool
+) -> None:
+    monkeypatch.setattr("kvservice.bulk.connection.shortest_rtt_s", lambda connected: rtt_s)
+    with await connected(port, PREFACE) as client:
+        (connection,) = port._connections.values()
+        with socket.socket(fileno=os.dup(connection.fd)) as of_daemon:
+            client.sendall(pack_hello(bytes(32), bytes(16)))  # No such ticket: the daemon closes the connection.
+            await until(lambda: not port.connection_count or port.refused["unknown"])
+            assert (of_daemon.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 512 << 10) == is_limited
 
 
 async def test_a_full_port_refuses_while_the_others_are_new(port: BulkPort) -> None:

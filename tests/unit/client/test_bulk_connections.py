@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import struct
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kvservice_client.retry import Deadline
-from kvservice_client.transports.bulk_connections import BulkConnection, Endpoint
+from kvservice_client.retry import SYSTEM_CLOCK, Deadline
+from kvservice_client.transports import bulk_connections
+from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections, Endpoint
 
 ENDPOINT = Endpoint("127.0.0.1", 1, 1, None)
 
@@ -42,3 +44,28 @@ def test_a_connection_knows_its_round_trip_once_it_is_connected() -> None:
         connection.connect(listener.getsockname(), None, Deadline(10.0))
         assert 0 < connection.rtt_s < 10.0
         connection.close()
+
+
+@pytest.mark.parametrize(
+    ("at_first_s", "later_s", "is_limited"),
+    [(5e-6, 5e-6, (True, True)), (50e-6, 5e-6, (False, True)), (50e-6, 50e-6, (False, False))],
+)
+def test_a_daemon_on_the_same_host_is_sent_half_a_mib_ahead_of_what_it_has_received(
+    monkeypatch: pytest.MonkeyPatch, at_first_s: float, later_s: float, is_limited: tuple[bool, bool]
+) -> None:
+    """A busy host may show its round trip only after a transfer."""
+
+    def is_now_limited() -> bool:
+        return connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 512 << 10
+
+    client: Any = SimpleNamespace(clock=SYSTEM_CLOCK)
+    pool = BulkConnections(client, lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setattr(bulk_connections, "shortest_rtt_s", lambda connected: at_first_s)
+        connection = BulkConnection(socket.AF_INET, ENDPOINT)
+        connection.connect(listener.getsockname(), None, Deadline(10.0))
+        after_connect = is_now_limited()
+        monkeypatch.setattr(bulk_connections, "shortest_rtt_s", lambda connected: later_s)
+        pool.put_back(connection)
+        assert (after_connect, is_now_limited()) == is_limited
+        pool.close()
