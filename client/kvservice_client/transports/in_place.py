@@ -23,6 +23,7 @@ from kvservice_client.retry import TransferDeadline
 from kvservice_client.transports.base import LoadOrder, Mismatch
 
 _SHARD_BYTES = 8
+_KEPT_SLICES_MAX = 8192  # Of a load whose tables are kept: they have up to a MiB.
 
 Verify = Literal["once", "always"]
 VERIFY: tuple[Verify, ...] = ("once", "always")
@@ -182,7 +183,7 @@ class InPlace:
     def _copies(self) -> tuple[Table, Table]:
         """Those of all layers."""
         order = self._order
-        slices, runs = _tables_of(order.layout, order.shard, tuple(self._shards), tuple(order.token_counts))
+        slices, runs = tables_of(order.layout, order.shard, tuple(self._shards), tuple(order.token_counts))
         slices = slices.copy()
         slices.reshape(-1, self.block_count, 4)[:, :, 1] += self._offsets
         return slices, runs
@@ -425,11 +426,19 @@ def part_of(located: pb.LocateBlocksResponse, begin: int, end: int) -> pb.Locate
     )
 
 
-@lru_cache(maxsize=16)  # Up to a MiB each. Loads of as many blocks as before begin a tenth of a millisecond earlier.
-def _tables_of(
+def tables_of(
     layout: Layout, wanted: Shard, stored: tuple[Shard, ...], token_counts: tuple[int, ...]
 ) -> tuple[Table, Table]:
     """Slices and runs of all layers, as `InPlace.copies` has them, with images that begin at 0. Do not change them."""
+    is_small = wanted.layers * len(stored) <= _KEPT_SLICES_MAX
+    make = _tables_of if is_small else _tables_of.__wrapped__
+    return make(layout, wanted, stored, token_counts)
+
+
+@lru_cache(maxsize=16)  # Loads of as many blocks as before begin a tenth of a millisecond earlier.
+def _tables_of(
+    layout: Layout, wanted: Shard, stored: tuple[Shard, ...], token_counts: tuple[int, ...]
+) -> tuple[Table, Table]:
     blocks = zip(stored, token_counts, strict=True)
     tables = [_runs_of(layout, wanted, shard, tokens) for shard, tokens in blocks]
     ranges = np.stack([table[0] for table in tables], axis=1)  # [layer, block, begin and end]
