@@ -277,6 +277,9 @@ class _Sending:
     """The slices of one save that the daemon wants, in units, for all of its connections. Thread-safe."""
 
     def __init__(self, order: SaveOrder, wanted: Sequence[int], transfer: BulkTransfer) -> None:
+        """Raises InvalidFrame if the save has no such blocks."""
+        if max(wanted, default=0) >= len(order.layers[0]):
+            raise InvalidFrame(f"the daemon wants block {max(wanted)} of a save of {len(order.layers[0])} blocks")
         self._order = order
         self._wanted = list(wanted)
         self._transfer = transfer

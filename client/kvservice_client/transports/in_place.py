@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Literal, NoReturn, Protocol, Self, runtime_checkable
 
@@ -23,6 +23,7 @@ from kvservice_client.retry import TransferDeadline
 from kvservice_client.transports.base import LoadOrder, Mismatch
 
 _SHARD_BYTES = 8
+_KEPT_SLICES_MAX = 8192  # Of a load whose tables are kept: they have up to a MiB.
 
 Verify = Literal["once", "always"]
 VERIFY: tuple[Verify, ...] = ("once", "always")
@@ -63,12 +64,16 @@ class InPlace:
         self._arena = arena
         self._order = order
         self._places: list[int] = list(first.offsets)
+        if max(self._places, default=0) > len(arena.data) or len(first.shards) % _SHARD_BYTES:
+            raise InvalidFrame("the daemon located blocks outside the arena, or a part of a shard")
         self._offsets: NDArray[np.int64] = np.array(self._places, np.int64)
         self._generations: NDArray[np.uint32] = np.array(first.generations, np.uint32)
         self._trailer_checksums = list(first.trailer_checksums)
         self._trailers: dict[int, Trailer] = {}
-        self._shards = [Shard.decode(data) for data in _pieces(first.shards, _SHARD_BYTES)]
-        self._geometries = self._checked(list(first.token_counts))
+        shards = _pieces(first.shards, _SHARD_BYTES)
+        unlike = {data: Shard.decode(data) for data in set(shards)}  # Few: most blocks are cut in the same way.
+        self._shards = [unlike[data] for data in shards]
+        self._geometries = self._checked(list(first.token_counts), unlike.values())
         # Of each block, those of the requested layers.
         self._stored = [
             geometry.slices[order.shard.layer_begin - shard.layer_begin :]
@@ -78,20 +83,21 @@ class InPlace:
         self._is_whole = [shard.heads == order.shard.heads for shard in self._shards]
         self.layers_ready = first.layers_ready
 
-    def _checked(self, token_counts: list[int]) -> list[BlockGeometry]:
+    def _checked(self, token_counts: list[int], unlike: Iterable[Shard]) -> list[BlockGeometry]:
         """The blocks' geometries. Raises InvalidFrame if the answer does not fit the request."""
         order, count = self._order, self._order.block_count
         columns = (self._offsets, self._generations, self._trailer_checksums, self._shards)
         if token_counts != list(order.token_counts) or any(len(column) != count for column in columns):
             raise InvalidFrame("the daemon located other blocks than those that were requested")
-        if not all(shard.covers(order.shard) for shard in self._shards):
-            raise InvalidFrame("the daemon located blocks that lack a part of the request")
+        whole = Shard.whole(order.layout)
+        if not all(shard.covers(order.shard) and whole.covers(shard) for shard in unlike):
+            raise InvalidFrame("the daemon located blocks that lack a part of the request, or exceed the layout")
         found = [
             block_geometry(order.layout, shard, tokens)
             for shard, tokens in zip(self._shards, token_counts, strict=True)
         ]
         ends = self._offsets + [geometry.image_bytes for geometry in found]
-        if (self._offsets < 0).any() or (ends > len(self._arena.data)).any():
+        if (ends > len(self._arena.data)).any():
             raise InvalidFrame("the daemon located blocks outside the arena")
         return found
 
@@ -182,7 +188,7 @@ class InPlace:
     def _copies(self) -> tuple[Table, Table]:
         """Those of all layers."""
         order = self._order
-        slices, runs = _tables_of(order.layout, order.shard, tuple(self._shards), tuple(order.token_counts))
+        slices, runs = tables_of(order.layout, order.shard, tuple(self._shards), tuple(order.token_counts))
         slices = slices.copy()
         slices.reshape(-1, self.block_count, 4)[:, :, 1] += self._offsets
         return slices, runs
@@ -437,11 +443,19 @@ def part_of(located: pb.LocateBlocksResponse, begin: int, end: int) -> pb.Locate
     )
 
 
-@lru_cache(maxsize=16)  # Up to a MiB each. Loads of as many blocks as before begin a tenth of a millisecond earlier.
-def _tables_of(
+def tables_of(
     layout: Layout, wanted: Shard, stored: tuple[Shard, ...], token_counts: tuple[int, ...]
 ) -> tuple[Table, Table]:
     """Slices and runs of all layers, as `InPlace.copies` has them, with images that begin at 0. Do not change them."""
+    is_small = wanted.layers * len(stored) <= _KEPT_SLICES_MAX
+    make = _tables_of if is_small else _tables_of.__wrapped__
+    return make(layout, wanted, stored, token_counts)
+
+
+@lru_cache(maxsize=16)  # Loads of as many blocks as before begin a tenth of a millisecond earlier.
+def _tables_of(
+    layout: Layout, wanted: Shard, stored: tuple[Shard, ...], token_counts: tuple[int, ...]
+) -> tuple[Table, Table]:
     blocks = zip(stored, token_counts, strict=True)
     tables = [_runs_of(layout, wanted, shard, tokens) for shard, tokens in blocks]
     ranges = np.stack([table[0] for table in tables], axis=1)  # [layer, block, begin and end]

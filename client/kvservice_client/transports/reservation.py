@@ -41,14 +41,20 @@ class Reservation:
         end: Callable[[bool], None],
         deadline: Callable[[float | None], Deadline],
     ) -> None:
-        """`commit` sends checksums. `end` is called once, with whether the reservation must be abandoned."""
+        """`commit` sends checksums. `end` is called once, with whether the reservation must be abandoned.
+
+        Raises InvalidFrame for an answer that does not fit the save and the arena; `end` is not called then.
+        """
+        counts = saved.token_counts
+        if len(answer.offsets) != len(answer.blocks) or max(answer.blocks, default=0) >= len(counts):
+            raise InvalidFrame("the daemon reserved space for other blocks than those of the save")
         self._chains: Sequence[BlockChain] = saved.chains
         self._arena = arena
         self._commit = commit
         self._end = end
         self._deadline = deadline
         self._generation = forks.generation
-        geometries = [block_geometry(saved.layout, saved.shard, saved.token_counts[each]) for each in answer.blocks]
+        geometries = [block_geometry(saved.layout, saved.shard, counts[each]) for each in answer.blocks]
         places = list(zip(answer.offsets, geometries, strict=True))
         if any(offset + geometry.image_bytes > len(arena) for offset, geometry in places):
             raise InvalidFrame("the daemon reserved space outside the arena")

@@ -479,6 +479,12 @@ class TestASave:
             for block, piece in enumerate(slices):
                 assert bytes(arrived[block]) == (piece.tobytes() if block in wanted else bytes(piece.size))
 
+    def test_of_which_the_daemon_wants_a_block_that_it_does_not_have_is_refused(self) -> None:
+        with BulkDaemon() as daemon:
+            daemon.wanted = [0, 2]
+            with pytest.raises(InvalidFrame, match="block 2"):
+                BulkTransport(daemon.connection()).save(save_order(TINY, [4, 4]), Deadline(SOON_S))
+
     def test_of_which_nothing_is_wanted_uses_one_connection(self, connections: int) -> None:
         order = save_order(LARGE, [512] * 4)
         with BulkDaemon() as daemon, pytest.MonkeyPatch.context() as patch:
