@@ -26,8 +26,19 @@ typedef struct {
     int64_t target, offset, begin, rows, row_bytes, stride; /* `begin` counts within the slice. */
 } Run;
 
+typedef struct {
+    Py_buffer *views;
+    int64_t (*extents)[2]; /* Bytes that belong to it, counted from its `buf`. */
+    Py_ssize_t count;
+} Buffers;
+
+static const uint8_t *begin_of(const Slice *slice, const Buffers *sources) {
+    return (const uint8_t *)sources->views[slice->source].buf + slice->offset;
+}
+
+/* `next` is the slice that is copied after this one, or NULL. */
 static uint64_t copy_slice(const uint8_t *source, size_t size, const Run *runs, size_t count, const Py_buffer *targets,
-                           int summed, int streaming) {
+                           int summed, int streaming, const uint8_t *next) {
     Sum sum;
     begin_sum(&sum, source, size);
     for (const Run *run = runs; run < runs + count; run++) {
@@ -42,16 +53,13 @@ static uint64_t copy_slice(const uint8_t *source, size_t size, const Run *runs, 
                 copy_bytes(target + done, source + begin + done, size_now, streaming);
             }
     }
-    return summed ? end_sum(&sum) : 0;
+    if (!summed) return 0;
+    sum_until(&sum, size);
+    if (next) fetch_first(next);
+    return end_sum(&sum);
 }
 
 /* Python */
-
-typedef struct {
-    Py_buffer *views;
-    int64_t (*extents)[2]; /* Bytes that belong to it, counted from its `buf`. */
-    Py_ssize_t count;
-} Buffers;
 
 static void release_buffers(Buffers *buffers) {
     for (Py_ssize_t at = 0; at < buffers->count; at++) PyBuffer_Release(&buffers->views[at]);
@@ -142,8 +150,9 @@ static PyObject *copy_slices(PyObject *module, PyObject *given) {
     Py_BEGIN_ALLOW_THREADS
     streaming = streaming && has_avx2;
     for (int64_t at = 0; at < slice_count; at++) {
-        const uint8_t *source = (const uint8_t *)sources.views[slices[at].source].buf + slices[at].offset;
-        uint64_t sum = copy_slice(source, slices[at].size, runs, slices[at].runs, targets.views, summed, streaming);
+        const uint8_t *next = at + 1 < slice_count ? begin_of(&slices[at + 1], &sources) : NULL;
+        uint64_t sum = copy_slice(begin_of(&slices[at], &sources), slices[at].size, runs, slices[at].runs,
+                                  targets.views, summed, streaming, next);
         if (summed) found[at] = sum;
         runs += slices[at].runs;
     }

@@ -131,6 +131,7 @@ def _token_bytes(layout: Layout, shard: Shard) -> tuple[int, ...]:
 _TRAILER_HEAD = struct.Struct("<4sHH32s8s")
 _TRAILER_MAGIC = b"KVTR"
 _TRAILER_VERSION = 1
+_KEY = slice(8, 40)  # In the head.
 assert _TRAILER_HEAD.size == 48  # On-disk format: another size needs another version.
 TRAILER_START = int.from_bytes(_TRAILER_MAGIC + _TRAILER_VERSION.to_bytes(2, "little"), "little")  # 6 bytes.
 
@@ -164,6 +165,17 @@ class Trailer:
         if magic != _TRAILER_MAGIC or version != _TRAILER_VERSION or len(data) != cls.size_bytes(count):
             raise ValueError("not a trailer of this version")
         return cls(key, Shard.decode(shard), np.frombuffer(data, "<u8", count, _TRAILER_HEAD.size).astype(np.uint64))
+
+
+def checksums_of_trailers(trailers: NDArray[np.uint8], shard: Shard) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """The slices' checksums, shape [block, slice], of trailers of one size, shape [block, byte]; and which of them are
+    trailers of blocks that were stored for `shard`. As `Trailer.decode`, for many at once.
+    """
+    head = _TRAILER_HEAD.pack(_TRAILER_MAGIC, _TRAILER_VERSION, shard.layers, bytes(32), shard.encode())
+    given, before, after = np.frombuffer(head, np.uint8), slice(0, _KEY.start), slice(_KEY.stop, len(head))
+    are_right = (trailers[:, before] == given[before]).all(1) & (trailers[:, after] == given[after]).all(1)
+    sums = np.ascontiguousarray(trailers[:, len(head) :]).view("<u8").astype(np.uint64, copy=False)
+    return sums, are_right
 
 
 #  | "KVBD" | version u16 | 0 u16 | tokens u32 | 0 u32 | parent key 32 | layout fingerprint 32 | tenant 16 |

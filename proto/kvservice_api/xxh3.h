@@ -187,6 +187,11 @@ static void begin_sum(Sum *sum, const uint8_t *input, size_t size) {
     sum->summed = 0;
 }
 
+/* Begin to bring what is summed next into the cache. Within an input each block does that for the block after it. */
+static void fetch_first(const uint8_t *next) {
+    for (size_t at = 0; at < AHEAD; at += STRIPE) __builtin_prefetch(next + at);
+}
+
 /* Add whole blocks until the first `end` bytes are read, as far as these are not the input's last block. */
 static void sum_until(Sum *sum, size_t end) {
     while (sum->summed < end && sum->size - sum->summed > BLOCK) {

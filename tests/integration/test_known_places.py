@@ -235,8 +235,8 @@ def test_a_load_whose_caller_stops_after_the_last_layer_is_counted(
     assert [(each.blocks, each.outcome) for each in lookup.loads] == [(3, "done")]
 
 
-@pytest.mark.parametrize(("count", "is_located"), [(64, True), (65, False)])
-def test_places_are_named_for_64_blocks_at_most(
+@pytest.mark.parametrize(("count", "is_located"), [(256, True), (257, False)])
+def test_places_are_named_for_256_blocks_at_most(
     client: Client, blocks: BlockCache, calls: Calls, count: int, is_located: bool
 ) -> None:
     chain = new_chain(SMALL, count)

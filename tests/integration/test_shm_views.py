@@ -41,6 +41,42 @@ def test_a_view_shows_every_byte_where_the_daemon_has_it(client: Client, layout:
     assert client.stats().viewed_bytes == sum(each.size for layer in expected for each in layer)
 
 
+@pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small slices", "large slices"])
+def test_a_view_shows_whole_blocks_with_one_array_each(client: Client, layout: Layout) -> None:
+    chain = new_chain(layout, 3)
+    save(client, layout, chain)
+    with client.open_layout(layout).lookup(chain) as lease, lease.view(first_block=1) as view:
+        expected = np.stack([np.stack(layer) for layer in layers_of(layout, chain[1:])], axis=1)
+        blocks = view.blocks()
+        assert [block.tobytes() for block in blocks] == [block.tobytes() for block in expected]
+        assert {block.shape for block in blocks} == {expected.shape[1:]}
+        assert not any(block.flags.owndata or block.flags.writeable for block in blocks)
+    with pytest.raises(LeaseExpired):
+        view.blocks()
+
+
+def test_whole_blocks_of_a_view_that_always_verifies_are_verified(
+    new_daemon: Callable[..., DaemonProcess],
+) -> None:
+    daemon = new_daemon(ssd__capacity_bytes=0)
+    with daemon.client(transport="shm") as client:
+        chain = new_chain(LARGE, 3)
+        save(client, LARGE, chain)
+        with client.open_layout(LARGE).lookup(chain) as lease:
+            flip_bit_of(arena(daemon), LARGE, chain.keys[1], LARGE.layers - 1)
+            view = lease.view(verify="always")
+            with pytest.raises(ChecksumMismatch, match=f"layer {LARGE.layers - 1}"):
+                view.blocks()
+
+
+def test_blocks_that_are_not_of_one_shape_are_refused_as_whole_blocks(client: Client) -> None:
+    chain = new_chain(SMALL, 2)
+    save(client, SMALL, chain)
+    rank = client.open_layout(SMALL, Shard(1, 3, 1, 3))
+    with rank.lookup(chain) as lease, lease.view() as view, pytest.raises(InvalidRequest, match="use `slices`"):
+        view.blocks()
+
+
 def test_a_rank_sees_its_heads_of_whole_blocks_as_keys_and_values(client: Client) -> None:
     chain = new_chain(SMALL, 2)
     save(client, SMALL, chain)

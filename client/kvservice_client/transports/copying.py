@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvservice_api.copying import native
 from kvservice_client import forks
 from kvservice_client.retry import Deadline
@@ -70,7 +73,9 @@ class Batch:
         self._running: set[int] = set()  # The threads that run a part now.
         self._generation = forks.generation
 
-    def start(self, work: Callable[[range], None], sizes: Sequence[int], part_bytes: int = _PART_BYTES) -> Group:
+    def start(
+        self, work: Callable[[range], None], sizes: Sequence[int] | NDArray[np.int64], part_bytes: int = _PART_BYTES
+    ) -> Group:
         """`work` on all positions in `sizes`, in parts of `part_bytes` or a little more: it is called with consecutive
         positions.
         """
@@ -145,13 +150,11 @@ class Batch:
             raise interrupt
 
 
-def _parts(sizes: Sequence[int], part_bytes: int) -> Iterable[range]:
+def _parts(sizes: Sequence[int] | NDArray[np.int64], part_bytes: int) -> Iterable[range]:
     """Consecutive positions of `part_bytes` or a little more in total."""
-    start = total = 0
-    for position, size in enumerate(sizes):
-        total += size
-        if total >= part_bytes:
-            yield range(start, position + 1)
-            start, total = position + 1, 0
-    if start < len(sizes):
-        yield range(start, len(sizes))
+    ends = np.cumsum(sizes)
+    start = done_bytes = 0
+    while start < len(ends):
+        end = min(int(np.searchsorted(ends, done_bytes + part_bytes)) + 1, len(ends))
+        yield range(start, end)
+        start, done_bytes = end, int(ends[end - 1])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NoReturn, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -13,17 +13,15 @@ from kvservice_api import spans
 from kvservice_api.cached_property import cached_property
 from kvservice_api.copying import NO_RUNS, Table, copy_slices
 from kvservice_api.errors import ChecksumMismatch, InvalidFrame, InvalidRequest, KVError, LeaseExpired, NotShared
-from kvservice_api.image import BlockGeometry, Trailer, block_geometry, checksum
-from kvservice_api.layout import LayerGroup, Layout, Shard
+from kvservice_api.image import checksums_of_trailers
+from kvservice_api.layout import LayerGroup, Shard
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.arena_map import ArenaMap, ArenaObserver
 from kvservice_client.buffers import Bytes
 from kvservice_client.channel import Answers
 from kvservice_client.retry import TransferDeadline
 from kvservice_client.transports.base import LoadOrder, Mismatch
-
-_SHARD_BYTES = 8
-_KEPT_SLICES_MAX = 8192  # Of a load whose tables are kept: they have up to a MiB.
+from kvservice_client.transports.stored_forms import SHARD_BYTES, CopyTables, Form, copy_tables
 
 Verify = Literal["once", "always"]
 VERIFY: tuple[Verify, ...] = ("once", "always")
@@ -63,43 +61,37 @@ class InPlace:
             raise NotShared("the daemon has replaced its arena")
         self._arena = arena
         self._order = order
-        self._places: list[int] = list(first.offsets)
-        if max(self._places, default=0) > len(arena.data) or len(first.shards) % _SHARD_BYTES:
-            raise InvalidFrame("the daemon located blocks outside the arena, or a part of a shard")
-        self._offsets: NDArray[np.int64] = np.array(self._places, np.int64)
+        if max(first.offsets, default=0) > len(arena.data):
+            raise InvalidFrame("the daemon located blocks outside the arena")
+        self._offsets: NDArray[np.int64] = np.array(first.offsets, np.int64)
         self._generations: NDArray[np.uint32] = np.array(first.generations, np.uint32)
-        self._trailer_checksums = list(first.trailer_checksums)
-        self._trailers: dict[int, Trailer] = {}
-        shards = _pieces(first.shards, _SHARD_BYTES)
-        unlike = {data: Shard.decode(data) for data in set(shards)}  # Few: most blocks are cut in the same way.
-        self._shards = [unlike[data] for data in shards]
-        self._geometries = self._checked(list(first.token_counts), unlike.values())
-        # Of each block, those of the requested layers.
-        self._stored = [
-            geometry.slices[order.shard.layer_begin - shard.layer_begin :]
-            for geometry, shard in zip(self._geometries, self._shards, strict=True)
-        ]
-        # Each shard covers the request's.
-        self._is_whole = [shard.heads == order.shard.heads for shard in self._shards]
+        self._trailer_checksums: NDArray[np.uint64] = np.array(first.trailer_checksums, np.uint64)
+        self._packed_shards = first.shards
+        self._forms, self._form_of = self._checked(list(first.token_counts))
         self.layers_ready = first.layers_ready
 
-    def _checked(self, token_counts: list[int], unlike: Iterable[Shard]) -> list[BlockGeometry]:
-        """The blocks' geometries. Raises InvalidFrame if the answer does not fit the request."""
+    def _checked(self, token_counts: list[int]) -> tuple[list[Form], list[int]]:
+        """The forms of the blocks, which most of them share, and the number of each block's form. Raises InvalidFrame
+        if the answer does not fit the request.
+        """
         order, count = self._order, self._order.block_count
-        columns = (self._offsets, self._generations, self._trailer_checksums, self._shards)
-        if token_counts != list(order.token_counts) or any(len(column) != count for column in columns):
+        shards = [self._packed_shards[at : at + SHARD_BYTES] for at in range(0, count * SHARD_BYTES, SHARD_BYTES)]
+        columns = (self._offsets, self._generations, self._trailer_checksums)
+        if token_counts != list(order.token_counts) or len(self._packed_shards) != count * SHARD_BYTES:
             raise InvalidFrame("the daemon located other blocks than those that were requested")
+        if any(len(column) != count for column in columns):
+            raise InvalidFrame("the daemon located other blocks than those that were requested")
+        numbers: dict[tuple[bytes, int], int] = {}
+        form_of = [numbers.setdefault(each, len(numbers)) for each in zip(shards, token_counts, strict=True)]
+        decoded = [(Shard.decode(shard), tokens) for shard, tokens in numbers]
         whole = Shard.whole(order.layout)
-        if not all(shard.covers(order.shard) and whole.covers(shard) for shard in unlike):
+        if not all(shard.covers(order.shard) and whole.covers(shard) for shard, _ in decoded):
             raise InvalidFrame("the daemon located blocks that lack a part of the request, or exceed the layout")
-        found = [
-            block_geometry(order.layout, shard, tokens)
-            for shard, tokens in zip(self._shards, token_counts, strict=True)
-        ]
-        ends = self._offsets + [geometry.image_bytes for geometry in found]
+        forms = [Form.of(order, shard, tokens) for shard, tokens in decoded]
+        ends = self._offsets + np.array([form.geometry.image_bytes for form in forms], np.int64)[form_of]
         if (ends > len(self._arena.data)).any():
             raise InvalidFrame("the daemon located blocks outside the arena")
-        return found
+        return forms, form_of
 
     @property
     def are_held(self) -> bool:
@@ -133,98 +125,102 @@ class InPlace:
     @property
     def are_whole(self) -> bool:
         """Whether all bytes of all stored slices are requested."""
-        return all(self._is_whole)
+        return all(form.is_whole for form in self._forms)
 
     @property
     def memory(self) -> Bytes:
         """The arena, read-only."""
         return self._arena.data
 
-    def place(self, block: int, layer: int) -> tuple[int, int]:
-        """Begin and end in `memory` of one stored slice, with all heads; `layer` counts from the first requested."""
-        begin, end = self._stored[block][layer][:2]
-        offset = self._places[block]
-        return offset + begin, offset + end
-
-    def slice(self, block: int, layer: int) -> Bytes:
-        """The bytes at `place`."""
-        begin, end = self.place(block, layer)
-        return self._arena.data[begin:end]
-
-    def runs(self, block: int, layer: int) -> list[tuple[int, int]] | None:
-        """The requested bytes of one slice: keys, then values. None if all bytes are requested."""
-        if self._is_whole[block]:
-            return None
-        stored = self._stored[block][layer]
-        wanted = self._order.layout.heads_of(self._order.shard, layer + self._order.shard.layer_begin)
-        if (stored.head_begin, stored.head_end) == wanted:
-            return None
-        return list(stored.head_runs(*wanted))
-
     def slices(self, layer: int) -> list[tuple[Bytes, ...]]:
         """The requested bytes of each block's slice: one array, or two, of keys and of values."""
-        data = self._arena.data
+        data, table = self._arena.data, self.whole_slices(layer)
+        begins, ends = table[:, 1].tolist(), (table[:, 1] + table[:, 2]).tolist()
         if self.are_whole:  # The usual case, with little work per block.
-            ranges = [stored[layer][:2] for stored in self._stored]
-            return [(data[at + begin : at + end],) for at, (begin, end) in zip(self._places, ranges, strict=True)]
+            return [(data[begin:end],) for begin, end in zip(begins, ends, strict=True)]
+        runs = [form.runs(self._order, layer) for form in self._forms]
         return [
-            tuple(data[begin + first : begin + last] for first, last in self.runs(block, layer) or [(0, end - begin)])
-            for block in range(self.block_count)
-            for begin, end in [self.place(block, layer)]
+            tuple(data[begin + first : begin + last] for first, last in runs[form] or [(0, end - begin)])
+            for begin, end, form in zip(begins, ends, self._form_of, strict=True)
         ]
+
+    def blocks(self) -> list[Bytes]:
+        """All requested bytes of each block, shape [layer, byte]. Raises InvalidRequest if they have no such shape."""
+        if not self.are_whole:
+            raise InvalidRequest("the blocks were stored with more heads than were looked up: use `slices`")
+        data, shapes = self._arena.data, [form.shape() for form in self._forms]
+        return [
+            np.ndarray(shape, np.uint8, data, offset + begin, (step, 1))
+            for offset, form in zip(self._offsets.tolist(), self._form_of, strict=True)
+            for begin, step, shape in [shapes[form]]
+        ]
+
+    def whole_slices(self, layer: int) -> Table:
+        """Slices for `copy_slices` from `memory`, without runs: one layer of each block, with all stored heads."""
+        of_layer = self._copies.slices[layer * self.block_count : (layer + 1) * self.block_count].copy()
+        of_layer[:, 3] = 0
+        return of_layer
 
     def copies(self, layers: range) -> tuple[Table, Table]:
         """Slices and runs for `copy_slices` from `memory`: the requested bytes, layer after layer and in each block
         after block, each layer to its own target, whose slices are those of the order. All slices have as many runs.
+        Do not change them.
         """
-        slices, runs = self._copies
+        slices, runs, are_alike = self._copies
         each = len(runs) // len(slices)
         begin, end = layers.start * self.block_count, layers.stop * self.block_count
+        if are_alike:  # Those of the first layers, which stay in the processor's cache.
+            return slices[begin:end], runs[: (end - begin) * each]
         of_layers = runs[begin * each : end * each].copy()
         of_layers[:, 0] -= layers.start
         return slices[begin:end], of_layers
 
     @cached_property
-    def _copies(self) -> tuple[Table, Table]:
-        """Those of all layers."""
+    def _copies(self) -> CopyTables:
+        """Those of all layers, in the arena."""
         order = self._order
-        slices, runs = tables_of(order.layout, order.shard, tuple(self._shards), tuple(order.token_counts))
-        slices = slices.copy()
+        tables = copy_tables(order.layout, order.shard, self._packed_shards, tuple(order.token_counts))
+        slices = tables.slices.copy()
         slices.reshape(-1, self.block_count, 4)[:, :, 1] += self._offsets
-        return slices, runs
+        return tables._replace(slices=slices)
 
     def checksums(self, layers: range) -> NDArray[np.uint64]:
-        """Those of these layers' slices, in the order of `copies`. Raises as `expected`."""
-        return self._checksums[layers.start * self.block_count : layers.stop * self.block_count]
+        """Those of these layers' slices, in the order of `copies`. Raises InPlaceMismatch if a block's trailer is not
+        the stored one.
+        """
+        sums, are_known = self._checksums
+        if not are_known.all():
+            raise InPlaceMismatch(f"the trailer of block {int(are_known.argmin())} is not the one that was stored")
+        return sums[layers.start : layers.stop].ravel()
+
+    def first_mismatch(self, layer: int, found: NDArray[np.uint64]) -> int | None:
+        """The first block whose slice does not have this checksum, or whose trailer is not the stored one."""
+        sums, are_known = self._checksums
+        are_right = are_known & (sums[layer] == found)
+        return None if are_right.all() else int(are_right.argmin())
 
     @cached_property
-    def _checksums(self) -> NDArray[np.uint64]:
-        columns = []
-        for block, stored in enumerate(self._shards):
-            first = self._order.shard.layer_begin - stored.layer_begin
-            columns.append(self._trailer(block).checksums[first : first + self.layer_count])
-        return np.array(columns, np.uint64).T.ravel()
+    def _checksums(self) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+        """Those of the requested slices, shape [layer, block], from the trailers; and whose trailer is the stored one.
 
-    def expected(self, block: int, layer: int) -> int:
-        """The slice's checksum. Raises InPlaceMismatch if the block's trailer is not the stored one."""
-        first = self._order.shard.layer_begin - self._shards[block].layer_begin
-        return int(self._trailer(block).checksums[first + layer])
-
-    def _trailer(self, block: int) -> Trailer:
-        trailer = self._trailers.get(block)
-        if trailer is None:
-            trailer = self._trailers[block] = self._read_trailer(block)
-        return trailer
-
-    def _read_trailer(self, block: int) -> Trailer:
-        geometry, offset = self._geometries[block], self._places[block]
-        data = self._arena.data[offset + geometry.trailer_offset : offset + geometry.image_bytes].tobytes()
-        if checksum(data) != self._trailer_checksums[block]:
-            raise InPlaceMismatch(f"the trailer of block {block} is not the one that was stored")
-        trailer = Trailer.decode(data)
-        if trailer.shard != self._shards[block]:
-            raise InPlaceMismatch(f"the trailer of block {block} is not the one that was stored")
-        return trailer
+        All trailers are read and summed in one call per form.
+        """
+        sums = np.zeros((self.layer_count, self.block_count), np.uint64)
+        are_known = np.zeros(self.block_count, np.bool_)
+        form_of = np.array(self._form_of)
+        for number, form in enumerate(self._forms):
+            which = np.flatnonzero(form_of == number)
+            size_bytes = form.geometry.image_bytes - form.geometry.trailer_offset
+            trailers = np.empty((len(which), size_bytes), np.uint8)
+            slices, runs = np.zeros((len(which), 4), np.int64), np.zeros((len(which), 6), np.int64)
+            slices[:, 1], slices[:, 2:] = self._offsets[which] + form.geometry.trailer_offset, (size_bytes, 1)
+            runs[:, 1], runs[:, 3:5] = np.arange(len(which)) * size_bytes, (1, size_bytes)
+            found = copy_slices([self.memory], [trailers.reshape(-1)], slices, runs)
+            stored, have_form = checksums_of_trailers(trailers, form.shard)
+            first = self._order.shard.layer_begin - form.shard.layer_begin
+            sums[:, which] = stored[:, first : first + self.layer_count].T
+            are_known[which] = have_form & (found == self._trailer_checksums[which])
+        return sums, are_known
 
     @property
     def are_replaced(self) -> bool:
@@ -327,16 +323,28 @@ class View:
         return self._traced_slices(layer, verify=False), partial(self._compare, layer)
 
     def _compare(self, layer: int, sums: NDArray[np.uint64]) -> None:
-        for block, found in enumerate(sums.tolist()):
-            try:
-                is_right = found == self._blocks.expected(block, layer)
-            except InPlaceMismatch:
-                is_right = False
-            if not is_right:
-                self.check()  # Another block's bytes may be there by now, which is not damage.
-                raise SliceMismatch(layer, block)
+        block = self._blocks.first_mismatch(layer, sums)
+        if block is not None:
+            self.check()  # Another block's bytes may be there by now, which is not damage.
+            raise SliceMismatch(layer, block)
         self.check()  # The bytes that were verified are those of the leased block.
         self._verified_layers.add(layer)
+
+    def blocks(self) -> list[Bytes]:
+        """The bytes of each block, read-only: one array of shape [layer, byte], whose rows are those of `slices`.
+
+        For a caller that uses whole blocks: it takes the time of one layer's `slices`. Waits for all layers, and
+        verifies all of them, as `slices` does for one; raises what it raises. Also InvalidRequest if the layers differ
+        in size, or if the blocks were stored with more heads than were looked up.
+        """
+        self._check_with_reason()
+        for layer in range(self.layer_count):
+            if self._blocks.layers_ready <= layer or self._must_verify(layer):
+                self._traced_slices(layer, verify=self._have_verified is not None)
+        return self._blocks.blocks()
+
+    def _must_verify(self, layer: int) -> bool:
+        return self._have_verified is not None and layer not in self._verified_layers
 
     def _traced_slices(self, layer: int, *, verify: bool) -> list[tuple[Bytes, ...]]:
         if not 0 <= layer < self._blocks.layer_count:
@@ -357,10 +365,8 @@ class View:
         return self._blocks.slices(layer)
 
     def _verify(self, layer: int) -> None:
-        places = [self._blocks.place(block, layer) for block in range(self.block_count)]
-        slices = np.array([(0, begin, end - begin, 0) for begin, end in places], np.int64)
         try:
-            self._compare(layer, copy_slices([self._blocks.memory], [], slices, NO_RUNS))
+            self._compare(layer, copy_slices([self._blocks.memory], [], self._blocks.whole_slices(layer), NO_RUNS))
         except SliceMismatch as damaged:
             self.report(damaged)
 
@@ -438,65 +444,6 @@ def part_of(located: pb.LocateBlocksResponse, begin: int, end: int) -> pb.Locate
         generations=located.generations[begin:end],
         trailer_checksums=located.trailer_checksums[begin:end],
         token_counts=located.token_counts[begin:end],
-        shards=located.shards[begin * _SHARD_BYTES : end * _SHARD_BYTES],
+        shards=located.shards[begin * SHARD_BYTES : end * SHARD_BYTES],
         layers_ready=located.layers_ready,
     )
-
-
-def tables_of(
-    layout: Layout, wanted: Shard, stored: tuple[Shard, ...], token_counts: tuple[int, ...]
-) -> tuple[Table, Table]:
-    """Slices and runs of all layers, as `InPlace.copies` has them, with images that begin at 0. Do not change them."""
-    is_small = wanted.layers * len(stored) <= _KEPT_SLICES_MAX
-    make = _tables_of if is_small else _tables_of.__wrapped__
-    return make(layout, wanted, stored, token_counts)
-
-
-@lru_cache(maxsize=16)  # Loads of as many blocks as before begin a tenth of a millisecond earlier.
-def _tables_of(
-    layout: Layout, wanted: Shard, stored: tuple[Shard, ...], token_counts: tuple[int, ...]
-) -> tuple[Table, Table]:
-    blocks = zip(stored, token_counts, strict=True)
-    tables = [_runs_of(layout, wanted, shard, tokens) for shard, tokens in blocks]
-    ranges = np.stack([table[0] for table in tables], axis=1)  # [layer, block, begin and end]
-    needed = np.stack([table[1] for table in tables], axis=1)  # [layer, block, run, begin and size]
-    if not needed[:, :, 1, 1].any():
-        needed = needed[:, :, :1]
-    slices = np.zeros((ranges.shape[0] * ranges.shape[1], 4), np.int64)
-    slices[:, 1] = ranges[..., 0].ravel()
-    slices[:, 2] = (ranges[..., 1] - ranges[..., 0]).ravel()
-    slices[:, 3] = needed.shape[2]
-    sizes = needed[..., 1].reshape(len(needed), -1)
-    runs = np.zeros((sizes.size, 6), np.int64)
-    runs[:, 0] = np.repeat(np.arange(len(sizes)), sizes.shape[1])
-    runs[:, 1] = (np.cumsum(sizes, axis=1) - sizes).ravel()
-    runs[:, 2] = needed[..., 0].ravel()
-    runs[:, 3] = 1
-    runs[:, 4] = sizes.ravel()
-    return slices, runs
-
-
-@lru_cache(maxsize=1024)
-def _runs_of(
-    layout: Layout, wanted: Shard, stored: Shard, token_count: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the wanted part of a block is in its image.
-
-    For each wanted layer begin and end of its slice, shape [layer, 2]; and begin in the slice and size of the wanted
-    keys, and of the wanted values, shape [layer, 2, 2]. Where all of a slice is wanted, it is all in the first.
-    """
-    ranges, runs = [], []
-    slices = block_geometry(layout, stored, token_count).slices[wanted.layer_begin - stored.layer_begin :]
-    for layer, each in zip(range(wanted.layer_begin, wanted.layer_end), slices, strict=False):
-        heads = layout.heads_of(wanted, layer)
-        ranges.append((each.start, each.end))
-        if heads == (each.head_begin, each.head_end):
-            runs.append(((0, each.end - each.start), (0, 0)))
-        else:
-            keys, values = each.head_runs(*heads)
-            runs.append(((keys[0], keys[1] - keys[0]), (values[0], values[1] - values[0])))
-    return np.array(ranges, np.int64), np.array(runs, np.int64)
-
-
-def _pieces(data: bytes, size: int) -> Sequence[bytes]:
-    return [data[start : start + size] for start in range(0, len(data), size)]

@@ -185,7 +185,7 @@ class ShmTransport(Transport):
 
         with self._copiers.begin(size_bytes) as batch:
             piece_bytes = min(_PIECE_BYTES_MAX, max(_PIECE_BYTES_MIN, size_bytes // 8))
-            batch.finish(batch.start(write, sizes.tolist(), piece_bytes), deadline)
+            batch.finish(batch.start(write, sizes, piece_bytes), deadline)
         reservation.sums[:] = sums.reshape(len(order.layers), -1).T
 
     def _commit(
@@ -234,7 +234,7 @@ def _start_copy(
             layer, block = divmod(part.start + int(right.argmin()), blocks.block_count)
             raise InPlaceMismatch(f"layer {layers[layer]} of block {block} is not what its checksum says")
 
-    return targets, batch.start(copy, slices[:, 2].tolist(), piece_bytes)
+    return targets, batch.start(copy, slices[:, 2], piece_bytes)
 
 
 class _AbandonQueue:

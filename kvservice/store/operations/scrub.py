@@ -117,8 +117,9 @@ class Scrub:
         assert extent is not None
         geometry = self._lifecycle.geometry(row)
         image = self._dram.view(extent)[: geometry.image_bytes]
-        verify = functools.partial(image_check.damage, image, geometry, *self._identity(row))
-        return await on_thread(verify, self._executor)
+        stored = image_check.StoredImage(image, geometry, *self._identity(row))
+        (what,) = await on_thread(functools.partial(image_check.damages, [stored]), self._executor)
+        return what
 
     async def _check_read(self, row: int, tier: TierName) -> str:
         extent = self._blocks.extent(row, tier)

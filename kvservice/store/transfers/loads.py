@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Sized)
 
 LOADS_REPORTED_MAX = 64
 # With the lease of more blocks no places are named: a call for them is short beside the copy.
-PLACED_BLOCKS_MAX = 64
+PLACED_BLOCKS_MAX = 256
 
 
 class Loads:

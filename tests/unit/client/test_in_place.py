@@ -14,8 +14,9 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import BlockChain, Durability, Layout, Shard
 from kvservice_client.arena_map import ArenaMap
 from kvservice_client.transports.base import LoadOrder, SaveSet
-from kvservice_client.transports.in_place import InPlace, tables_of
+from kvservice_client.transports.in_place import InPlace
 from kvservice_client.transports.reservation import Reservation
+from kvservice_client.transports.stored_forms import copy_tables
 
 LAYOUT = Layout("in place", "float16", layers=80, kv_heads=1, k_head_dim=8, v_head_dim=8, block_tokens=16)
 WHOLE = Shard.whole(LAYOUT)
@@ -67,11 +68,13 @@ def _never(*_: object) -> Any:
 
 
 def test_the_tables_of_a_small_load_are_made_once() -> None:
-    first, second = (tables_of(LAYOUT, WHOLE, (WHOLE,) * 100, (16,) * 100) for _ in range(2))
-    assert first[0] is second[0] and first[1] is second[1]
+    first, second = (copy_tables(LAYOUT, WHOLE, WHOLE.encode() * 100, (16,) * 100) for _ in range(2))
+    assert first is second
 
 
 def test_the_tables_of_a_large_load_take_no_memory_after_it() -> None:
     """Those of 16,384 blocks of 80 layers have 100 MiB."""
-    slices, runs = map(ref, tables_of(LAYOUT, WHOLE, (WHOLE,) * 104, (16,) * 104))
+    tables = copy_tables(LAYOUT, WHOLE, WHOLE.encode() * 104, (16,) * 104)
+    slices, runs = ref(tables.slices), ref(tables.runs)
+    del tables
     assert slices() is None and runs() is None

@@ -105,6 +105,24 @@ def test_a_flipped_bit_damages_its_layer_and_no_other(image: tuple[bytearray, Bl
         data[at] ^= 1
 
 
+def test_each_damaged_image_of_many_is_named_by_its_part() -> None:
+    shard = Shard(5, 8, 0, 2)
+    images = []
+    for number, tokens in enumerate([16, 3, 16, 16, 16]):  # One of another size.
+        geometry = geometry_of(3, 2, 16, tokens)
+        data = bytearray(np.random.default_rng(number).bytes(geometry.image_bytes))
+        sums = [checksum(bytes(data[slice(*geometry.slice_range(layer))])) for layer in range(3)]
+        key = bytes([number]) * 32
+        trailer = Trailer(key, shard, np.array(sums, np.uint64)).encode()
+        data[geometry.trailer_offset :] = trailer
+        images.append(image_check.StoredImage(memoryview(data), geometry, key, shard, checksum(trailer)))
+    assert image_check.damages(images) == ["", "", "", "", ""]
+    images[1].image[images[1].geometry.slice_range(2)[1] - 1] ^= 1
+    images[2].image[images[2].geometry.trailer_offset] ^= 1
+    images[4] = images[4]._replace(shard=Shard(4, 7, 0, 2))
+    assert image_check.damages(images) == ["", "layer 7", "the trailer", "", "the trailer"]
+
+
 def test_layers_are_verified_in_pages_that_begin_inside_the_image(image: tuple[bytearray, BlockGeometry, int]) -> None:
     data, geometry, expected = image
     trailer = image_check.read_trailer(memoryview(data), geometry, KEY, expected)
