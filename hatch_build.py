@@ -1,6 +1,6 @@
-"""Builds the optional C extension of `kvservice_api/copying.py` and `socket_buffers.py` where there is a C compiler.
+"""Builds the optional C extension of `kvservice_api`: `copying.py`, `socket_buffers.py` and `file_parts.py` use it.
 
-Without one, or with KVS_PURE_PYTHON=1, the wheel has Python code only and is for every platform. The extension
+Without a C compiler, or with KVS_PURE_PYTHON=1, the wheel has Python code only and is for every platform. The extension
 uses Python's limited API, so that one file serves Python 3.11 and later.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_SOURCES = ("proto/kvservice_api/copying.c", "proto/kvservice_api/socket_buffers.c")
+_SOURCES = ("proto/kvservice_api/copying.c", "proto/kvservice_api/socket_buffers.c", "proto/kvservice_api/file_parts.c")
 _NAME = "_copying.abi3.so"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +13,20 @@ from numpy.typing import NDArray
 from kvservice.blocks import Extent
 from kvservice.tiers.base import Tier
 from kvservice_api.copying import NO_RUNS, Table, copy_slices
+from kvservice_api.file_parts import NO_RANGES, Ranges
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Shard
 
 
-class ImagePiece(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class ImagePiece:
     """Whole layers of one image, and their pages."""
 
     layer_begin: int
     layer_end: int
     start: int  # Bytes from the image's start; a multiple of 4 KiB, as is the end.
     end: int
+    slices: Ranges = field(default_factory=lambda: NO_RANGES)  # Of each layer, counted from `start`.
 
 
 @functools.lru_cache(maxsize=1024)
@@ -41,7 +45,9 @@ def cut(geometry: BlockGeometry, piece_bytes: int, first_bytes: int = 0) -> tupl
         is_last = layer + 1 == geometry.slice_count
         next_start = geometry.slices[-1].end if is_last else geometry.slices[layer + 1].start
         if is_last or next_start - start >= wanted:
-            pieces.append(ImagePiece(begin, layer + 1, *page_range(geometry, begin, layer + 1)))
+            pages = page_range(geometry, begin, layer + 1)
+            slices = np.array([geometry.slice_range(each) for each in range(begin, layer + 1)], np.int64) - pages[0]
+            pieces.append(ImagePiece(begin, layer + 1, *pages, slices))
             wanted = min(4 * max(wanted, next_start - start), piece_bytes)
             begin, start = layer + 1, next_start
     return tuple(pieces)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent
 from kvservice_api.errors import KVError, StorageFailed
+from kvservice_api.file_parts import Ranges, sums_of
 
 T = TypeVar("T")
 
@@ -90,24 +92,26 @@ class Tier(Protocol):
 
 
 class PartRead(NamedTuple):
-    """A part of an extent to read; as the arguments of `Tier.read`."""
+    """A part of an extent to read, and the ranges of its bytes to sum: rows of (begin, end), counted from its first."""
 
     extent: Extent
     offset_bytes: int
     into: memoryview
-    then: Callable[[memoryview], Any]
+    ranges: Ranges
+
+
+PartSums = NDArray[np.uint64] | KVError  # The xxh3-64 of a part's ranges, or why it could not be read.
 
 
 async def read_together(
     tier: Tier,
     segment: int,
     take: Callable[[], Sequence[PartRead]],
-    then: Callable[[list[Any]], None],
+    then: Callable[[list[PartSums]], None],
     *,
     priority: float,
 ) -> None:
-    """Read the parts that `take` returns, all in this segment. `then` is called with what the `then` of each has
-    returned, or the exception in its place.
+    """Read the parts that `take` returns, all in this segment. `then` is called with what was found, part by part.
 
     A tier may have a method of this name, which reads many small parts with one hand-over to a thread, and calls both
     there: `take` once the thread is free. Raises what they raise; a tier of another kind may raise anything.
@@ -116,12 +120,15 @@ async def read_together(
     if together is not None:
         await together(segment, take, then, priority=priority)
         return
-    found: list[Any] = []
-    for part in take():
+    found: list[PartSums] = []
+    for extent, offset_bytes, into, ranges in take():
         try:
-            found.append(await tier.read(*part, priority=priority))
+            sums = await tier.read(extent, offset_bytes, into, partial(sums_of, ranges=ranges), priority=priority)
         except Exception as error:
-            found.append(error)
+            found.append(as_kv_error(error))
+        else:
+            assert sums is not None
+            found.append(sums)
     then(found)
 
 

@@ -15,7 +15,11 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvservice_api.errors import StorageFailed
+from kvservice_api.file_parts import FilePart, read_parts
 
 T = TypeVar("T")
 
@@ -44,6 +48,11 @@ class FileCalls:
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.preadv(fd, buffers, offset)
+
+    def read_parts(self, fd: int, parts: Sequence[FilePart]) -> list[NDArray[np.uint64] | None]:
+        """As `file_parts.read_parts`; by `preadv` of a subclass, if that has its own."""
+        own = type(self).preadv is not FileCalls.preadv
+        return read_parts(fd, parts, self.preadv if own else None)
 
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.pwritev(fd, buffers, offset)

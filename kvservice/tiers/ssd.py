@@ -6,35 +6,32 @@ caller's memory and the file, so memory, offsets and lengths are multiples of 4 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent, TierName
 from kvservice.tiers import ssd_files
-from kvservice.tiers.base import PartRead, StoreMismatch
+from kvservice.tiers.base import PartRead, PartSums, StoreMismatch
 from kvservice.tiers.extents import SpaceMap, extent_size, lie_within
 from kvservice.tiers.files import WRITE, FileCalls, IoPool
 from kvservice.tiers.ssd_files import FileHeader, is_missing
 from kvservice_api.errors import StorageFailed, TierFull
+from kvservice_api.file_parts import FilePart, sums_of
 from kvservice_api.image import PAGE_BYTES
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Call = Callable[[int, Sequence[memoryview], int], int]
-
-_GAP_BYTES_MAX = 64 << 10  # Between parts of one read: a disk reads as many bytes sooner than it begins another read.
-_GAP = memoryview(mmap.mmap(-1, _GAP_BYTES_MAX))  # The bytes there; they are not used.
 
 
 class SsdTier:
@@ -259,7 +256,7 @@ class SsdTier:
         self,
         segment: int,
         take: Callable[[], Sequence[PartRead]],
-        then: Callable[[list[Any]], None],
+        then: Callable[[list[PartSums]], None],
         *,
         priority: float = 0.0,
     ) -> None:
@@ -270,15 +267,11 @@ class SsdTier:
 
         def work() -> None:
             parts = take()
-            found: list[Any] = [None] * len(parts)
-            for run in _runs(parts, sorted(range(len(parts)), key=lambda number: _place(parts[number]))):
-                errors = file.read_parts([(_place(parts[number]), parts[number].into) for number in run])
-                for number, error in zip(run, errors, strict=True):
-                    try:
-                        found[number] = error or parts[number].then(parts[number].into)
-                    except Exception as raised:
-                        found[number] = raised
-            then(found)
+            order = sorted(range(len(parts)), key=lambda number: _place(parts[number]))
+            found = file.read_parts(
+                [FilePart(_place(parts[number]), parts[number].into, parts[number].ranges) for number in order]
+            )
+            then([sums for _, sums in sorted(zip(order, found, strict=True), key=lambda each: each[0])])
 
         await self._pools[segment].run(priority, work)
 
@@ -307,21 +300,6 @@ def _place(part: PartRead) -> int:
     return part.extent.offset_bytes + part.offset_bytes
 
 
-def _runs(parts: Sequence[PartRead], numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Those with small gaps between them in the file, together. `numbers` are in the order of their places."""
-    run: list[int] = []
-    end = 0
-    for number in numbers:
-        place = _place(parts[number])
-        if run and not end <= place <= end + _GAP_BYTES_MAX:
-            yield run
-            run = []
-        run.append(number)
-        end = place + len(parts[number].into)
-    if run:
-        yield run
-
-
 class _File:
     """One preallocated file and its free space."""
 
@@ -348,28 +326,21 @@ class _File:
         except OSError as error:
             raise self._failure(f"could not read {len(into)} bytes at {position} of", error) from error
 
-    def read_parts(self, parts: Sequence[tuple[int, memoryview]]) -> list[StorageFailed | None]:
-        """Fill several buffers from their positions, which rise, with one call if it moves all bytes. Returns for each
-        why it could not be filled.
-        """
-        begin = end = parts[0][0]
-        if len(parts) > 1:
-            buffers = list[memoryview]()
-            for position, into in parts:
-                buffers += [_GAP[: position - end], into] if position > end else [into]
-                end = position + len(into)
-            with contextlib.suppress(OSError):  # One of the reads below fails too, and tells its place.
-                if self._calls.preadv(self._fd, buffers, PAGE_BYTES + begin) == end - begin:
-                    return [None] * len(parts)
-        errors = list[StorageFailed | None]()
-        for position, into in parts:
-            try:
+    def read_parts(self, parts: Sequence[FilePart]) -> list[PartSums]:
+        """Fill several buffers from their positions, which rise, with few calls if these move all bytes."""
+        placed = [FilePart(PAGE_BYTES + position, into, ranges) for position, into, ranges in parts]
+        found = list[PartSums]()
+        for (position, into, ranges), sums in zip(parts, self._calls.read_parts(self._fd, placed), strict=True):
+            if sums is not None:
+                found.append(sums)
+                continue
+            try:  # Alone: a call may have moved less, and an error is of one part.
                 self.read(into, position)
             except StorageFailed as error:
-                errors.append(error)
+                found.append(error)
             else:
-                errors.append(None)
-        return errors
+                found.append(sums_of(into, ranges))
+        return found
 
     def write(self, data: memoryview, position: int) -> None:
         try:

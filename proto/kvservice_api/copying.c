@@ -11,10 +11,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "file_parts.h"
 #include "socket_buffers.h"
 #include "stream_copy.h"
 
-enum { ARGUMENTS = 3 }; /* A number for the arguments of its functions: copying.py uses no file of another one. */
+enum { ARGUMENTS = 4 }; /* A number for the arguments of its functions: copying.py uses no file of another one. */
 
 int has_avx2;
 
@@ -177,6 +178,8 @@ static PyMethodDef methods[] = {
     {"move_buffers", move_buffers, METH_VARARGS,
      "move_buffers(fd, watched_fd, is_sending, buffers, first, offset, sums, partial, streamed, turn_bytes, wait_s): why it ends,\n"
      "the first buffer that is not complete, how much of it has moved, how many bytes. See kvservice_api/socket_buffers.py."},
+    {"read_parts", read_parts, METH_VARARGS,
+     "read_parts(fd, parts, sums): a byte per part, 1 if it was read. See kvservice_api/file_parts.py."},
     {NULL, NULL, 0, NULL},
 };
 

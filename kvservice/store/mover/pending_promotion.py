@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.blocks import Extent, TierName
+from kvservice.store import image_check
 from kvservice.store.image_check import ImagePiece
 from kvservice_api.errors import KVError
 from kvservice_api.image import BlockGeometry, Trailer
@@ -106,6 +107,11 @@ class PendingPromotion:
         """Wait until no load reads the image."""
         while self._readers:
             await self._more.wait()
+
+    def read_trailer(self) -> None:
+        """Take it from the image, whose end was read. It stays None if it is damaged. Any thread may call this."""
+        end = self.image[image_check.trailer_start(self.geometry) :]
+        self.trailer = image_check.read_trailer(end, self.geometry, self.source.key, self.source.trailer_checksum)
 
     def piece_verified(self, piece: ImagePiece) -> None:
         """Any thread may call it; `wake` has to follow on the event loop."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import TierName
 from kvservice.clock import Clock
@@ -22,9 +24,12 @@ from kvservice.store.mover.pending_promotion import PendingPromotion
 from kvservice.store.mover.promotion_spans import LayerReads
 from kvservice.store.mover.read_order import ReadOrder
 from kvservice.store.tasks import LoopBudget, Tasks
-from kvservice.tiers.base import PartRead, as_kv_error, read_together
+from kvservice.tiers.base import PartRead, PartSums, as_kv_error, read_together
 from kvservice_api import spans
 from kvservice_api.errors import ChecksumMismatch, KVError, StorageFailed
+from kvservice_api.file_parts import NO_RANGES
+
+_PROGRESS_S = 0.01  # Loads that wait for one drive are woken this often by reads from any.
 
 
 class ReadBatch:
@@ -70,11 +75,16 @@ class PieceReader:
         self._reads_in_flight = reads_in_flight
         self._piece_bytes = piece_bytes
         self._drives: dict[tuple[TierName, int], _Drive] = {}
-        self._read_ended = asyncio.Event()  # Set for a moment at the end of each read.
+        self._waiters: list[tuple[PendingPromotion, asyncio.Future[None]]] = []
+        self._woken_s = 0.0  # When all of them were woken.
 
-    async def read_ended(self) -> None:
-        """Wait for the end of the next read, with or without success."""
-        await self._read_ended.wait()
+    async def progress(self, pending: PendingPromotion) -> None:
+        """Wait for the end of the next read of this promotion, with or without success. Returns now and then also while
+        reads of others end.
+        """
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append((pending, waiter))
+        await waiter
 
     async def read(self, promotions: Sequence[PendingPromotion]) -> None:
         """Read all pieces. Returns once each is verified, or has failed."""
@@ -110,7 +120,7 @@ class PieceReader:
         job = _Job(order)
         loop = asyncio.get_running_loop()
 
-        def check(found: list[Any]) -> None:
+        def check(found: list[PartSums]) -> None:
             job.check(found)
             # The loads of these pieces do not wait for what the event loop has to do before this job's end.
             loop.call_soon_threadsafe(self._wake, job)
@@ -128,13 +138,24 @@ class PieceReader:
             if (damage := _damage(pending, piece, sums)) is not None:
                 self._fail(pending, damage)
         self._note_read(job.pieces)
-        self._wake(job)
+        if job.failures or job.waiting:
+            self._wake(job)
 
     def _wake(self, job: _Job) -> None:
-        for pending, _ in job.pieces:
+        read = {pending for pending, _ in job.pieces}
+        for pending in read:
             pending.wake()
-        self._read_ended.set()
-        self._read_ended.clear()  # Those that waited return nevertheless.
+        now_s = self._clock.monotonic_s()
+        if is_for_all := now_s - self._woken_s >= _PROGRESS_S:
+            self._woken_s = now_s
+        waiters, self._waiters = self._waiters, []
+        for pending, waiter in waiters:
+            if waiter.done():  # Its load was cancelled.
+                continue
+            if is_for_all or pending in read:
+                waiter.set_result(None)
+            else:
+                self._waiters.append((pending, waiter))
 
     def _note_read(self, job: Sequence[tuple[PendingPromotion, ImagePiece]]) -> None:
         over = list[PendingPromotion]()
@@ -175,29 +196,36 @@ class _Job:
         self.pieces: list[tuple[PendingPromotion, ImagePiece]] = []
         self.read_bytes = 0
         self.failures: list[tuple[PendingPromotion, KVError]] = []
-        self.waiting: list[tuple[PendingPromotion, ImagePiece, list[int]]] = []  # For their trailers; with checksums.
+        self.waiting: list[
+            tuple[PendingPromotion, ImagePiece, NDArray[np.uint64]]
+        ] = []  # For their trailers; with checksums.
 
     def take(self) -> list[PartRead]:
         self.pieces += self._order.next()
         self._reads += [_reads_of(pending, piece) for pending, piece in self.pieces]
         return list(itertools.chain.from_iterable(self._reads))
 
-    def check(self, found: list[Any]) -> None:
+    def check(self, found: list[PartSums]) -> None:
         """Verify the pieces. `found` has the result of each read."""
         results = iter(found)
         for (pending, piece), reads in zip(self.pieces, self._reads, strict=True):
+            if not reads:
+                continue
             of_piece = list(itertools.islice(results, len(reads)))
-            failed = next((each for each in of_piece if isinstance(each, Exception)), None)
+            errors = [each for each in of_piece if isinstance(each, KVError)]
             self.read_bytes += sum(
-                len(read.into)
-                for read, result in zip(reads, of_piece, strict=True)
-                if not isinstance(result, Exception)
+                len(read.into) for read, result in zip(reads, of_piece, strict=True) if not isinstance(result, KVError)
             )
-            if failed is not None:
-                self.failures.append((pending, as_kv_error(failed)))
-            elif of_piece and pending.trailer is None and piece is not pending.pieces[0]:
-                self.waiting.append((pending, piece, of_piece[-1]))
-            elif of_piece and (damage := _damage(pending, piece, of_piece[-1])) is not None:
+            if errors:
+                self.failures.append((pending, errors[0]))
+                continue
+            if piece is pending.pieces[0]:
+                pending.read_trailer()
+            sums = of_piece[0]
+            assert not isinstance(sums, KVError)
+            if pending.trailer is None and piece is not pending.pieces[0]:
+                self.waiting.append((pending, piece, sums))
+            elif (damage := _damage(pending, piece, sums)) is not None:
                 self.failures.append((pending, damage))
 
     def fail(self, error: KVError) -> None:
@@ -216,27 +244,15 @@ def _reads_of(pending: PendingPromotion, piece: ImagePiece) -> list[PartRead]:
     assert pending.batch is not None
     if pending.batch.traced is not None:
         pending.batch.traced.begin(piece)
-    source, geometry = pending.source, pending.geometry
-    layers = range(piece.layer_begin, piece.layer_end)
-    reads = [
-        PartRead(
-            source.extent,
-            piece.start,
-            pending.image[piece.start : piece.end],
-            lambda pages: image_check.layer_checksums(pages, piece.start, geometry, layers),
-        )
-    ]
+    extent = pending.source.extent
+    reads = [PartRead(extent, piece.start, pending.image[piece.start : piece.end], piece.slices)]
     if piece is pending.pieces[0]:
-
-        def take_trailer(end: memoryview) -> None:
-            pending.trailer = image_check.read_trailer(end, geometry, source.key, source.trailer_checksum)
-
-        start = image_check.trailer_start(geometry)
-        reads.insert(0, PartRead(source.extent, start, pending.image[start:], take_trailer))
+        start = image_check.trailer_start(pending.geometry)
+        reads.append(PartRead(extent, start, pending.image[start:], NO_RANGES))
     return reads
 
 
-def _damage(pending: PendingPromotion, piece: ImagePiece, sums: list[int]) -> ChecksumMismatch | None:
+def _damage(pending: PendingPromotion, piece: ImagePiece, sums: NDArray[np.uint64]) -> ChecksumMismatch | None:
     """Compare the checksums of a piece's layers with those of the trailer, which was read. If they are the same, loads
     may read the layers from now on.
     """
@@ -244,10 +260,10 @@ def _damage(pending: PendingPromotion, piece: ImagePiece, sums: list[int]) -> Ch
         return None
     if pending.trailer is None:
         return _damaged(pending, "the trailer")
-    expected = pending.trailer.checksums[piece.layer_begin : piece.layer_end].tolist()
-    if sums != expected:
-        damaged = next(number for number, each in enumerate(sums) if each != expected[number])
-        return _damaged(pending, f"layer {pending.trailer.shard.layer_begin + piece.layer_begin + damaged}")
+    are_right = sums == pending.trailer.checksums[piece.layer_begin : piece.layer_end]
+    if not are_right.all():
+        damaged = piece.layer_begin + int(are_right.argmin())
+        return _damaged(pending, f"layer {pending.trailer.shard.layer_begin + damaged}")
     pending.piece_verified(piece)
     return None
 

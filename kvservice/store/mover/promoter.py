@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import numpy as np
 
@@ -38,6 +38,9 @@ _FIRST_BATCH_ROWS = 32
 _ROWS_A_TURN = 32  # They take a millisecond of the event loop.
 _MEASURED_BYTES = 4 << 20  # The bandwidth is measured over this much,
 _RATE_WEIGHT = 0.2  # and the last measurement has this weight.
+_END_AFTER_S = (
+    0.005  # Each commit takes a millisecond of the event loop, so blocks that end within this time share one.
+)
 _SPACE_WAIT_S = 0.2  # After this time, a load reads from the slower tier instead of waiting for space in DRAM.
 
 
@@ -79,6 +82,7 @@ class Promoter:
         self._pending: dict[int, PendingPromotion] = {}
         self._reserving: dict[int, asyncio.Future[None]] = {}
         self._over: list[PendingPromotion] = []  # All their pieces are read, or have failed.
+        self._enough_over = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
         self.bytes_per_s = 0.0  # Of all reads together while there are some; 0 until it is known.
         self._batches = 0  # Reads that run.
@@ -95,9 +99,11 @@ class Promoter:
         """The blocks that are being promoted, or wait for space. May be called from any thread."""
         return len(self._pending) + len(self._reserving)
 
-    async def read_ended(self) -> None:
-        """Wait for the end of the next read of any promotion, with or without success."""
-        await self._reader.read_ended()
+    async def progress(self, pending: PendingPromotion) -> None:
+        """Wait for the end of the next read of this promotion, with or without success. Returns now and then also while
+        reads of others end.
+        """
+        await self._reader.progress(pending)
 
     def is_promoting(self, row: int) -> bool:
         """Whether the row is being copied to DRAM, or waits for space there."""
@@ -282,18 +288,31 @@ class Promoter:
                 self._busy_s = self._busy_bytes = 0.0
 
     def _note_over(self, promotions: Sequence[PendingPromotion]) -> None:
-        """End them as tasks, so that the next reads do not wait for the commit."""
+        """End them as a task, so that the next reads do not wait for the commit."""
         self._over += promotions
+        self._check_enough()
         if self._ending is None:
             self._end_next()
 
+    def _check_enough(self) -> None:
+        if self._over and len(self._over) >= min(_ROWS_A_TURN, len(self._pending)):
+            self._enough_over.set()
+
     def _end_next(self, ended: asyncio.Task[None] | None = None) -> None:
-        """End promotions that are over. Those that come meanwhile share the next commit of the index."""
         self._ending = None
-        if over := self._over[:_ROWS_A_TURN]:
-            del self._over[:_ROWS_A_TURN]
-            self._ending = self._tasks.start(self._end(over), "end of promotions")
+        if self._over:
+            self._check_enough()
+            self._ending = self._tasks.start(self._end_some(), "end of promotions")
             self._ending.add_done_callback(self._end_next)
+
+    async def _end_some(self) -> None:
+        """End promotions that are over, all that share a commit of the index: soon, or once they are many or all."""
+        with suppress(TimeoutError):
+            async with self._clock.timeout(_END_AFTER_S):
+                await self._enough_over.wait()
+        self._enough_over.clear()
+        over, self._over = self._over[:_ROWS_A_TURN], self._over[_ROWS_A_TURN:]
+        await self._end(over)
 
     async def _end(self, promotions: Sequence[PendingPromotion]) -> None:
         """Make the blocks resident in DRAM, or release their space.

@@ -212,7 +212,7 @@ class InPlaceReads:
                 # Also while the disk reads for other promotions that were begun before.
                 while not pending.is_ready(begin + ready):
                     assert self._promoter is not None
-                    await self._promoter.read_ended()
+                    await self._promoter.progress(pending)
                     if (now_s := self._clock.monotonic_s()) - reported_s >= _REPORT_S:
                         reported_s = now_s
                         yield ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from kvservice_api.errors import ChecksumMismatch, IndexFull, StorageFailed, Tie
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_api.layout import Layout, Shard
+from tests.clock import HandClock
 from tests.file_faults import FaultyCalls
 from tests.stores import (
     CALLER,
@@ -78,17 +80,16 @@ async def test_a_load_from_ssd_brings_its_blocks_up(opened: OpenStore, client: C
     await opened.settle()
 
 
-async def test_blocks_that_end_while_a_commit_runs_share_the_next_one(
+async def test_blocks_that_end_one_after_another_share_a_commit(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = replace(LIMITS, reads_in_flight=1, read_bytes=4 * KIB)  # One piece at a time.
-    opened: OpenStore = await open_store(limits=limits)
+    opened: OpenStore = await open_store(limits=limits, clock=HandClock())
     client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(12)
     images = await on_ssd(opened, client, chain)
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
-    placed, place, promoter = list[int](), opened.block_lifecycle.place, opened.promoter
-    assert promoter is not None
+    placed, place = list[int](), opened.block_lifecycle.place
 
     async def noted(rows: Sequence[int], *more: Any) -> None:
         placed.append(len(rows))
@@ -97,9 +98,9 @@ async def test_blocks_that_end_while_a_commit_runs_share_the_next_one(
     monkeypatch.setattr(opened.block_lifecycle, "place", noted)
     with opened.commits_held(TierName.DRAM):
         assert await opened.load(lease) == layers_of(images), "no load waits for a commit"
-        await until(lambda: len(promoter._over) == 12 - placed[0])
+        await until(lambda: bool(placed))
     await until(lambda: opened.counters.promoted_blocks == 12)
-    assert len(placed) <= 2
+    assert placed == [12]
     await opened.settle()
 
 
@@ -479,26 +480,46 @@ async def test_a_disk_that_cannot_be_read_fails_the_load_and_keeps_the_block(
 
 
 async def test_blocks_beside_one_that_cannot_be_read_are_promoted_and_the_error_names_that_one(
-    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
+    opened: OpenStore, client: Client, calls: FaultyCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All are read together. What else a thread may raise ends the promotion too."""
+    """All are read together."""
     chain = some_chain(6)
-    images = await on_ssd(opened, client, chain)
-    sums = image_check.layer_checksums
+    await on_ssd(opened, client, chain)
+    row = opened.blocks.row_of(chain.keys[2], Shard.whole(LAYOUT))
+    bad = HEADER + opened.extents(TierName.SSD)[row].offset_bytes
+    preadv = calls.preadv
 
-    def no_memory(pages: memoryview, *others: Any) -> list[int]:
-        if bytes(pages[:64]) == images[2][:64]:
-            raise MemoryError
-        return sums(pages, *others)
+    def bad_sector(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset <= bad < offset + sum(map(len, buffers)):
+            raise OSError(errno.EIO, "bad sector")
+        return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(image_check, "layer_checksums", no_memory)
+    monkeypatch.setattr(calls, "preadv", bad_sector)
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
-    with pytest.raises(StorageFailed, match="MemoryError") as failed:
+    with pytest.raises(StorageFailed, match="bad sector") as failed:
         await asyncio.wait_for(opened.load(lease), 30)
     assert failed.value.details["key"] == chain.keys[2].hex()
     await opened.settle()
     assert [TierName.DRAM in opened.residency(key) for key in chain.keys] == [True, True, False, True, True, True]
+
+
+async def test_what_else_an_io_thread_raises_ends_the_promotions_that_it_reads(
+    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = some_chain(1)
+    await on_ssd(opened, client, chain)
+
+    def no_memory(*given: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(image_check, "read_trailer", no_memory)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    with pytest.raises(StorageFailed, match="MemoryError"):
+        await asyncio.wait_for(opened.load(lease), 30)
+    await opened.settle()
+    assert opened.residency(chain.keys[0]) == {TierName.SSD}
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16, 32])

@@ -8,27 +8,36 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
 from kvservice.blocks import Extent
-from kvservice.tiers.base import PartRead
+from kvservice.tiers.base import PartRead, PartSums
 from kvservice.tiers.ssd import SsdTier
-from kvservice_api.errors import StorageFailed
+from kvservice_api.errors import KVError, StorageFailed
+from kvservice_api.image import checksum
 from tests.contracts.tier import PAGE, memory
 from tests.file_faults import FaultyCalls
 from tests.ssd_tiers import OpenTier, path_of
 
 
 def part(extent: Extent, offset_bytes: int, size_bytes: int) -> PartRead:
-    return PartRead(extent, offset_bytes, memory(size_bytes), bytes)
+    return PartRead(extent, offset_bytes, memory(size_bytes), np.array([[0, size_bytes]]))
 
 
-async def read_together(tier: SsdTier, parts: Sequence[PartRead]) -> list[Any]:
-    found: list[Any] = []
+async def read_together(tier: SsdTier, parts: Sequence[PartRead]) -> list[bytes | KVError]:
+    """The bytes of each part, whose checksums are theirs, or why it could not be read."""
+    found = list[PartSums]()
     await tier.read_together(parts[0].extent.segment, lambda: parts, found.extend)
-    return found
+    return [bytes_of(part, sums) for part, sums in zip(parts, found, strict=True)]
+
+
+def bytes_of(part: PartRead, sums: PartSums) -> bytes | KVError:
+    if isinstance(sums, KVError):
+        return sums
+    assert sums.tolist() == [checksum(part.into)]
+    return bytes(part.into)
 
 
 async def filled(tier: SsdTier, count: int) -> tuple[list[Extent], list[bytes]]:
@@ -68,16 +77,6 @@ async def test_parts_with_small_gaps_are_one_read_in_whichever_order_they_are_wa
         assert [call.size for call in calls.made] == [4 * PAGE, PAGE], "with the page between, and what is far alone"
 
 
-async def test_a_part_that_cannot_be_read_is_an_error_in_its_place(tier: SsdTier, calls: FaultyCalls) -> None:
-    extents, images = await filled(tier, FAR)
-    calls.failing_once["preadv"] = errno.EIO
-
-    found = await read_together(tier, [part(extents[0], 0, PAGE), part(extents[-1], 0, PAGE)])
-
-    assert isinstance(found[0], StorageFailed)
-    assert found[1] == images[-1][:PAGE]
-
-
 class BadPage(FaultyCalls):
     """Reads of the page at that offset of a file fail."""
 
@@ -89,29 +88,24 @@ class BadPage(FaultyCalls):
         return super().preadv(fd, buffers, offset)
 
 
-async def test_a_part_that_cannot_be_read_or_used_leaves_those_beside_it(tmp_path: Path) -> None:
+async def test_a_part_that_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) -> None:
     calls = BadPage()
     tier = SsdTier.open([path_of(tmp_path)], store_id=bytes(16), capacity_bytes=64 * PAGE, io_threads=1, calls=calls)
-    extents, images = await filled(tier, 4)
-    calls.offset = PAGE + extents[1].offset_bytes
-    parts = [part(extent, 0, PAGE) for extent in extents]
+    extents, images = await filled(tier, FAR)
+    wanted = [extents[0], extents[1], extents[-1]]
+    for bad in (1, 2):  # Read together with another one, and alone.
+        calls.offset = PAGE + wanted[bad].offset_bytes
+        found = await read_together(tier, [part(extent, 0, PAGE) for extent in wanted])
 
-    def no_memory(pages: memoryview) -> None:
-        raise MemoryError
-
-    parts[2] = parts[2]._replace(then=no_memory)
-    found = await read_together(tier, parts)
+        assert isinstance(error := found.pop(bad), StorageFailed)
+        assert f"at {wanted[bad].offset_bytes} of" in error.message
+        assert found == [images[0][:PAGE], (images[-1] if bad == 1 else images[1])[:PAGE]]
     tier.close()
-
-    assert (found[0], found[3]) == (images[0][:PAGE], images[3][:PAGE])
-    assert isinstance(found[1], StorageFailed)
-    assert f"at {extents[1].offset_bytes} of" in found[1].message
-    assert isinstance(found[2], MemoryError)
 
 
 async def test_what_is_read_is_decided_when_a_thread_is_free_for_it(tier: SsdTier, calls: FaultyCalls) -> None:
     extents, images = await filled(tier, 1)
-    wanted, found = list[PartRead](), list[Any]()
+    wanted, found = list[PartRead](), list[PartSums]()
     with calls.held("preadv") as waiting:
         others = [asyncio.ensure_future(tier.read(extents[0], 0, memory(PAGE))) for _ in range(2)]
         for _ in others:
@@ -120,13 +114,13 @@ async def test_what_is_read_is_decided_when_a_thread_is_free_for_it(tier: SsdTie
         await asyncio.sleep(0)
         wanted.append(part(extents[0], PAGE, PAGE))
     await reading
-    assert found == [images[0][PAGE:]]
+    assert bytes_of(wanted[0], found[0]) == images[0][PAGE:]
     await asyncio.gather(*others)
 
 
 async def test_there_may_be_nothing_to_read_any_more(tier: SsdTier, calls: FaultyCalls) -> None:
     calls.made.clear()
-    found: list[Any] = []
+    found = list[PartSums]()
 
     await tier.read_together(0, list, found.extend)
 
