@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +18,7 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_api.v1 import sessions_pb2
 from kvservice_client import arguments
 from kvservice_client.attach_stream import Attachment
-from kvservice_client.buffers import Bytes, Slices, Source, readable
+from kvservice_client.buffers import Bytes, Slices, Source, cut, readable
 from kvservice_client.channel import BLOCKS, SESSIONS
 from kvservice_client.connection import Connection, RequestContext
 from kvservice_client.device_memory import DeviceMemory, ExportedPages
@@ -27,6 +26,7 @@ from kvservice_client.lease import TRANSFER_BYTES_PER_S_MIN, Lease
 from kvservice_client.local_directory import LocalHit
 from kvservice_client.pending_lookup import LookupOrder, PendingLookup
 from kvservice_client.retry import Deadline
+from kvservice_client.save_parts import checked_save, joined, parts_of, slices_of
 from kvservice_client.transports.base import Durability, SaveOrder, SaveResult, SaveSet
 from kvservice_client.transports.ordered import OrderedTransports
 from kvservice_client.transports.reservation import Reservation
@@ -296,7 +296,7 @@ class BlockCache:
         if any(len(pair) != 2 for pair in pairs):
             raise InvalidRequest("saves must have pairs: a chain, and its layers", field="saves")
         chains = [arguments.chain(chain) for chain, _ in pairs]
-        slices = [self._slices(chain, layers) if len(chain) else [] for chain, layers in pairs]
+        slices = [slices_of(self.layout, self.shard, chain, layers) if len(chain) else [] for chain, layers in pairs]
         if timeout_s is None:
             size_bytes = sum(len(piece) for layers in slices for layer in layers for piece in layer)
             timeout_s = self._connection.timeout_s + size_bytes / TRANSFER_BYTES_PER_S_MIN
@@ -306,7 +306,7 @@ class BlockCache:
         limits = self._connection.retried(lambda: self._connection.limits(deadline), deadline)
         results: list[list[SaveResult]] = [[] for _ in chains]  # Of each chain's parts.
         full: KVError | None = None
-        for parts in _parts(chains, self._blocks_max(limits), max(1, limits.max_save_chains)):
+        for parts in parts_of(chains, self._blocks_max(limits), max(1, limits.max_save_chains)):
             if full is not None:  # Blocks after a block that was refused cannot be used, so they are not sent.
                 of_parts = [SaveResult(0, 0, [(block, full) for block in range(len(part))]) for _, part in parts]
             else:
@@ -322,7 +322,7 @@ class BlockCache:
             for (number, part), result in zip(parts, of_parts, strict=True):
                 errors = [(part.start + block, error) for block, error in result.refused]
                 results[number].append(replace(result, refused=errors))
-        return [_joined(of_chain) for of_chain in results]
+        return [joined(of_chain) for of_chain in results]
 
     def reserve(
         self, saves: Sequence[BlockChain], durability: Durability = Durability.DRAM, timeout_s: float | None = None
@@ -338,7 +338,7 @@ class BlockCache:
         than one save may have; Overloaded if this client holds too many reservations; as `save`.
         """
         arguments.member(durability, Durability, "durability")
-        chains = [self._checked(each) for each in arguments.sequence(saves, "saves")]
+        chains = [checked_save(self.layout, each) for each in arguments.sequence(saves, "saves")]
         if not chains or not all(map(len, chains)):
             raise InvalidRequest("saves must have a chain, and each chain a block", field="saves")
         deadline = self._connection.deadline(timeout_s)
@@ -412,7 +412,7 @@ class BlockCache:
         sizes = [group.slice_bytes(heads, count) for count in token_counts]
         dtype = np.dtype(_VIEW_DTYPES.get(group.dtype, group.dtype))
         arrays = []
-        for piece, tokens in zip(_cut(readable(data, "data", slices), sizes), token_counts, strict=True):
+        for piece, tokens in zip(cut(readable(data, "data", slices), sizes), token_counts, strict=True):
             elements = piece.view(dtype)
             k_end = heads * tokens * group.k_head_dim
             keys = elements[:k_end].reshape(heads, tokens, group.k_head_dim)
@@ -523,35 +523,6 @@ class BlockCache:
             return []
         return [pb.Tail(key=session.slices.keys[-KEY_BYTES:], token_count=session.tail_tokens)]
 
-    def _checked(self, chain: BlockChain) -> BlockChain:
-        """Raises InvalidRequest for a chain that cannot be saved."""
-        if any(count != self.layout.block_tokens for count in arguments.chain(chain).token_counts[:-1]):
-            raise InvalidRequest("only the last block of a save may be partial", field="chain")
-        return chain
-
-    def _slices(self, chain: BlockChain, layers: Sequence[Source | Sequence[Source]]) -> list[list[Bytes]]:
-        """Flat views, ordered by layer, then by block. Raises InvalidRequest for wrong sizes."""
-        if len(arguments.sequence(layers, "layers")) != self.shard.layers:
-            raise InvalidRequest(f"{len(layers)} layers are given; the shard has {self.shard.layers}", field="layers")
-        counts = self._checked(chain).token_counts
-        slices = []
-        for index, layer in enumerate(layers):
-            name = f"layers[{index}]"
-            whole = Slices.of(self.layout, self.shard, index, counts)
-            if not isinstance(layer, (list, tuple)):
-                size_of = {count: whole.group.slice_bytes(whole.heads, count) for count in set(counts)}
-                slices.append(_cut(readable(layer, name, whole), [size_of[count] for count in counts]))
-                continue
-            if len(layer) != len(counts):
-                raise InvalidRequest(f"{name} has {len(layer)} buffers; the chain has {len(counts)} blocks", field=name)
-            slices.append(
-                [
-                    readable(each, f"{name}[{block}]", whole._replace(token_counts=counts[block : block + 1]))
-                    for block, each in enumerate(layer)
-                ]
-            )
-        return slices
-
 
 def _checked(chain: BlockChain | ChainBuilder) -> BlockChain:
     """The chain of whole blocks. Raises InvalidRequest."""
@@ -569,33 +540,5 @@ def _with_tail(builder: ChainBuilder, hit_tokens: int, tails: Iterable[pb.Tail])
     return None
 
 
-def _parts(chains: Sequence[BlockChain], blocks_max: int, chains_max: int) -> Iterator[list[tuple[int, range]]]:
-    """The blocks of all chains in saves of so many: for each part of a chain the chain's number, and the blocks."""
-    parts: list[tuple[int, range]] = []
-    space = blocks_max
-    for number, chain in enumerate(chains):
-        first = 0
-        while first < len(chain):
-            part = range(first, min(first + space, len(chain)))
-            parts.append((number, part))
-            first, space = part.stop, space - len(part)
-            if not space or len(parts) == chains_max:
-                yield parts
-                parts, space = [], blocks_max
-    if parts:
-        yield parts
-
-
-def _joined(results: Sequence[SaveResult]) -> SaveResult:
-    """The result of a chain, from those of its parts."""
-    refused = [each for result in results for each in result.refused]
-    return SaveResult(sum(each.stored for each in results), sum(each.already_stored for each in results), refused)
-
-
 def _ttl_ms(lease_ttl_s: float) -> int:
     return max(1, round(arguments.seconds(lease_ttl_s, "lease_ttl_s") * 1e3))
-
-
-def _cut(data: Bytes, sizes: Sequence[int]) -> list[Bytes]:
-    ends = np.cumsum([0, *sizes]).tolist()
-    return [data[start:end] for start, end in pairwise(ends)]

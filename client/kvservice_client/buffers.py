@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -166,3 +167,9 @@ def _flat_tensor(tensor: DLPackTensor, what: str, slices: Slices) -> Bytes:
     if not size_bytes:
         return np.empty(0, np.uint8)
     return np.asarray(_Flat(memory.capsule, memory.address, size_bytes))
+
+
+def cut(data: Bytes, sizes: Sequence[int]) -> list[Bytes]:
+    """Views of so many bytes each, one after the other."""
+    ends = np.cumsum([0, *sizes]).tolist()
+    return [data[start:end] for start, end in pairwise(ends)]

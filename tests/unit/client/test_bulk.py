@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import gc
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvservice.config_sections import TlsSettings
-from kvservice.rpc.tls import read_identity
 from kvservice_api.bulk import MessageKind, pack_header
 from kvservice_api.errors import (
     BulkUnavailable,
@@ -30,70 +24,17 @@ from kvservice_api.errors import (
     InvalidFrame,
     TransferEnded,
 )
-from kvservice_api.image import checksum, layer_starts
-from kvservice_api.socket_buffers import SocketBuffers
-from kvservice_api.v1 import blocks_pb2 as pb
-from kvservice_client import BlockChain, Durability, Layout, Shard, TlsFiles
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline, TransferDeadline, Watchdog
 from kvservice_client.transports import bulk, bulk_transfer
 from kvservice_client.transports.base import LoadOrder, Mismatch, NotCarried, SaveOrder
+from kvservice_client.transports.base import LoadOrder, Mismatch, NotCarried
 from kvservice_client.transports.bulk import BulkTransport
-from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections, Endpoint, User
-from tests.bulk_daemon import BulkDaemon, Unit, error_bytes, send
-from tests.certificates import Authority
+from tests.bulk_daemon import BulkDaemon, error_bytes, send
+from tests.bulk_orders import LARGE, ODD, TINY, Large, checksums_of, content, order_of, save_order, units_of, whole
 from tests.clock import ClientClock
 from tests.collections import without_collections
 from tests.daemon import NEVER_S, SOON_S, until
-
-TINY = Layout("tiny", "uint8", layers=3, kv_heads=1, k_head_dim=1, v_head_dim=0, block_tokens=4)
-ODD = Layout("odd", "float32", layers=5, kv_heads=3, k_head_dim=33, v_head_dim=17, block_tokens=96)
-LARGE = Layout("large", "float16", layers=6, kv_heads=6, k_head_dim=128, v_head_dim=128, block_tokens=512)  # 1.5 MiB.
-ID = bytes(16)
-
-
-def order_of(layout: Layout, token_counts: list[int], *, into: bool = True, first_layer: int = 0) -> LoadOrder:
-    starts = layer_starts(layout, Shard.whole(layout), token_counts)
-    buffers = [np.zeros(each[-1], np.uint8) for each in starts] if into else None
-    return LoadOrder(
-        ID, 1, 0, buffers, layout, Shard.whole(layout), token_counts, lambda: True, first_layer=first_layer
-    )
-
-
-def content(order: LoadOrder) -> list[Bytes]:
-    generator = np.random.default_rng(5)
-    return [generator.integers(0, 256, order.block_starts(each)[-1], np.uint8) for each in range(order.layer_count)]
-
-
-def units_of(order: LoadOrder, layers: list[Bytes], slices_each: int = 1) -> list[Unit]:
-    """Of so many slices, which run on into the next layers."""
-    slices = [
-        (layer, block, layers[layer][begin:end].tobytes())
-        for layer in range(order.first_layer, order.layer_count)
-        for block, (begin, end) in enumerate(pairwise(order.block_starts(layer)))
-    ]
-    cut = [slices[at : at + slices_each] for at in range(0, len(slices), slices_each)]
-    return [(*some[0][:2], b"".join(data for _, _, data in some)) for some in cut]
-
-
-def checksums_of(order: LoadOrder, units: list[Unit]) -> dict[int, bytes]:
-    """Of the slices of each unit."""
-    found = {}
-    for number, (layer, block, data) in enumerate(units):
-        sums = b""
-        while data:
-            starts = order.block_starts(layer)
-            size = starts[block + 1] - starts[block]
-            sums += checksum(data[:size]).to_bytes(8, "little")
-            block, data = block + 1, data[size:]
-            if block == order.block_count:
-                layer, block = layer + 1, 0
-        found[number] = sums
-    return found
-
-
-def whole(seconds: float = NEVER_S) -> TransferDeadline:
-    return TransferDeadline(seconds, ClientClock())
 
 
 class CountingDeadline(TransferDeadline):
@@ -115,27 +56,6 @@ class CountingDeadline(TransferDeadline):
         """Whether it does in time."""
         with self._changed:
             return self._changed.wait_for(lambda: self.begun > before, 5.0)
-
-
-@pytest.fixture(params=[1, 3], ids=["one connection", "three connections"])
-def connections(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(bulk_transfer, "_connections", lambda size_bytes, rtt_s, with_tls: request.param)
-    count: int = request.param
-    return count
-
-
-@pytest.fixture
-def large(connections: int) -> Iterator[tuple[BulkDaemon, BulkTransport, LoadOrder, list[Bytes]]]:
-    """A load of 36 MiB: far more than the sockets hold."""
-    order = order_of(LARGE, [512] * 4)
-    layers = content(order)
-    with BulkDaemon(units_of(order, layers)) as daemon:
-        transport = BulkTransport(daemon.connection())
-        yield daemon, transport, order, layers
-        transport.close()
-
-
-Large = tuple[BulkDaemon, BulkTransport, LoadOrder, list[Bytes]]
 
 
 def hold(released: threading.Event, number: int) -> Callable[[int, socket.socket], None]:
@@ -505,234 +425,3 @@ class TestASave:
             with pytest.raises(NotCarried):
                 transport.save(order, Deadline(SOON_S))
             transport.close()
-
-
-def save_order(layout: Layout, counts: list[int]) -> SaveOrder:
-    load = order_of(layout, counts, into=False)
-    layers = [
-        [layer[a:b] for a, b in pairwise(load.block_starts(number))] for number, layer in enumerate(content(load))
-    ]
-    chain = BlockChain(bytes(32), tuple(bytes([number]) * 32 for number in range(len(counts))), tuple(counts))
-    return SaveOrder(ID, [chain], Durability.DRAM, layout, Shard.whole(layout), layers, 2**20)
-
-
-class TestThePort:
-    def test_without_a_listener_is_reported_once_and_tried_again_later(self, caplog: pytest.LogCaptureFixture) -> None:
-        order, clock = order_of(ODD, [96]), ClientClock()
-        with BulkDaemon(units_of(order, content(order))) as daemon:
-            daemon.stop_listening()
-            transport = BulkTransport(daemon.connection(clock))
-            for _ in range(2):
-                with pytest.raises(BulkUnavailable, match="cannot be reached"):
-                    next(transport.load(order, whole()))
-            with pytest.raises(BulkUnavailable):
-                transport.check_offered(whole())
-            assert len([each for each in caplog.records if "cannot be reached" in each.message]) == 1
-            clock.advance(seconds=31)
-            transport.check_offered(whole())
-            assert not daemon.opened, "a transfer would hold memory until its tickets expire"
-
-    def test_that_refuses_a_new_ticket_is_another_daemons_and_not_used_for_a_while(
-        self, connections: int, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        order, clock = order_of(LARGE, [512] * 4), ClientClock()
-        with BulkDaemon(units_of(order, content(order))) as daemon:
-            daemon.forgets_tickets = True
-            transport = BulkTransport(daemon.connection(clock))
-            with pytest.raises(TransferEnded):
-                list(transport.load(order, whole()))
-            for _ in range(2):
-                with pytest.raises(BulkUnavailable, match="leads to another daemon"):
-                    list(transport.load(order, whole()))
-            assert len([each for each in caplog.records if "another daemon" in each.message]) == 1
-            assert len(daemon.opened) == 1
-            clock.advance(seconds=31)
-            transport.check_offered(whole())
-            transport.close()
-
-    def test_that_does_not_answer_costs_a_second_at_most(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        order = order_of(ODD, [96])
-        monkeypatch.setattr("kvservice_client.transports.bulk_connections.CONNECT_S", 0.1)
-        with socket.create_server(("127.0.0.1", 0), backlog=0) as full, BulkDaemon() as daemon:
-            port = full.getsockname()[1]
-            waiting = [socket.socket() for _ in range(4)]  # They fill the backlog: more connections get no answer.
-            for each in waiting:
-                each.setblocking(False)
-                each.connect_ex(("127.0.0.1", port))
-            daemon.port = port
-            transport = BulkTransport(daemon.connection())
-            begin_s = time.monotonic()
-            with pytest.raises(BulkUnavailable):
-                next(transport.load(order, whole()))
-            assert time.monotonic() - begin_s < SOON_S
-            until(lambda: transport._pool._unreachable is not None)
-            client: Any = transport._connection
-            for layer_s, idle_s in [(0.1, None), (SOON_S, 0.01)]:
-                other = BulkTransport(daemon.connection())
-                deadline = TransferDeadline(layer_s, client.clock, client.watchdog, idle_s)
-                with deadline.layer(), pytest.raises(BulkUnavailable, match="not ready"):
-                    next(other.load(order, deadline))
-                assert deadline.remaining_s, "the next transport has time left"
-                until(lambda other=other: other._pool._unreachable is not None)  # type: ignore[misc]
-            for each in waiting:
-                each.close()
-            assert not daemon.opened
-
-    def test_whose_name_is_found_slowly_is_used_by_the_next_load(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        order, found, real = order_of(ODD, [96]), threading.Event(), socket.getaddrinfo
-
-        def slow(*args: Any, **options: Any) -> Any:
-            found.wait(SOON_S)
-            return real(*args, **options)
-
-        with BulkDaemon(units_of(order, content(order))) as daemon:
-            transport = BulkTransport(daemon.connection())
-            monkeypatch.setattr(socket, "getaddrinfo", slow)
-            for _ in range(2):
-                with pytest.raises(BulkUnavailable, match="not ready"):
-                    next(transport.load(order, TransferDeadline(0.1, Deadline(1).clock)))
-            found.set()
-            until(lambda: bool(transport._pool._idle))
-            assert all(map(np.array_equal, transport.load(order, whole()), content(order)))
-            assert daemon.accepted == 1
-            transport.close()
-
-    def test_that_is_reached_as_its_user_gives_up_is_kept_for_one_transfer(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Two that shared a connection would read each other's bytes."""
-        has_given_up = threading.Event()
-        with BulkDaemon() as daemon:
-            client = daemon.connection()
-            pool = BulkConnections(client, lambda: False)
-            connected = pool._connected
-
-            def late(endpoint: Endpoint) -> BulkConnection:
-                assert has_given_up.wait(SOON_S)
-                return connected(endpoint)
-
-            class Changed(threading.Condition):
-                """The thread that connects does all of its work where its user has just looked for a result."""
-
-                looks = 0
-
-                def __exit__(self, *exc: Any) -> None:
-                    super().__exit__(*exc)
-                    if threading.current_thread() is threading.main_thread():
-                        self.looks += 1
-                        if self.looks == 2:
-                            has_given_up.set()
-                            until(lambda: bool(pool._idle))
-
-            user = SimpleNamespace(changed=Changed(), is_over=False, check_not_over=lambda: None)
-            monkeypatch.setattr(pool, "_connected", late)
-            deadline = Deadline(0.1, ClientClock())  # It stands still.
-            with pytest.raises(BulkUnavailable, match="not ready"):
-                pool.take(pool.endpoint(client.limits(deadline)), deadline, cast(User, user))
-            assert len(pool._idle) == 1
-            pool.close()
-
-    def test_is_reached_at_the_second_address_of_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        order, real = order_of(ODD, [96]), BulkConnection.connect
-        limits = []
-
-        def connect(self: BulkConnection, address: Any, context: Any, limit: Deadline) -> None:
-            limits.append(limit.allowed_s)
-            if len(limits) == 1:
-                raise TimeoutError
-            real(self, address, context, limit)
-
-        monkeypatch.setattr(BulkConnection, "connect", connect)
-        with BulkDaemon(units_of(order, content(order))) as daemon:
-            transport = BulkTransport(daemon.connection(ClientClock()))
-            both = [(socket.AF_INET, 1, 6, "", ("127.0.0.1", daemon.port))] * 2
-            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
-            assert all(map(np.array_equal, transport.load(order, whole()), content(order)))
-            transport.close()
-        assert limits == [0.5, 1.0], "each address has its part of the second"
-
-    def test_is_connected_to_again_after_the_daemon_has_closed_or_was_restarted(self, large: Large) -> None:
-        daemon, transport, order, layers = large
-        assert all(map(np.array_equal, transport.load(order, whole()), layers))
-        before = daemon.accepted
-        daemon.drop_connections()
-        until(lambda: all(each.is_stale for each in transport._pool._idle))
-        assert all(map(np.array_equal, transport.load(order, whole()), layers))
-        daemon.boot_epoch += 1
-        assert all(map(np.array_equal, transport.load(order, whole()), layers))
-        assert daemon.accepted == 3 * before
-
-    def test_is_connected_to_again_if_the_tls_files_or_the_daemon_change_while_a_transfer_is_opened(self) -> None:
-        order = order_of(ODD, [96])
-        layers = content(order)
-
-        class Changing(BulkDaemon):
-            def open(self, request: pb.OpenTransferRequest) -> pb.OpenTransferResponse:
-                self.boot_epoch = 2
-                return super().open(request)
-
-        with Changing(units_of(order, layers)) as daemon:
-            transport = BulkTransport(daemon.connection())
-            assert all(map(np.array_equal, transport.load(order, whole()), layers))
-            assert daemon.accepted == 2
-            transport.close()
-
-    def test_with_tls_that_was_reached_too_late_is_used_by_the_next_load(self, tmp_path: Path) -> None:
-        """The daemon's certificate context, which sends nothing after the handshake by itself."""
-        authority = Authority()
-        certificate, key = authority.issue().write(tmp_path)
-        ca = authority.write(tmp_path, "ca")
-        context = read_identity(TlsSettings(certificate=str(certificate), key=str(key))).context
-        order = order_of(ODD, [96])
-        layers = content(order)
-        with BulkDaemon(units_of(order, layers), context=context) as daemon:
-            transport = BulkTransport(daemon.connection(tls=(TlsFiles(ca).read(), "127.0.0.1")))
-            pool = transport._pool
-            pool.put_back(pool._connected(pool.endpoint(transport._connection.limits(whole()))))
-            until(lambda: len(daemon._connections) == 2)  # The second is made after the handshake.
-            assert all(map(np.array_equal, transport.load(order, whole()), layers))
-            assert daemon.accepted == 1
-            transport.close()
-
-    def test_with_tls_shows_the_certificate_of_its_name_or_is_not_used(self, tmp_path: Path, connections: int) -> None:
-        authority = Authority()
-        pair, mine = authority.issue().write(tmp_path), authority.issue("client").write(tmp_path, "client")
-        ca = authority.write(tmp_path, "ca")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*pair)
-        context.load_verify_locations(ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-        order = order_of(LARGE, [512] * 2)
-        layers, contents = content(order), TlsFiles(ca, *mine).read()
-        with BulkDaemon(units_of(order, layers), context=context) as daemon:
-            transport = BulkTransport(daemon.connection(tls=(contents, "127.0.0.1")))
-            for _ in range(2):
-                assert all(map(np.array_equal, transport.load(order, whole()), layers))
-            assert daemon.accepted == connections
-            transport.close()
-            other = BulkTransport(daemon.connection(tls=(contents, "kv.example.com")))
-            with pytest.raises(BulkUnavailable, match="certificate"):
-                next(other.load(order, whole()))
-
-
-def test_a_deadline_ends_a_wait_for_bytes_that_came_until_shortly_before() -> None:
-    near, far = socket.socketpair()
-    connection = BulkConnection(socket.AF_UNIX, Endpoint("here", 1, 1, None))
-    connection.close()
-    connection._socket = near
-    comes_until_s = time.monotonic() + 0.5
-
-    def send_some() -> None:
-        while time.monotonic() < comes_until_s:
-            far.sendall(bytes(128 << 10))
-            time.sleep(0.02)
-
-    sender = threading.Thread(target=send_some)
-    with near, far:
-        sender.start()
-        began_s = time.monotonic()
-        with pytest.raises(DeadlineExceeded):
-            connection.receive(SocketBuffers([memoryview(bytearray(64 << 20))]), Deadline(0.6))
-        took_s = time.monotonic() - began_s
-        sender.join()
-    assert took_s < 0.9

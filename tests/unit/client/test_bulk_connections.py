@@ -12,6 +12,11 @@ import pytest
 from kvservice_client.retry import SYSTEM_CLOCK, Deadline
 from kvservice_client.transports import bulk_connections
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections, Endpoint
+from kvservice_api.errors import DeadlineExceeded
+from kvservice_api.socket_buffers import BLOCKED
+from kvservice_client.retry import Deadline
+from kvservice_client.transports.bulk_connections import BulkConnection, Endpoint
+from tests.clock import ClientClock
 
 ENDPOINT = Endpoint("127.0.0.1", 1, 1, None)
 
@@ -36,6 +41,30 @@ def test_a_link_is_as_long_as_its_shortest_round_trip_however_busy_its_hosts_are
     busy: Any = SocketOfBusyHosts(min_rtt_us)
     connection._socket = busy
     assert connection.rtt_s == rtt_s
+
+
+class SlowBuffers:
+    """Each call moves bytes for as long as it may, and then waits as long as its last system call does."""
+
+    is_done = False
+
+    def __init__(self, clock: ClientClock) -> None:
+        self._clock = clock
+
+    def receive(self, connection: socket.socket, _: int, move_s: float) -> tuple[int, int]:
+        seconds, micros = struct.unpack("ll", connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))
+        self._clock.advance(seconds=move_s + seconds + micros / 1e6)
+        return BLOCKED, 1
+
+
+def test_a_deadline_ends_a_wait_for_bytes_that_came_until_shortly_before() -> None:
+    clock, connection = ClientClock(), BulkConnection(socket.AF_INET, ENDPOINT)
+    slow: Any = SlowBuffers(clock)
+    began_s = clock.now_s()
+    with pytest.raises(DeadlineExceeded):
+        connection.receive(slow, Deadline(0.6, clock))
+    assert clock.now_s() - began_s < 0.61, "the kernel rounds its time limits up"
+    connection.close()
 
 
 def test_a_connection_knows_its_round_trip_once_it_is_connected() -> None:

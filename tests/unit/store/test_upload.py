@@ -98,9 +98,9 @@ def test_a_slice_that_came_whole_leaves_no_object_behind() -> None:
     """A save may have tens of thousands, and freeing them in one iteration would block the event loop."""
     slices = ArrivedSlices(block_geometry(LAYOUT, WHOLE, 16))
     assert slices.add(0, 0, SLICE)
-    assert not slices.add(1, 0, 100) and slices._runs
+    assert not slices.add(1, 0, 100) and slices._partial
     assert slices.add(1, 100, SLICE)
-    assert not slices._runs and not slices.missing
+    assert not slices._partial and not slices.missing
     with pytest.raises(InvalidFrame):
         slices.add(0, 0, SLICE)
     with pytest.raises(InvalidFrame):
