@@ -182,6 +182,7 @@ class BulkPort:
                 self._run(caller, load, partial(load.run, self._store.loads.to_send_all(caller, lease_id)))
             except KVError as error:
                 load.end_with(error)
+                self.ended[load.kind, load.result] += 1  # No call has failed, so nothing else says why.
 
         load = OutgoingLoad(self, self._clock, caller.client, certificate, self._idle_s, begin)
         return self._opened(load, min(connections, CONNECTIONS_MAX), is_offer=True)

@@ -169,6 +169,7 @@ class IoPool:
         except asyncio.CancelledError:
             if not job.claim():
                 await ended(job.future)
+                job.future.exception()  # Asyncio logs one that was not asked for.
             raise
 
     def close(self) -> None:

@@ -218,6 +218,8 @@ class Upload:
         self._space.reserved(extent)
 
     def _refuse(self, destination: Destination, error: KVError) -> None:
+        if self._is_ended:  # The client has disconnected during a wait, and another client may have the block now.
+            raise IncompleteSave("the client has disconnected")
         self.outcome.refused[destination.position] = error
         self._end(destination)
 

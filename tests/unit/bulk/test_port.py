@@ -18,7 +18,7 @@ from kvservice.store.types import Span
 from kvservice_api.bulk import PREFACE, pack_hello
 from kvservice_api.errors import BulkUnavailable
 from tests.clock import HandClock, passes
-from tests.stores import CALLER, until
+from tests.stores import CALLER, OpenStore, caller_of, some_chain, some_images, until
 
 
 @pytest.fixture
@@ -28,14 +28,18 @@ async def clock() -> HandClock:
 
 @pytest.fixture
 async def port(clock: HandClock) -> AsyncIterator[BulkPort]:
-    store: Any = None  # No transfer is opened.
+    port = new_port(clock, None)  # No transfer is opened.
+    yield port
+    await port.close()
+
+
+def new_port(clock: HandClock, store: Any) -> BulkPort:
     port = BulkPort(store, clock, None, connections_max=3, idle_s=60.0, threads=2)
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     port.listen(bound)
     port.start()
-    yield port
-    await port.close()
+    return port
 
 
 async def connected(port: BulkPort, data: bytes = b"") -> socket.socket:
@@ -280,4 +284,23 @@ async def test_without_a_listener_transfers_are_refused(clock: HandClock) -> Non
     port = BulkPort(store, clock, None, connections_max=3, idle_s=60.0, threads=1)
     with pytest.raises(BulkUnavailable):
         await port.open_load(CALLER, b"", 1, None, Span(), Span(), 1)
+    await port.close()
+
+
+async def test_an_offered_load_that_cannot_begin_is_counted_with_its_error(
+    open_store: Callable[..., Any], clock: HandClock
+) -> None:
+    """As one that was opened is: no call fails, so that only this count says why loads fail."""
+    opened: OpenStore = await open_store()
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1)
+    await opened.save(client, chain, some_images(chain))
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    port = new_port(clock, opened.store)
+    offered = port.offer_load(caller_of(client), b"", lease.lease_id, 1)
+    assert offered is not None
+    opened.leases.end(lease)
+    with await connected(port, PREFACE + pack_hello(offered.tickets[0], client.client_id)):
+        await until(lambda: bool(port.ended["load", "LEASE_EXPIRED"]))
+    assert +port.ended == {("load", "LEASE_EXPIRED"): 1}
     await port.close()

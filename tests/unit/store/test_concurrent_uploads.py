@@ -88,6 +88,29 @@ async def test_a_client_that_disconnects_while_it_waits_for_another_save_or_for_
     await nothing_left(opened)
 
 
+async def test_a_save_whose_client_goes_when_another_one_stores_its_blocks_ends_as_incomplete(
+    opened: OpenStore, client: Client
+) -> None:
+    chain, images = some_chain(2), some_images(some_chain(2))
+    other = opened.store.leases.attach(CALLER, "other")
+    upload = await half_saved(opened, other, chain)
+    waiting = asyncio.create_task(opened.save(client, chain, images))
+    await until(lambda: len(opened.uploads.open) == 2)
+
+    def detach(row: int) -> None:
+        opened.blocks.listeners.remove(detach)
+        opened.store.leases.detach(CALLER, client)
+
+    opened.blocks.listeners.append(detach)
+    for each in frames_of(LAYOUT, WHOLE, chain, images)[2:]:
+        upload.write(each)
+    assert (await upload.commit(checksums_of(WHOLE, images), on_ssd=False)).stored == [0, 1]
+    await upload.__aexit__(None, None, None)
+    with pytest.raises(IncompleteSave):
+        await waiting
+    await nothing_left(opened, 2 * BLOCK)
+
+
 @pytest.mark.parametrize("turns", range(12))
 async def test_a_save_that_is_cancelled_anywhere_leaves_nothing_half_done(
     opened: OpenStore, client: Client, turns: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable
 
@@ -93,7 +94,9 @@ async def test_work_that_did_not_begin_is_called_off_by_cancelling(thread: OneTh
     assert thread.done == ["kept"]
 
 
-async def test_the_outcome_of_a_cancelled_call_disturbs_no_other_call() -> None:
+async def test_the_outcome_of_a_cancelled_call_disturbs_no_other_call_and_is_no_error_of_the_event_loop() -> None:
+    unseen: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unseen.append(context))
     pool = IoPool(2)
     begun, go_on = threading.Event(), threading.Event()
 
@@ -111,6 +114,9 @@ async def test_the_outcome_of_a_cancelled_call_disturbs_no_other_call() -> None:
         await task
     assert await pool.run(0.0, lambda: "next") == "next"
     pool.close()
+    del task
+    gc.collect()
+    assert unseen == []
 
 
 async def test_closing_finishes_what_is_queued(thread: OneThread) -> None:
