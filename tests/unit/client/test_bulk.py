@@ -27,7 +27,6 @@ from kvservice_api.errors import (
 from kvservice_client.buffers import Bytes
 from kvservice_client.retry import Deadline, TransferDeadline, Watchdog
 from kvservice_client.transports import bulk, bulk_transfer
-from kvservice_client.transports.base import LoadOrder, Mismatch, NotCarried, SaveOrder
 from kvservice_client.transports.base import LoadOrder, Mismatch, NotCarried
 from kvservice_client.transports.bulk import BulkTransport
 from tests.bulk_daemon import BulkDaemon, error_bytes, send

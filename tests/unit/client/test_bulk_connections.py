@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
+from kvservice_api.errors import DeadlineExceeded
+from kvservice_api.socket_buffers import BLOCKED
 from kvservice_client.retry import SYSTEM_CLOCK, Deadline
 from kvservice_client.transports import bulk_connections
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections, Endpoint
-from kvservice_api.errors import DeadlineExceeded
-from kvservice_api.socket_buffers import BLOCKED
-from kvservice_client.retry import Deadline
-from kvservice_client.transports.bulk_connections import BulkConnection, Endpoint
 from tests.clock import ClientClock
 
 ENDPOINT = Endpoint("127.0.0.1", 1, 1, None)
