@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvservice.bulk.connection import BulkConnection, Interrupted, Steps
 from kvservice.clock import Clock
 from kvservice.store.types import DamagedSlice, FilledUpload, LayerSlice, Part, ReceivedBytes, SaveOutcome
-from kvservice_api.bulk import ERROR_BYTES_MAX, UNIT_BYTES, MessageKind, pack_header
+from kvservice_api.bulk import ERROR_BYTES_MAX, UNIT_BYTES, MessageKind, pack_header, unit_bytes
 from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame, KVError, TransferEnded
 from kvservice_api.image import checksum
 from kvservice_api.socket_buffers import SocketBuffers
@@ -196,11 +196,13 @@ class OutgoingLoad(Transfer):
         certificate: bytes,
         idle_s: float,
         begin: Callable[[OutgoingLoad], None] | None = None,
+        connections: int = 1,
     ) -> None:
         """`begin` starts it on the event loop once a connection has joined; without it, the caller does."""
         super().__init__(port, clock, client_id, certificate, idle_s)
         self._begin = begin
         self.sent_bytes = 0
+        self.unit_bytes = unit_bytes(connections)
         self._queue: deque[Part] = deque()
         self._queued_all = False
         self._is_stopped = False

@@ -39,7 +39,10 @@ TICKET_BYTES: Final = 32
 CLIENT_ID_BYTES: Final = 16
 HELLO_BYTES: Final = TICKET_BYTES + CLIENT_ID_BYTES
 CONNECTIONS_MAX: Final = 16  # Of one transfer.
-UNIT_BYTES: Final = 4 << 20  # About as much is sent in one DATA, more if a slice is larger.
+UNIT_BYTES: Final = (
+    4 << 20
+)  # About as much is sent in one DATA, more if a slice is larger. Several connections share these.
+UNIT_ALONE_BYTES: Final = 8 << 20  # On the only connection of a transfer: a message costs Python at both ends.
 ERROR_BYTES_MAX: Final = 64 << 10
 RESULT_BYTES_MAX: Final = 1 << 20
 
@@ -73,6 +76,11 @@ class MessageHeader(NamedTuple):
     first_block: int
     offset_bytes: int
     size_bytes: int
+
+
+def unit_bytes(connections: int) -> int:
+    """About how much is sent in one DATA of a transfer with so many connections."""
+    return UNIT_ALONE_BYTES if connections == 1 else UNIT_BYTES
 
 
 def pack_header(

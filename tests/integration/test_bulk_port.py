@@ -67,6 +67,20 @@ def test_several_connections_share_a_load(wire: Wire) -> None:
     assert received.is_right()
 
 
+@pytest.mark.parametrize(("connections", "slices"), [(1, [100, 100, 100]), (2, [64, 36, 64, 36, 64, 36])])
+def test_messages_are_smaller_where_several_connections_share_them(
+    wire: Wire, connections: int, slices: list[int]
+) -> None:
+    chain = stored(wire, LARGE, 100)
+    ticket, *_ = open_load(wire, LARGE, chain, connections)
+    sizes: list[int] = []
+    with BulkSocket(wire) as connection:
+        connection.hello(ticket)
+        while (message := connection.message()[0]).kind is MessageKind.DATA:
+            sizes.append(message.size_bytes)
+    assert sizes == [count * slice_bytes(LARGE) for count in slices]
+
+
 def test_a_connection_carries_one_transfer_after_another(wire: Wire) -> None:
     chain = stored(wire, SMALL, 4)
     with BulkSocket(wire) as connection:

@@ -19,7 +19,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
-from kvservice_api.bulk import HEADER_BYTES, UNIT_BYTES, MessageHeader, MessageKind, pack_header, unpack_header
+from kvservice_api.bulk import HEADER_BYTES, MessageHeader, MessageKind, pack_header, unit_bytes, unpack_header
 from kvservice_api.byte_ranges import ByteRanges
 from kvservice_api.copying import STREAMED_BYTES_MIN
 from kvservice_api.errors import BulkUnavailable, DeadlineExceeded, InvalidFrame, KVError, TransferEnded
@@ -123,7 +123,7 @@ class BulkTransport(Transport):
             sending = _Sending(order, opened.blocks, transfer)
             first, *others = opened.tickets
             transfer.greet(first)
-            for ticket in others[: transfer.connections(sending.size_bytes) - 1]:
+            for ticket in others[: sending.connections - 1]:
                 transfer.start(ticket, sending.send_all, receive_end)
             with transfer.answer():
                 sending.send_all(transfer.first, deadline)
@@ -283,8 +283,10 @@ class _Sending:
         self._order = order
         self._wanted = list(wanted)
         self._transfer = transfer
-        self._units = iter(_units(order, self._wanted))  # A list's iterator: `next` may be called by any thread.
         self.size_bytes = sum(slices[block].size for slices in order.layers for block in self._wanted)
+        self.connections = transfer.connections(self.size_bytes)
+        units = _units(order, self._wanted, unit_bytes(self.connections))
+        self._units = iter(units)  # A list's iterator: `next` may be called by any thread.
 
     def send_all(self, connection: BulkConnection, deadline: Deadline | None = None) -> None:
         """Units as long as there are any. Raises the daemon's error, if it sent one, or OSError."""
@@ -316,8 +318,8 @@ class _Sending:
         return _parsed(pb.SaveBlocksResponse, receive_bytes(connection, header.size_bytes, deadline))
 
 
-def _units(order: SaveOrder, wanted: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Layers and blocks of the wanted slices, in their order, in units of at most `UNIT_BYTES` or one slice."""
+def _units(order: SaveOrder, wanted: Sequence[int], size_bytes: int) -> list[list[tuple[int, int]]]:
+    """Layers and blocks of the wanted slices, in their order, in units of at most `size_bytes` or one slice."""
     units: list[list[tuple[int, int]]] = []
     room = 0
     for layer, slices in enumerate(order.layers):
@@ -325,7 +327,7 @@ def _units(order: SaveOrder, wanted: Sequence[int]) -> list[list[tuple[int, int]
             size = slices[block].size
             if size > room:
                 units.append([])
-                room = UNIT_BYTES
+                room = size_bytes
             units[-1].append((layer, block))
             room -= size
     return units

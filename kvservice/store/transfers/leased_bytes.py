@@ -29,7 +29,6 @@ from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import on_thread
-from kvservice_api.bulk import UNIT_BYTES
 from kvservice_api.errors import ChecksumMismatch, LeaseExpired, Overloaded, StorageFailed
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer
 from kvservice_api.layout import Layout, Shard
@@ -332,11 +331,11 @@ class LeasedBytes:
         parts.append(current)
         return parts
 
-    async def units(self, layers: range, run_bytes: int) -> tuple[list[Part], int]:
+    async def units(self, layers: range, run_bytes: int, unit_bytes: int) -> tuple[list[Part], int]:
         """The first of these layers, in parts of whole slices; or as many whole layers as have at most `run_bytes`
         together, as one part. Returns the end of what is in the parts. Counts as for `parts`.
 
-        A part has `UNIT_BYTES` or little more for the client to verify. Otherwise `_VERIFIED_BYTES` of one layer.
+        A part has `unit_bytes` or little more for the client to verify. Otherwise `_VERIFIED_BYTES` of one layer.
         """
         if self._all_at_hand is None and not any(self._plans):
             self._all_at_hand = await self._with_checksums()
@@ -344,22 +343,24 @@ class LeasedBytes:
             return await self._verified_units(layers.start), layers.start + 1
         first = layers.start
         layer_bytes = self._layer_bytes(first)
-        end, left_bytes = first + 1, min(run_bytes, UNIT_BYTES) - layer_bytes
+        end, left_bytes = first + 1, min(run_bytes, unit_bytes) - layer_bytes
         while end < layers.stop and (left_bytes := left_bytes - self._layer_bytes(end)) >= 0:
             end += 1
-        return await self._summed_units(self._all_at_hand, range(first, end)), end
+        return await self._summed_units(self._all_at_hand, range(first, end), unit_bytes), end
 
-    async def _summed_units(self, blocks: list[tuple[_Source, list[int]]], layers: range) -> list[Part]:
+    async def _summed_units(
+        self, blocks: list[tuple[_Source, list[int]]], layers: range, unit_bytes: int
+    ) -> list[Part]:
         """The usual case, in a microsecond per slice. Several layers are one part."""
         units: list[Part] = []
-        size = UNIT_BYTES
+        size = unit_bytes
         for layer in layers:
             for block, (source, checksums) in enumerate(blocks):
                 if self._rows_since_slot == _ROWS_A_TURN:
                     self._rows_since_slot = 0
                     await self._shared.loop_budget.slot()
                 self._rows_since_slot += 1
-                if size >= UNIT_BYTES:
+                if size >= unit_bytes:
                     units.append(unit := Part(layer, block, 0, [], []))
                     size = 0
                 index = layer + self._shard.layer_begin - source.shard.layer_begin

@@ -60,6 +60,7 @@ class PartSender(Protocol):
     """Threads that send the parts of a load, verified where the client cannot do it. Called on the event loop."""
 
     sent_bytes: int
+    unit_bytes: int  # About as much is to be in one part.
 
     def when_joined(self, call: Callable[[], None] | None) -> None:
         """Call it once the client has come for the load; a KVError that it raises ends the load. None: call nothing."""
@@ -184,7 +185,7 @@ class Reads:
             while layer < layers.stop:
                 times.layer_begins(layer)
                 # The first layer alone, because it is waited for. Later ones wait for no more than was sent before.
-                units, layer = await read.units(range(layer, layers.stop), put_bytes)
+                units, layer = await read.units(range(layer, layers.stop), put_bytes, sender.unit_bytes)
                 times.layers_ready(layer)
                 units_bytes = sum(len(run) for unit in units for run in unit.runs)
                 sender.put(units, is_last=layer == layers.stop)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from kvservice.store.leases import Client
-from kvservice.store.transfers import leased_bytes
 from kvservice.store.types import Part, Span
+from kvservice_api.bulk import UNIT_BYTES
 from kvservice_api.errors import LeaseExpired
 from kvservice_api.layout import Layout, Shard
 from tests.stores import CALLER, OpenStore, caller_of, some_chain, some_images
@@ -17,7 +17,8 @@ from tests.stores import CALLER, OpenStore, caller_of, some_chain, some_images
 class Sent:
     """A `PartSender` that sends all parts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit_bytes: int = UNIT_BYTES) -> None:
+        self.unit_bytes = unit_bytes
         self.parts: list[Part] = []
         self.sent_bytes = 0
 
@@ -66,16 +67,15 @@ DEEP = Layout(model_id="deep", dtype="float32", layers=14, kv_heads=2, k_head_di
     ],
 )
 async def test_layers_are_sent_alone_first_and_then_several_at_once(
-    opened: OpenStore, client: Client, monkeypatch: pytest.MonkeyPatch, unit_slices: int, sent: list[float]
+    opened: OpenStore, client: Client, unit_slices: int, sent: list[float]
 ) -> None:
-    monkeypatch.setattr(leased_bytes, "UNIT_BYTES", unit_slices * SLICE)
     await opened.store.layouts.open(CALLER, DEEP)
     chain, whole = some_chain(2, layout=DEEP), Shard.whole(DEEP)
     images = some_images(chain, shard=whole, layout=DEEP)
     await opened.save(client, chain, images, shard=whole, layout=DEEP)
     lease = opened.lookup(client, chain.keys, shard=whole, layout=DEEP)
     assert lease is not None
-    parts = Sent()
+    parts = Sent(unit_bytes=unit_slices * SLICE)
     await (await opened.store.loads.to_send(caller_of(client), lease.lease_id, None, Span(), Span()))(parts)
     assert [len(part.checksums) / 2 for part in parts.parts] == sent
     assert parts.sent_bytes == 14 * 2 * SLICE
