@@ -78,6 +78,7 @@ class Counters:
     discarded_blocks: int = 0
     quarantined_blocks: int = 0
     scrubbed_bytes: int = 0
+    verified_ahead_bytes: int = 0
     storage_errors: int = 0
     leases_granted: int = 0
     leases_expired: int = 0

@@ -83,7 +83,10 @@ GROUPS = (
             _limit("memcpy-1", "memcpy, 1 thread a client", "raw_memory", threads=1),
             _limit("memcpy-2", "memcpy, 2 threads a client", "raw_memory", threads=2),
             _ours("shm", "shm", transport="shm"),
-            _ours("view", "shm, in place, every page touched", transport="shm", view=True),
+            _ours("view", "shm, in place, viewed before, every page touched", transport="shm", view=True),
+            _ours(
+                "first-view", "shm, in place, first view, every page touched", transport="shm", view=True, first=True
+            ),
             System("mp-shm", "LMCache multi-process, shm", "lmcache_mp", "lmcache", {"mode": "shm"}),
             System("local-cpu", "LMCache local CPU, copied out", "lmcache_local", "lmcache", {"tier": "cpu"}),
             System(

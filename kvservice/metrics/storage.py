@@ -166,6 +166,11 @@ LOSSES = (
     ),
     total("scrubbed_bytes_total", "Bytes that scrubs have verified.", "Whether a scrub runs, and how fast."),
     total(
+        "verified_ahead_bytes_total",
+        "Bytes that clients wrote into the arena, and that the daemon verified before a view asked for them.",
+        "It grows only without SSD, and where clients take views: while no client reads or saves.",
+    ),
+    total(
         "storage_errors_total",
         "Reads, writes and commits that the operating system refused.",
         "Alert on any increase: the log names the file and the error.",

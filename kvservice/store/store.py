@@ -57,6 +57,7 @@ from kvservice.store.transfers.loads import Loads
 from kvservice.store.transfers.reads import Reads
 from kvservice.store.transfers.saves import Saves
 from kvservice.store.transfers.upload import Uploads
+from kvservice.store.transfers.verification import Verification
 from kvservice.tiers.base import DurableTier, Tier
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import KVError
@@ -214,13 +215,23 @@ class BlockStore:
             slots=limits.transfer_slots,
             frame_bytes=limits.frame_bytes,
         )
-        in_place_reads = InPlaceReads(lifecycle, dram, self._promoter, clock, counters, executor)
+        verification = Verification(
+            lifecycle,
+            dram,
+            clock,
+            counters,
+            tasks,
+            executor,
+            is_idle=lambda: not (leases.count or self._uploads.claims.object_count),
+        )
+        in_place_reads = InPlaceReads(lifecycle, dram, self._promoter, clock, counters, verification)
         self.loads = Loads(blocks, leases, requests, admission, self._reads, in_place_reads, loop_budget)
         self._uploads = uploads = Uploads(
             lifecycle,
             self._evictor,
             dram,
             self._write_behind,
+            verification,
             clock,
             counters,
             loop_budget,

@@ -39,7 +39,7 @@ def shared_memory_of(process_id: int) -> list[Path]:
 
 
 def test_ours_and_the_limits_move_every_byte_and_leave_nothing_behind(tmp_path: Path) -> None:
-    for group, names in ((SAME_HOST, ("memcpy-2", "view")), (SSD, ("direct-2", "ssd"))):
+    for group, names in ((SAME_HOST, ("memcpy-2", "view", "first-view")), (SSD, ("direct-2", "ssd"))):
         chosen, systems = tiny(group, *names)
         outcome = run(chosen, systems=systems, clients=[2], sizes=[MIB], rounds=1, directory=tmp_path)
 
@@ -190,17 +190,23 @@ def test_figures_of_two_runs_are_not_compared_and_a_system_that_is_skipped_now_h
     assert [met for _, met, _ in found.goals(REMOTE)] == ["not measured", "not measured"]
 
 
-def test_a_load_is_also_compared_with_the_in_process_cache_whose_pages_are_touched() -> None:
+def test_each_get_is_compared_with_the_in_process_cache_of_its_kind_and_a_load_also_with_the_one_in_place() -> None:
     found = Results()
     found.begin(SAME_HOST, "command")
-    speeds = {"memcpy-2": 9.0, "shm": 8.0, "local-cpu": 5.0, "local-view": 10.0}
+    speeds = {"memcpy-2": 9.0, "shm": 8.0, "view": 12.0, "first-view": 9.0, "local-cpu": 5.0, "local-view": 10.0}
     found.add(SAME_HOST, outcome(speeds), SAME_HOST.systems)
 
-    assert found.goals(SAME_HOST)[2] == (
-        "a load's speed: at least the in-process cache's, every page touched",
-        "0 of 1",
-        "0.80 of it: get of 4 MiB, 1 client",
-    )
+    where = "get of 4 MiB, 1 client"
+    assert found.goals(SAME_HOST)[2:] == [
+        ("in place, viewed before: at least the in-process cache's speed in place", "1 of 1", f"1.20 of it: {where}"),
+        ("in place, first view: at least the in-process cache's speed in place", "0 of 1", f"0.90 of it: {where}"),
+        ("a load's speed: at least the in-process cache's, copied out", "1 of 1", f"1.60 of it: {where}"),
+        (
+            "a load's speed: at least the in-process cache's in place, every page touched",
+            "0 of 1",
+            f"0.80 of it: {where}",
+        ),
+    ]
 
 
 def test_a_file_with_something_else_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from kvservice.store.miss_reasons import Reason
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.upload_state import Destination, UploadState, stored_rows
+from kvservice.store.transfers.verification import Verification
 from kvservice_api.errors import BlockNotFound, KVError, TierFull
 from kvservice_api.image import Descriptor, Trailer, checksum, descriptor_offset, tenant_tag
 
@@ -32,6 +33,7 @@ class Commits:
         self,
         lifecycle: BlockLifecycle,
         write_behind: WriteBehind | None,
+        verification: Verification,
         clock: Clock,
         counters: Counters,
         loop_budget: LoopBudget,
@@ -42,6 +44,7 @@ class Commits:
         self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
         self._write_behind = write_behind
+        self._verification = verification
         self._clock = clock
         self._counters = counters
         self._loop_budget = loop_budget
@@ -164,8 +167,11 @@ class Commits:
         if are_verified:
             self._blocks.verified[rows] = True
         self._count(state, written)
-        if self._write_behind is not None and then_write:
-            self._write_behind.add(rows)
+        if self._write_behind is None:
+            if not are_verified:
+                self._verification.add(rows)
+        elif then_write:
+            self._write_behind.add(rows)  # It verifies them.
 
     async def _touch_ancestors(self, state: UploadState, written: Sequence[Destination]) -> None:
         """Mark the earlier blocks of each chain as used now, after its new ones: the first have the highest value."""

@@ -7,11 +7,9 @@ itself, unless the client requests that blocks are verified first that were not 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import Executor
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,23 +18,17 @@ from numpy.typing import NDArray
 from kvservice.blocks import Rows
 from kvservice.clock import Clock
 from kvservice.counters import Counters
-from kvservice.store import image_check
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
 from kvservice.store.mover.pending_promotion import PendingPromotion
 from kvservice.store.mover.promoter import Promoter
-from kvservice.store.tasks import all_of
 from kvservice.store.transfers.load_times import InPlacePath, LoadTimes, bytes_per_token
+from kvservice.store.transfers.verification import Verification
 from kvservice.tiers.dram import DramTier
-from kvservice.tiers.files import on_thread
-from kvservice_api.errors import ChecksumMismatch, KVError, LeaseExpired, NotShared
+from kvservice_api.errors import KVError, LeaseExpired, NotShared
 
 _ROWS_A_TURN = 256
-_VERIFIERS = 2
-# At a time: a hand-over to a thread takes up to half a millisecond, in which it could sum 10 MiB. And how many rows are
-# looked up in one turn of the event loop.
-_VERIFIED_BYTES, _VERIFIED_ROWS = 64 << 20, 128
 _REPORT_S = 0.02  # While bytes arrive, clients get an answer this often: one without an answer assumes a hang.
 
 
@@ -73,7 +65,7 @@ class InPlaceReads:
         promoter: Promoter | None,
         clock: Clock,
         counters: Counters,
-        executor: Executor,
+        verification: Verification,
     ) -> None:
         self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
@@ -81,7 +73,7 @@ class InPlaceReads:
         self._promoter = promoter
         self._clock = clock
         self._counters = counters
-        self._executor = executor
+        self._verification = verification
 
     def at_hand(self, lease: Lease) -> Located | None:
         """The places of all blocks of a lease, which keeps them there. None if they cannot be read in place without a
@@ -147,7 +139,7 @@ class InPlaceReads:
                 if missing and self._promoter is not None:
                     promotions = await held.enter_async_context(self._promoter.promoting(missing))
                 if verify:
-                    await self._verify(rows)
+                    await self._verification.verify(rows)
                 offsets = await self._offsets(rows, promotions)
                 if isinstance(offsets, NotInPlace):
                     yield offsets
@@ -221,42 +213,3 @@ class InPlaceReads:
             yield ready
         if not promotions:
             yield wanted.layers
-
-    async def _verify(self, rows: Rows) -> None:
-        """Verify blocks in DRAM that were not verified since the start, with two threads: one does not fill the memory
-        bus. Raises ChecksumMismatch.
-        """
-        blocks = self._blocks
-        unseen = rows[~blocks.verified[rows] & blocks.lie_in(rows, blocks.first_tier)]
-        waiting = iter(dict.fromkeys(unseen.tolist()))
-        await all_of(self._verify_parts(waiting) for _ in range(min(_VERIFIERS, len(unseen))))
-
-    async def _verify_parts(self, waiting: Iterator[int]) -> None:
-        """Verify these rows. The caller holds them, so they stay where they are."""
-        blocks = self._blocks
-        while part := self._next_part(waiting):
-            generations = blocks.generation[[row for row, _ in part]].tolist()
-            verify = partial(image_check.damages, [image for _, image in part])
-            damages = await on_thread(verify, self._executor)
-            for (row, image), generation, what in zip(part, generations, damages, strict=True):
-                if what:
-                    await self._lifecycle.quarantine(row, generation, blocks.first_tier, what)
-                    key = image.key.hex()
-                    raise ChecksumMismatch(f"{what} of block {key} is damaged in dram", key=key)
-                blocks.verified[row] = True
-
-    def _next_part(self, waiting: Iterator[int]) -> list[tuple[int, image_check.StoredImage]]:
-        """The next rows that are not verified yet, and where their images are; none at the end."""
-        blocks, part, size_bytes = self._blocks, list[tuple[int, image_check.StoredImage]](), 0
-        for row in waiting:
-            extent = blocks.extent(row, blocks.first_tier)
-            if extent is None or blocks.verified[row]:
-                continue
-            geometry = self._lifecycle.geometry(row)
-            image = self._dram.view(extent)[: geometry.image_bytes]
-            identity = blocks.key_of(row), blocks.shard_of(row), int(blocks.trailer_checksum[row])
-            part.append((row, image_check.StoredImage(image, geometry, *identity)))
-            size_bytes += geometry.image_bytes
-            if size_bytes >= _VERIFIED_BYTES or len(part) == _VERIFIED_ROWS:
-                break
-        return part

@@ -35,6 +35,7 @@ from kvservice.store.transfers.frame_writer import FrameWriter
 from kvservice.store.transfers.save_request import Place, SaveOutcome, SavePath, SaveRequest
 from kvservice.store.transfers.upload_space import OwnSpace, Space
 from kvservice.store.transfers.upload_state import Destination, UploadState, stored_rows
+from kvservice.store.transfers.verification import Verification
 from kvservice.tiers.dram import DramTier
 from kvservice_api.errors import IncompleteSave, InvalidRequest, KVError, Overloaded, UploadCorrupted
 from kvservice_api.frames import Frame
@@ -52,6 +53,7 @@ class Uploads:
         evictor: Evictor,
         dram: DramTier,
         write_behind: WriteBehind | None,
+        verification: Verification,
         clock: Clock,
         counters: Counters,
         loop_budget: LoopBudget,
@@ -71,7 +73,7 @@ class Uploads:
         self.admission = admission
         self.wait_s = wait_s
         self.claims = Claims()
-        self.commits = Commits(lifecycle, write_behind, clock, counters, loop_budget, secret=secret)
+        self.commits = Commits(lifecycle, write_behind, verification, clock, counters, loop_budget, secret=secret)
         self.open: set[Upload] = set()
 
     def begin(

@@ -14,6 +14,7 @@ import pytest
 from kvservice.blocks import Extent, TierName
 from kvservice.store.leases import Client
 from kvservice.store.operations.explain import Miss
+from kvservice.store.transfers import verification
 from kvservice.store.transfers.save_request import Place, SaveOutcome
 from kvservice.tiers.writers import Writer
 from kvservice_api.errors import (
@@ -29,6 +30,7 @@ from kvservice_api.errors import (
 from kvservice_api.image import block_geometry
 from kvservice_api.keys import BlockChain
 from kvservice_client.arena_map import WriterLock
+from tests.clock import FakeClock
 from tests.stores import (
     CALLER,
     LAYOUT,
@@ -387,4 +389,54 @@ async def test_a_block_written_in_place_counts_as_verified_after_its_first_read(
     await anext(steps)
     await steps.aclose()
     assert opened.blocks.verified[lease.rows].all()
+    lock.release()
+
+
+class PausesCounted(FakeClock):
+    """Counts how often the verification ahead of views checks whether a client is active."""
+
+    checks = 0
+
+    async def sleep(self, seconds: float) -> None:
+        self.checks += seconds == verification._PAUSE_S
+        await super().sleep(seconds)
+
+
+async def test_after_the_first_view_blocks_written_in_place_are_verified_ahead_of_views_while_no_client_is_active(
+    open_store: Callable[..., Any],
+) -> None:
+    clock = PausesCounted()
+    opened = await open_store(share=True, ssd_bytes=0, dram_bytes=MIB, clock=clock)
+    client = opened.store.leases.attach(CALLER, "test")
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
+    verified = opened.blocks.verified
+    chains = [some_chain(2, seed=seed) for seed in range(3)]
+
+    async def stored(chain: BlockChain, *, is_damaged: bool = False) -> list[int]:
+        images = some_images(chain)
+        places = await reserve(opened, client, chain)
+        write(opened, places, images)
+        if is_damaged:
+            opened.dram.view(places[1].extent)[0] ^= 1
+        await commit(opened, client, places, images)
+        return [opened.blocks.row_of(key, WHOLE) for key in chain.keys]
+
+    await stored(chains[0])
+    lease = opened.lookup(client, chains[0].keys)
+    assert lease is not None
+    steps = opened.locate(client, lease, verify=True)
+    await anext(steps)
+    await steps.aclose()
+    assert not clock.checks, "without a view none is expected"
+
+    rows = await stored(chains[1])
+    await until(lambda: clock.checks > 2)
+    assert not verified[rows].any(), "a client has a lease, and may be reading"
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
+    await until(lambda: bool(verified[rows].all()))
+    assert opened.counters.verified_ahead_bytes == 2 * GEOMETRY.image_bytes
+
+    await stored(chains[2], is_damaged=True)
+    await until(lambda: opened.counters.quarantined_blocks == 1)
+    assert opened.hits(chains[2].keys) == 1
     lock.release()
