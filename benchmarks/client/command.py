@@ -145,7 +145,8 @@ class _Bench:
             with connect(address, 30, name="kvctl bench") as client:
                 client.capabilities()  # Fail before the first measurement if the daemon does not answer.
             self._without_shares = why_no_shares_of_tcp(address, with_tls=uses_tls())
-            self._report.explain(("odirect", "ssd", "cold", "index", "tls", "bulk_tls"), "not with --address")
+            not_there = ("odirect", "ssd", "cold", "bulk_cold", "grpc_cold", "index", "tls", "bulk_tls")
+            self._report.explain(not_there, "not with --address")
         folder = self._stack.enter_context(leftovers.own_folder(directory))
         self._step(0, "measuring memory copies")
         self._memory()
@@ -163,7 +164,7 @@ class _Bench:
         with limits.tcp() as tcp:
             with self._figures("bulk_load", "bulk_save", "bulk_first"):
                 self._bulk(of_bulk, tcp)
-            with self._figures("tcp", "grpc"):
+            with self._figures("tcp", "grpc_load", "grpc_save", "grpc_first"):
                 self._wire(of_grpc, tcp)
         if not self._without_shares:
             with limits.tcp(memory_bytes=self._tcp_bytes) as tcp:
@@ -188,6 +189,10 @@ class _Bench:
                     cold = programs.measure("cold")
                     self._report.cold_first_layer_ms = cold["first_layer_ms"]
                     self._report.cold_first_layer_ratio = cold["ratio"]
+                for transport in ("bulk", "grpc"):
+                    with self._figures(f"{transport}_cold"):
+                        ratio = programs.measure(f"cold {transport}")["ratio"]
+                        setattr(self._report, f"{transport}_cold_first_layer_ratio", ratio)
                 self._step(5, "measuring the index")
                 with self._figures("index"):
                     self._index(programs)

@@ -23,6 +23,8 @@ BUDGETS: dict[str, tuple[str, float]] = {
     "ssd_read_ratio": ("at least", 0.85),
     "ssd_write_ratio": ("at least", 0.80),
     "cold_first_layer_ratio": ("at most", 1.5),
+    "bulk_cold_first_layer_ratio": ("at most", 1.5),
+    "grpc_cold_first_layer_ratio": ("at most", 1.5),
     "lookup_512_ratio": ("at most", 1.5),
     "local_lookup_us_per_key": ("at most", 5.0),
     "index_put_ratio": ("at least", 0.70),
@@ -70,6 +72,8 @@ class Report:
     ssd_write_ratio: float | None = None
     cold_first_layer_ms: float | None = None
     cold_first_layer_ratio: float | None = None
+    bulk_cold_first_layer_ratio: float | None = None
+    grpc_cold_first_layer_ratio: float | None = None
     rpc_empty_us_p50: float | None = None
     lookup_512_us_p50: float | None = None
     lookup_512_ratio: float | None = None

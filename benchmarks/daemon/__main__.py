@@ -30,9 +30,16 @@ def main() -> int:
     check_folder(parser, "--dram-path", options.dram_path)
     leftovers.begin(options.directory, options.dram_path)
     size_bytes = (256 if options.quick else 1024) << 20
+    runs = 5 if options.quick else 9
     measures: dict[str, Callable[[Path], dict[str, Any]]] = {
         "ssd": lambda directory: tier.measure(directory, options.dram_path, size_bytes),
-        "cold": lambda directory: cold.measure(directory, runs=5 if options.quick else 9, dram_path=options.dram_path),
+        "cold": lambda directory: cold.measure(directory, runs=runs, dram_path=options.dram_path),
+        "cold bulk": lambda directory: cold.measure(
+            directory, transport="bulk", runs=runs, dram_path=options.dram_path
+        ),
+        "cold grpc": lambda directory: cold.measure(
+            directory, transport="grpc", runs=runs, dram_path=options.dram_path
+        ),
         "index": lambda directory: index.measure(directory),
     }
     for line in sys.stdin:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvservice.blocks import Extent
 from kvservice.tiers.base import Tier
 from kvservice_api.copying import NO_RUNS, Table, copy_slices
-from kvservice_api.file_parts import NO_RANGES, Ranges
+from kvservice_api.file_parts import NO_RANGES, Ranges, sums_of
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Shard
 
@@ -80,18 +80,17 @@ def read_trailer(image_end: memoryview, geometry: BlockGeometry, key: bytes, exp
     return trailer if trailer.key == key and len(trailer.checksums) == geometry.slice_count else None
 
 
-def layer_checksums(pages: memoryview, start: int, geometry: BlockGeometry, layers: range) -> list[int]:
-    """The checksums of these layers as they are. `pages` begins at byte `start` of the image."""
-    ranges = map(geometry.slice_range, layers)
-    return [checksum(pages[begin - start : end - start]) for begin, end in ranges]
-
-
 def damaged_layers(
     pages: memoryview, start: int, geometry: BlockGeometry, layers: range, checksums: NDArray[np.uint64]
 ) -> list[int]:
     """Which of `layers` do not match their checksums. `pages` begins at byte `start` of the image."""
-    found = layer_checksums(pages, start, geometry, layers)
-    return [layer for layer, actual in zip(layers, found, strict=True) if actual != int(checksums[layer])]
+    sums = sums_of(pages, np.array([geometry.slice_range(layer) for layer in layers], np.int64) - start)
+    return [layers[at] for at in np.flatnonzero(sums != checksums[layers.start : layers.stop]).tolist()]
+
+
+def is_damaged(pages: memoryview, piece: ImagePiece, checksums: NDArray[np.uint64]) -> bool:
+    """Whether any layer of a piece does not match its checksum. `pages` begins with the piece."""
+    return bool((sums_of(pages, piece.slices) != checksums[piece.layer_begin : piece.layer_end]).any())
 
 
 def scratch(size_bytes: int) -> memoryview:

@@ -70,7 +70,7 @@ class Tier(Protocol):
     ) -> None:
         """Fill part of a reserved extent. Parts may arrive in any order. Raises StorageFailed.
 
-        `first` is called with the data on the writing thread; if it raises, nothing is written.
+        `first` is called before with the data, on a thread; if it raises, nothing is written.
         """
 
     async def seal(self, extent: Extent) -> None:

@@ -102,11 +102,13 @@ def executor_of(threads: int, name: str) -> ThreadPoolExecutor:
 
 
 class _Job(Generic[T]):
-    __slots__ = ("_claim", "_loop", "_work", "future")
+    __slots__ = ("_claim", "_loop", "_work", "future", "is_prepared", "prepare")
 
-    def __init__(self, work: Callable[[], T]) -> None:
+    def __init__(self, work: Callable[[], T], prepare: Callable[[], object] | None) -> None:
         self._loop = asyncio.get_running_loop()
         self._work = work
+        self.prepare = prepare  # Called before `work`, once; then None.
+        self.is_prepared = False
         self._claim = threading.Lock()
         self.future: asyncio.Future[T] = self._loop.create_future()
 
@@ -114,9 +116,19 @@ class _Job(Generic[T]):
         """True for the first caller: the thread that runs the job, or the task that cancels it."""
         return self._claim.acquire(blocking=False)
 
+    def run_prepare(self) -> bool:
+        """Whether the work may follow: otherwise the job has failed."""
+        prepare, self.prepare = self.prepare, None
+        assert prepare is not None
+        self.is_prepared = self._run(prepare, is_last=False)
+        return self.is_prepared
+
     def run(self) -> None:
+        self._run(self._work, is_last=True)
+
+    def _run(self, work: Callable[[], object], *, is_last: bool) -> bool:
         try:
-            result = self._work()
+            result = work()
         except OSError as error:  # A tier may rely on its pool for this.
             self._end(
                 self.future.set_exception,
@@ -125,7 +137,10 @@ class _Job(Generic[T]):
         except BaseException as error:
             self._end(self.future.set_exception, error)
         else:
-            self._end(self.future.set_result, result)
+            if is_last:
+                self._end(self.future.set_result, result)
+            return True
+        return False
 
     def _end(self, settle: Callable[[Any], None], outcome: object) -> None:
         with contextlib.suppress(RuntimeError):  # The loop is closed, so no task waits any more.
@@ -135,13 +150,15 @@ class _Job(Generic[T]):
 class IoPool:
     """Threads for disk I/O that take reads before writes, and urgent reads before others.
 
-    Writes never have all of several threads: a read that comes finds one that is free, or reads only. Threads
-    run from construction until `close`. As with `on_thread`, cancellation waits for a job that has started.
+    Writes never have all of several threads: a read that comes finds one that is free, or reads only. What prepares a
+    write, as its checksum, has no place of a write: the disk writes others meanwhile. Threads run from construction
+    until `close`. As with `on_thread`, cancellation waits for a job that has started.
     """
 
     def __init__(self, threads: int) -> None:
         self._reads: list[tuple[float, int, _Job[Any]]] = []  # A heap.
         self._writes: deque[_Job[Any]] = deque()
+        self._unprepared: deque[_Job[Any]] = deque()  # Writes.
         self._writing = 0
         self._writes_max = max(1, threads - max(1, threads // 4))
         self._reads_in_a_row = 0
@@ -154,15 +171,18 @@ class IoPool:
         for thread in self._threads:
             thread.start()
 
-    async def run(self, priority: float, work: Callable[[], T]) -> T:
-        """Run `work` on a thread. Once begun, it runs to its end, even if the caller is cancelled."""
-        job = _Job(work)
+    async def run(self, priority: float, work: Callable[[], T], prepare: Callable[[], object] | None = None) -> T:
+        """Run `work` on a thread; a write after `prepare`, if that raises nothing. Once begun, it runs to its end, even
+        if the caller is cancelled.
+        """
+        assert prepare is None or priority == WRITE
+        job = _Job(work, prepare)
         with self._more:
             assert not self._closing
-            if priority == WRITE:
-                self._writes.append(job)
-            else:
+            if priority != WRITE:
                 heappush(self._reads, (priority, next(self._order), job))
+            else:
+                (self._writes if prepare is None else self._unprepared).append(job)
             self._more.notify()
         try:
             return await asyncio.shield(job.future)
@@ -184,23 +204,38 @@ class IoPool:
         wrote = False
         while (taken := self._next(wrote)) is not None:
             job, wrote = taken
-            if job.claim():
+            if job.prepare is None:
                 job.run()
+            elif job.run_prepare():
+                with self._more:
+                    self._writes.append(job)
+                    self._more.notify()
             del job, taken  # Drop the job's reference to its caller's memory.
 
     def _next(self, wrote: bool) -> tuple[_Job[Any], bool] | None:
-        """The next job, and whether it is a write. `wrote` says whether the thread's last one was."""
+        """The next job, which is claimed, and whether it takes the place of a write. `wrote` says whether the thread's
+        last one did.
+        """
         with self._more:
             self._writing -= wrote
             while True:
                 may_write = bool(self._writes) and self._writing < self._writes_max
-                if self._reads and not (may_write and self._reads_in_a_row >= _READS_IN_A_ROW_MAX):
-                    self._reads_in_a_row = self._reads_in_a_row + 1 if self._writes else 0
-                    return heappop(self._reads)[2], False
-                if may_write:
+                is_turn_of_writes = self._reads_in_a_row >= _READS_IN_A_ROW_MAX and (may_write or self._unprepared)
+                if self._reads and not is_turn_of_writes:
+                    self._reads_in_a_row = self._reads_in_a_row + 1 if self._writes or self._unprepared else 0
+                    if (job := heappop(self._reads)[2]).claim():
+                        return job, False
+                elif may_write:
                     self._reads_in_a_row = 0
-                    self._writing += 1
-                    return self._writes.popleft(), True
-                if self._closing:  # The threads that write now carry out the writes that are left.
+                    job = self._writes.popleft()
+                    if job.is_prepared or job.claim():
+                        self._writing += 1
+                        return job, True
+                elif self._unprepared:
+                    self._reads_in_a_row = min(self._reads_in_a_row, _READS_IN_A_ROW_MAX - 1)
+                    if (job := self._unprepared.popleft()).claim():
+                        return job, False
+                elif self._closing:  # The threads that write now carry out the writes that are left.
                     return None
-                self._more.wait()
+                else:
+                    self._more.wait()

@@ -12,6 +12,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -218,14 +219,12 @@ class SsdTier:
         position = extent.offset_bytes + offset_bytes
 
         def work() -> None:
-            if first is not None:
-                first(data)
             try:
                 file.write(data, position)
             finally:
                 self._touched.add(extent.segment)
 
-        await self._pools[extent.segment].run(WRITE, work)
+        await self._pools[extent.segment].run(WRITE, work, None if first is None else partial(first, data))
 
     def flush_failures(self, extent: Extent) -> int:
         return self._files[extent.segment].flush_failures

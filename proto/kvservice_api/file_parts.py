@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from kvservice_api import copying
@@ -59,7 +58,9 @@ def read_parts(
 
 def sums_of(memory: memoryview, ranges: Ranges) -> NDArray[np.uint64]:
     """The xxh3-64 of these ranges."""
-    return np.array([xxhash.xxh3_64_intdigest(memory[begin:end]) for begin, end in ranges.tolist()], np.uint64)
+    slices = np.zeros((len(ranges), 4), np.int64)
+    slices[:, 1], slices[:, 2] = ranges[:, 0], ranges[:, 1] - ranges[:, 0]
+    return copying.copy_slices([np.frombuffer(memory, np.uint8)], [], slices, copying.NO_RUNS)
 
 
 def _read_parts(

@@ -328,18 +328,16 @@ class WriteBehind:
         with _released_on_error(self._target, extent):
             image = await self._image(source, geometry)
             trailer = self._trailer(row, image, geometry, source.tier)
-            for piece in image_check.cut(geometry, self._piece_bytes):
+            pieces = image_check.cut(geometry, self._piece_bytes)
+            for piece in pieces:
+                end = len(image) if piece is pieces[-1] else piece.end  # With the last one the trailer.
 
                 def verify(pages: memoryview, piece: image_check.ImagePiece = piece) -> None:
-                    layers = range(piece.layer_begin, piece.layer_end)
-                    if image_check.damaged_layers(pages, piece.start, geometry, layers, trailer.checksums):
+                    if image_check.is_damaged(pages, piece, trailer.checksums):
                         raise ChecksumMismatch(f"a layer was damaged in {source.tier} before the block was written")
 
-                await self._target.write(extent, piece.start, image[piece.start : piece.end], verify)
-                self._counters.tier_written_bytes[self._below] += piece.end - piece.start
-            start = image_check.trailer_start(geometry)
-            await self._target.write(extent, start, image[start:])
-            self._counters.tier_written_bytes[self._below] += len(image) - start
+                await self._target.write(extent, piece.start, image[piece.start : end], verify)
+                self._counters.tier_written_bytes[self._below] += end - piece.start
             await self._target.seal(extent)
         return extent, flush_failures
 

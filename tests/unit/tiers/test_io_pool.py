@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
@@ -25,8 +25,8 @@ class OneThread:
         self._first = asyncio.ensure_future(self.pool.run(0.0, self._wait))
         await asyncio.to_thread(self._busy.wait)
 
-    def queue(self, name: str, priority: float) -> asyncio.Task[None]:
-        return asyncio.ensure_future(self.pool.run(priority, lambda: self.done.append(name)))
+    def queue(self, name: str, priority: float, prepare: Callable[[], object] | None = None) -> asyncio.Task[None]:
+        return asyncio.ensure_future(self.pool.run(priority, lambda: self.done.append(name), prepare))
 
     async def go(self, *queued: Awaitable[object]) -> None:
         self._gate.set()
@@ -61,13 +61,51 @@ async def test_reads_go_before_writes_and_urgent_ones_first(thread: OneThread) -
     assert thread.done == ["now", "soon", "soon too", "later", "write", "write too"]
 
 
-async def test_reads_without_end_do_not_keep_writes_off_the_disk(thread: OneThread) -> None:
-    tasks = [thread.queue("write", WRITE)] + [thread.queue("read", 0.0) for _ in range(100)]
+@pytest.mark.parametrize("prepare", [None, lambda: None])
+async def test_reads_without_end_do_not_keep_writes_off_the_disk(
+    thread: OneThread, prepare: Callable[[], object] | None
+) -> None:
+    tasks = [thread.queue("write", WRITE, prepare)] + [thread.queue("read", 0.0) for _ in range(100)]
 
     await thread.go(*await queued(tasks))
 
     assert thread.done.count("read") == 100
     assert 20 < thread.done.index("write") < 50
+
+
+async def test_a_write_is_prepared_while_others_have_all_places_of_writes() -> None:
+    pool, gate, prepared = IoPool(2), threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    writes = [
+        asyncio.ensure_future(pool.run(WRITE, gate.wait)),
+        asyncio.ensure_future(pool.run(WRITE, gate.wait, lambda: loop.call_soon_threadsafe(prepared.set))),
+    ]
+    await asyncio.wait_for(prepared.wait(), 30)
+    assert await asyncio.wait_for(pool.run(0.0, lambda: "read"), 30) == "read"
+    assert not any(write.done() for write in writes)
+    gate.set()
+    assert all(await asyncio.gather(*writes))
+    await asyncio.to_thread(pool.close)
+
+
+async def test_a_write_that_cannot_be_prepared_is_not_made(thread: OneThread) -> None:
+    def fail() -> None:
+        raise ValueError("damaged")
+
+    good, bad = await queued([thread.queue("good", WRITE, lambda: None), thread.queue("bad", WRITE, fail)])
+    await thread.go(good)
+    with pytest.raises(ValueError, match="damaged"):
+        await bad
+    assert thread.done == ["good"]
+
+
+async def test_a_write_that_was_not_prepared_yet_is_called_off_by_cancelling(thread: OneThread) -> None:
+    called_off, kept = await queued([thread.queue(name, WRITE, lambda: None) for name in ("called off", "kept")])
+    called_off.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await called_off
+    await thread.go(kept)
+    assert thread.done == ["kept"]
 
 
 @pytest.mark.parametrize("threads", [2, 4, 8])
