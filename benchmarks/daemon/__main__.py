@@ -33,7 +33,7 @@ def main() -> int:
     measures: dict[str, Callable[[Path], dict[str, Any]]] = {
         "ssd": lambda directory: tier.measure(directory, options.dram_path, size_bytes),
         "cold": lambda directory: cold.measure(directory, runs=5 if options.quick else 9, dram_path=options.dram_path),
-        "index": lambda directory: index.measure(directory),
+        "index": lambda _: index.measure(options.dram_path),
     }
     for line in sys.stdin:
         name = line.strip()
