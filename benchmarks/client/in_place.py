@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks import leftovers
 from benchmarks.client.parts import daemon
+from benchmarks.client.wire import until_allocated
 from benchmarks.report import check_folder, check_least
 from kvservice_client import BlockCache, BlockChain, Client, Layout, block_chain
 
@@ -91,12 +92,6 @@ def _steps(times: Sequence[float]) -> list[float]:
     return [1e3 * (end - start) for start, end in [(times[0], times[-1]), *pairwise(times)]]
 
 
-def _wait_for_arena(client: Client) -> None:
-    """The daemon allocates its memory in the background."""
-    while (dram := client.admin.status().dram).capacity_bytes < dram.configured_bytes:
-        time.sleep(0.1)  # The daemon does not report the end of the allocation.
-
-
 def measure(client: Client, page_tokens: int, rounds: int) -> str:
     saves = Saves(client.open_layout(_LAYOUT), Pages(page_tokens))
     found: dict[str, list[list[float]]] = {"by_copy": [], "in_place": []}
@@ -136,7 +131,7 @@ def main() -> None:
         daemon(folder, arguments.dram_path, _DRAM_BYTES) as running,
         Client(running.address, transport="shm", timeout_s=60) as client,
     ):
-        _wait_for_arena(client)
+        until_allocated(client)
         for page_tokens in arguments.page_tokens:
             print(measure(client, page_tokens, arguments.rounds), flush=True)
 

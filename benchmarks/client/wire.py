@@ -170,6 +170,16 @@ def random_bytes(size_bytes: int) -> NDArray[np.uint8]:
     return np.resize(np.frombuffer(secrets.token_bytes(min(size_bytes, 1 << 20)), np.uint8), size_bytes)
 
 
+def until_allocated(client: Client) -> None:
+    """Wait until the daemon has all of its DRAM: it allocates it in the background, on a processor that is measured.
+
+    A daemon that lacks memory keeps less than it was given, so this ends after a minute without an error.
+    """
+    deadline = time.monotonic() + 60
+    while (dram := client.admin.status().dram).capacity_bytes < dram.configured_bytes and time.monotonic() < deadline:
+        time.sleep(0.05)  # The daemon does not report the end of the allocation.
+
+
 def until_written(client: Client, cache: BlockCache, chain: BlockChain) -> None:
     """Wait until write-behind is done with these blocks: otherwise it disturbs the next measurement.
 

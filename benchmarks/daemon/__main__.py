@@ -40,7 +40,7 @@ def main() -> int:
         "cold grpc": lambda directory: cold.measure(
             directory, transport="grpc", runs=runs, dram_path=options.dram_path
         ),
-        "index": lambda directory: index.measure(directory),
+        "index": lambda _: index.measure(options.dram_path),
     }
     for line in sys.stdin:
         name = line.strip()
