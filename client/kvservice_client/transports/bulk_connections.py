@@ -11,7 +11,7 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakSet
 
 from kvservice_api.bulk import PREFACE
@@ -188,13 +188,18 @@ class BulkConnections:
         for each in list(self._all):
             each.close()  # Only this process's file descriptor.
         self._all = WeakSet()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._idle: list[BulkConnection] = []
         self._rtt: tuple[Endpoint, float] | None = None  # Of the one that was put back last.
         self._unawaited: _Attempt | None = None  # That still connects, although its user has given up.
         self._address: tuple[Endpoint, tuple[int, Any]] | None = None  # Family and address that were reached last.
         self._context: tuple[TlsContents, ssl.SSLContext] | None = None
         self._unreachable: tuple[Endpoint, float, str] | None = None  # Until when it is not tried, and why.
+
+    @property
+    def is_locked_here(self) -> bool:
+        """Whether this thread is within a method: the garbage collector may call others at any place."""
+        return bool(cast(Any, self._lock)._is_owned())  # As `threading.Condition` asks it.
 
     def close(self) -> None:
         """Also ends the transfers that run."""

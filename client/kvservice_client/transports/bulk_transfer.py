@@ -267,8 +267,9 @@ class BulkTransfer:
             endpoint = self.first.endpoint
             why = f"the bulk port {endpoint.port} of {endpoint.host} leads to another daemon: it refuses a new ticket"
             self._pool.forget(endpoint, why)
-        if threading.current_thread() in self._threads:
-            # The garbage collector ends a load that was dropped on one of its own threads: it cannot wait for itself.
+        if threading.current_thread() in self._threads or self._pool.is_locked_here:
+            # The garbage collector ends a load that was dropped, on one of its own threads, or on one for which these
+            # wait: it cannot wait for them.
             with suppress(RuntimeError):  # No thread can be started: the connections are closed with their last users.
                 threading.Thread(target=self._close, name="kvservice-bulk-end", daemon=True).start()
             return

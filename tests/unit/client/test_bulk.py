@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -254,6 +255,39 @@ class TestTheEndOfALoad:
             del cycle, load
             is_dropped.set()
             assert is_collected.wait(SOON_S)
+            until(lambda: not any(each.name.startswith("kvservice-bulk") for each in threading.enumerate()))
+            transport.close()
+
+    def test_comes_when_the_garbage_collector_drops_it_while_its_own_threads_wait_for_the_collecting_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bulk_transfer, "_connections", lambda size_bytes, rtt_s, with_tls: 2)
+        order = order_of(LARGE, [512] * 4)
+        units = units_of(order, content(order))
+        released = threading.Event()
+
+        def waits() -> bool:
+            return any(frame.f_code.co_name == "put_back" for frame in sys._current_frames().values())
+
+        def drop(cycle: list[object]) -> None:
+            with transport._pool._lock:  # As while another load takes a connection, which may run the collector.
+                released.set()
+                until(waits)
+                cycle.clear()
+                gc.collect()
+
+        with BulkDaemon(units) as daemon, without_collections():
+            daemon.before_unit = hold(released, 12)
+            transport = BulkTransport(daemon.connection())
+            cycle: list[object] = [load := transport.load(order, whole())]
+            next(load)
+            next(load)
+            cycle.append(cycle)
+            dropping = threading.Thread(target=drop, args=([cycle],), daemon=True)
+            del cycle, load
+            dropping.start()
+            dropping.join(SOON_S)
+            assert not dropping.is_alive()
             until(lambda: not any(each.name.startswith("kvservice-bulk") for each in threading.enumerate()))
             transport.close()
 
