@@ -96,8 +96,9 @@ class LoopBudget:
 
 
 async def in_parts(items: Sequence[T], work: Callable[[Sequence[T]], Awaitable[R]], loop_budget: LoopBudget) -> list[R]:
-    """The results of `work` for parts of the items. Each takes a short turn of the event loop, and begins in one of its
-    own, but few items at once; some parts run at the same time.
+    """Returns the results of `work` for consecutive parts of `items`, so that no turn of the event loop is long. Each
+    part begins in a turn of its own, and several parts wait for I/O at the same time. Few items are one part, which
+    begins in this turn. If `work` fails for a part, the parts that have not begun are left out, as by `all_of`.
     """
     if len(items) <= _PART:
         return [await work(items)] if items else []

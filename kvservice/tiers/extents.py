@@ -5,8 +5,7 @@ is wasted from 128 KiB up, and a block can use the freed space of another block 
 blocks are a power of two and the page of their trailer: they waste nothing. If they were written one after another, the
 trailer of one and the first layer of the next one are one short read.
 
-A sorted list of the sizes finds free runs by
-size, and a sorted list of the starts finds them by place.
+A sorted list of the sizes finds free runs by size, and a sorted list of the starts finds them by place.
 """
 
 from __future__ import annotations

@@ -59,11 +59,11 @@ class PendingPromotion:
         self._readers = 0
         self._is_verified = [False] * geometry.slice_count
         self._more = asyncio.Event()
-        # Of its order, once its reads have begun:
+        # For its order, once its reads have begun:
         self.order: ReadOrder | None = None
         self.due_s = due_s  # Monotonic time by which a request needs it.
         self.next_piece = 0
-        # Of its reader:
+        # For its reader:
         self.batch: ReadBatch | None = None
         self.pieces_left = len(pieces)  # Not read yet.
 

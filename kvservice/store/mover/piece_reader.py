@@ -1,8 +1,8 @@
 """Reads the pieces of promotions, and verifies them.
 
-Each drive has one order of all the pieces that are read from it, and a few tasks that start reads there. Which pieces a
-read is of is decided when a thread of the drive is free for it: pieces that became urgent meanwhile come first, and no
-thread waits for the event loop.
+Each drive has one order of all the pieces that are read from it, and a few tasks that queue reads for its I/O threads.
+A thread takes the pieces of its next read from that order when it is free: pieces that became urgent meanwhile come
+first, and no thread waits for the event loop.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class PieceReader:
                 self._drives[place] = _Drive(order)
             drive = self._drives[place]
             drive.order.add(some)
-            # Also if others are at work: their reads may have a place behind less urgent ones in the drive's queue.
+            # Also if other tasks run: their reads may be behind less urgent ones in the queue of the I/O threads.
             for _ in range(min(self._reads_in_flight, sum(each.pieces_left for each in some))):
                 drive.workers += 1
                 self._tasks.start(self._work(*place, drive), "reads of promotions")
@@ -236,8 +236,8 @@ class _Job:
 
 
 def _reads_of(pending: PendingPromotion, piece: ImagePiece) -> list[PartRead]:
-    """What is read for this piece: with the first piece the trailer, without a read of its own. None if the promotion
-    has failed. Called on an I/O thread.
+    """The parts to read for this piece; with the first piece also the trailer. No parts if the promotion has failed.
+    Called on an I/O thread.
     """
     if pending.error is not None:
         return []
@@ -253,8 +253,8 @@ def _reads_of(pending: PendingPromotion, piece: ImagePiece) -> list[PartRead]:
 
 
 def _damage(pending: PendingPromotion, piece: ImagePiece, sums: NDArray[np.uint64]) -> ChecksumMismatch | None:
-    """Compare the checksums of a piece's layers with those of the trailer, which was read. If they are the same, loads
-    may read the layers from now on.
+    """Compare the checksums of a piece's layers with those in the trailer, which has been read. If they are equal,
+    loads may read the layers from now on. Returns the error otherwise; None too if the promotion has failed already.
     """
     if pending.error is not None:
         return None

@@ -382,7 +382,7 @@ class Promoter:
 
 
 def _hurry(promotions: Iterable[PendingPromotion], due_s: float) -> None:
-    """Read those that are due later before the others of their drives."""
+    """Make those that are due later than `due_s` due at `due_s`."""
     of_order: dict[ReadOrder, list[PendingPromotion]] = {}
     for pending in promotions:
         if pending.due_s <= due_s:

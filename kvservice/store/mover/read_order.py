@@ -16,20 +16,20 @@ _LAYER_S = 1e-6  # By so much a layer is less urgent than the one before it.
 
 
 class ReadOrder:
-    """Of all promotions that read from one drive. Any thread may call it."""
+    """The order for all promotions that read from one drive. Any thread may call it."""
 
     def __init__(self, *, job_bytes: int, jobs_at_once: int) -> None:
-        """A job is of at most `job_bytes`, if it has several pieces. `jobs_at_once` share what is left of a layer: its
-        last jobs are small, and end together.
+        """A job of several pieces has at most `job_bytes`, and at most 1 / `jobs_at_once` of the pieces that are left
+        of a layer: so the last jobs of a layer are small, and end together.
         """
         self._job_bytes = job_bytes
         self._jobs_at_once = jobs_at_once
         self._lock = threading.Lock()
-        # (due_s, number of the piece, number of the promotion): the next piece of each promotion. An entry is out of
-        # date if the promotion is due at another time now; then there is a second one.
+        # (due_s, number of the piece, number of the entry): the next piece of each promotion. An entry is out of date
+        # if the promotion is due at another time now; then the promotion has a second entry.
         self._heap: list[tuple[float, int, int, PendingPromotion]] = []
         self._numbers = itertools.count()
-        self._left = Counter[tuple[float, int]]()  # Of the same, how many promotions have this time and this number.
+        self._left = Counter[tuple[float, int]]()  # (due_s, number of the piece) -> promotions that are there.
 
     def add(self, promotions: Iterable[PendingPromotion]) -> None:
         with self._lock:
@@ -48,7 +48,7 @@ class ReadOrder:
 
     @property
     def priority(self) -> float | None:
-        """Of the next job; lower ones are more urgent. None if all pieces are given out."""
+        """The next job's priority; lower ones are more urgent. None if all pieces are given out."""
         with self._lock:
             if (first := self._first()) is None:
                 return None

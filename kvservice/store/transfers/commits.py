@@ -27,7 +27,7 @@ _ROWS_A_TURN = 16  # With trailers of 128 layers they take half a millisecond of
 
 
 class Commits:
-    """Of all uploads."""
+    """Ends the saves of all uploads."""
 
     def __init__(
         self,

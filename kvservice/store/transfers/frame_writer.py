@@ -21,7 +21,7 @@ _HASH_IN_THREAD_BYTES = 1 << 20  # Below this size, hashing is faster than the h
 
 
 class FrameWriter:
-    """Of one upload. The checksums of complete slices are in its state once `hashed` has returned."""
+    """Writes the frames of one upload. Its state has the checksums of complete slices once `hashed` has returned."""
 
     def __init__(self, state: UploadState) -> None:
         self._state = state

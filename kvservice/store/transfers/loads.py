@@ -76,13 +76,12 @@ class Loads:
 
     def expect(self, caller: Caller, lease_id: int) -> None:
         """The client has a new lease, and probably loads its blocks at once. If they are few, its next call goes before
-        the frames of huge loads. Raises UnknownClient, LeaseExpired, LeaseNotYours.
+        the frames of huge loads. No effect if the lease has ended already.
         """
         precedence = self._reads.precedence
-        if precedence.has_huge():
-            lease = self._leases.get(caller, lease_id)
-            if int(self._blocks.size_bytes[lease.held_rows].sum()) <= LITTLE_BYTES:
-                precedence.expect_call(lease_id)
+        lease = self._find(caller, lease_id) if precedence.has_huge() else None
+        if lease is not None and int(self._blocks.size_bytes[lease.held_rows].sum()) <= LITTLE_BYTES:
+            precedence.expect_call(lease_id)
 
     async def to_send(
         self, caller: Caller, lease_id: int, shard: Shard | None, blocks: Span, layers: Span
@@ -151,8 +150,8 @@ class Loads:
         None if there are too many, or they cannot be read in place without a promotion: `locate` then says why. None
         also if the lease has ended.
         """
-        lease = self._leases.find(lease_id)
-        if lease is None or lease.client.client_id != caller.client:
+        lease = self._find(caller, lease_id)
+        if lease is None:
             return None
         if len(lease.rows) > PLACED_BLOCKS_MAX:
             return None
@@ -165,8 +164,8 @@ class Loads:
 
         Nothing is noted if the lease has ended. Raises InvalidRequest.
         """
-        lease = self._leases.find(lease_id)
-        if lease is None or lease.client.client_id != caller.client:
+        lease = self._find(caller, lease_id)
+        if lease is None:
             return
         self._reads.precedence.called(lease_id)
         if len(loads) > LOADS_REPORTED_MAX:
@@ -175,6 +174,11 @@ class Loads:
             which = blocks.within(len(lease.rows), "block")
             self._in_place_reads.note_load(lease, which, took_s)
             self._requests.note_load(lease, which, range(lease.shard.layers), "in_place", took_s)
+
+    def _find(self, caller: Caller, lease_id: int) -> Lease | None:
+        """The caller's lease; None if it has ended, or is another client's."""
+        lease = self._leases.find(lease_id)
+        return lease if lease is not None and lease.client.client_id == caller.client else None
 
     async def _narrowed(self, caller: Caller, lease_id: int, shard: Shard | None) -> Lease:
         """The caller's lease; with a shard, narrowed to that shard.

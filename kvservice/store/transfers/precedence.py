@@ -1,8 +1,8 @@
 """Loads that have sent little go before those that have sent much, so that a small load is short beside a huge one.
 
-A small load is three calls of a client that waits for each: lookup, load, release. A huge one also gives way between
-them, when a small lease has been granted and when its load has ended: else its frames would have filled the event loop,
-the processors and the network by the time of the next call.
+A client makes three calls for a small load, and waits for each: lookup, load, release. A huge load also gives way
+between these calls, when a small lease has been granted and when its load has ended. Otherwise the next call would find
+the event loop, the processors and the network busy with frames of the huge load.
 
 Called on the event loop.
 """
@@ -24,7 +24,7 @@ _WAIT_S = 0.01  # Before each frame: a huge load never stops, however many small
 
 
 class Precedence:
-    """Of all loads in frames."""
+    """Which of all loads in frames go first."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -42,14 +42,14 @@ class Precedence:
         return turn
 
     def expect_call(self, lease_id: int) -> None:
-        """The client of a lease of little has got an answer, and probably calls again at once."""
+        """The client of a lease of few bytes has got an answer, and probably calls again at once."""
         self._calls_end_s.pop(lease_id, None)
         if self._huge:  # Else nothing gives way.
             self._calls_end_s[lease_id] = self._clock.monotonic_s() + _NEXT_CALL_S
             self._none.clear()
 
     def called(self, lease_id: int) -> None:
-        """That call has come, or no load in frames will."""
+        """That call has come, or the client will not load the lease in frames."""
         if self._calls_end_s.pop(lease_id, None) is not None:
             self._wake()
 
@@ -95,7 +95,7 @@ def _drop_past(ends_s: dict[K, float], now_s: float) -> None:
 
 
 class LoadTurn:
-    """Of one load."""
+    """The turns of one load."""
 
     def __init__(self, precedence: Precedence, lease_id: int) -> None:
         self._precedence = precedence

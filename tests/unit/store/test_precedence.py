@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from kvservice.store.transfers.precedence import LoadTurn, Precedence
 from tests.clock import HandClock
-from tests.stores import MIB
+from tests.stores import CALLER, MIB, OpenStore, caller_of, some_chain, some_images
 
 LEASES = itertools.count(1)
 
@@ -98,3 +100,19 @@ async def test_no_call_is_expected_where_no_huge_load_runs(clock: HandClock) -> 
     precedence = Precedence(clock)
     precedence.expect_call(next(LEASES))
     assert (await next_frame(await huge(precedence))).done()
+
+
+async def test_a_lookup_whose_lease_is_over_before_its_answer_does_not_fail_by_that(
+    open_store: Callable[..., Any], clock: HandClock
+) -> None:
+    opened: OpenStore = await open_store(clock=clock)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1)
+    await opened.save(client, chain, some_images(chain))
+    await huge(opened.reads.precedence)
+    lease = opened.lookup(client, chain.keys, ttl_s=0.001)
+    assert lease is not None
+    clock.advance(seconds=0.002)
+
+    opened.store.loads.expect(caller_of(client), lease.lease_id)
+
+    assert not opened.reads.precedence._calls_end_s
