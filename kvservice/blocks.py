@@ -242,6 +242,10 @@ class BlockTable:
     def shard_of(self, row: int) -> Shard:
         return _decode_shard(self.shard[row].tobytes())
 
+    def shards(self, rows: Rows) -> list[Shard]:
+        """The shard of each row."""
+        return list(map(_decode_shard, self.shard[rows].view("V8").tolist()))
+
     def object_key_of(self, row: int) -> bytes:
         return bytes(self.key[row].tobytes() + self.shard[row].tobytes())
 
@@ -261,6 +265,13 @@ class BlockTable:
         position = self._position[tier]
         offset = int(self.offset[position, row])
         return Extent(int(self.segment[position, row]), offset, int(self.extent_size[position, row]))
+
+    def extents(self, rows: Rows, tier: TierName) -> list[Extent | None]:
+        """As `extent`, for many rows."""
+        position = self._position[tier]
+        columns = (self.segment[position][rows], self.offset[position][rows], self.extent_size[position][rows])
+        places = zip(*(column.tolist() for column in columns), strict=True)
+        return [None if place[1] == _NOWHERE else Extent(*place) for place in places]
 
     def set_extent(self, row: int, tier: TierName, extent: Extent | None) -> None:
         position = self._position[tier]

@@ -159,13 +159,13 @@ class Promoter:
 
         Reads are ordered by their deadline, `within_s` from now.
         """
-        wanted = np.unique(np.asarray(rows, np.int64))
+        ordered = list(dict.fromkeys(rows))
+        wanted = np.array(ordered, np.int64)
         absent = wanted[~self._blocks.lie_in(wanted, self._blocks.first_tier)]
         later_bytes = int(self._blocks.size_bytes[absent].sum())
         due_s = self._clock.monotonic_s() + within_s
         begun, batch_rows = list[PendingPromotion](), _FIRST_BATCH_ROWS
-        ordered = list(dict.fromkeys(rows))
-        _hurry([self._pending[row] for row in wanted.tolist() if row in self._pending], due_s)
+        _hurry([self._pending[row] for row in ordered if row in self._pending], due_s)
         try:
             for start in range(0, len(ordered), _ROWS_A_TURN):
                 await self._loop_budget.slot()  # If there is space, nothing below waits.

@@ -20,7 +20,7 @@ from kvservice.store.mover.write_behind import WriteBehind
 from kvservice_api.errors import InvalidRequest, KVError, PinsFull
 
 PIN_KEYS_MAX = 4096  # In one call.
-_ROWS_A_TURN = 256  # They take a millisecond of the event loop.
+_ROWS_A_TURN = 128  # They take a millisecond of the event loop.
 _ROWS_BEFORE_A_THREAD = 20_000
 
 
@@ -79,6 +79,7 @@ class Pins:
         async with self._pinning:  # Two pins at a time would each count the same free space.
             asked, _ = self._rows(keys)
             pinned_bytes, pinned_bytes_max = await self._bounded(asked)
+            await asyncio.sleep(0)  # Thousands of keys take a millisecond each time.
             rows, missing = self._rows(keys)
             rows = rows[np.isin(rows, asked)]  # The blocks that are still stored.
             until_ms = self._clock.wall_ms() + ttl_ms
@@ -126,6 +127,7 @@ class Pins:
         blocks.pinned_until_ms[rows] = until_ms
         try:
             for start in range(0, len(rows), _ROWS_A_TURN):
+                await asyncio.sleep(0)  # What came before has taken a turn of its own.
                 await self._lifecycle.write_records(rows[start : start + _ROWS_A_TURN].tolist())
         except BaseException as error:
             ours = (blocks.generation[rows] == generations) & (blocks.pinned_until_ms[rows] == until_ms)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
-from kvservice.blocks import Extent, TierName
+from kvservice.blocks import Extent, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store import image_check
@@ -39,7 +39,8 @@ _SCRATCH_BYTES = 256 << 20
 _SCRATCH_WAIT_S = 5.0
 
 _TRAILERS_ON_LOOP = 16  # They take 0.1 ms of the event loop, about as much as the change to a thread and back.
-_ROWS_A_TURN = 256  # They take a millisecond of the event loop.
+_ROWS_A_TURN = 256  # They take half a millisecond of the event loop,
+_SOURCES_A_TURN = 128  # as do the sources of these.
 _VERIFIED_BYTES = 1 << 20  # Of a part that is verified right before it is sent: it is still in the cache then.
 
 
@@ -140,13 +141,12 @@ class LeasedBytes:
         self._blocks_table = shared.lifecycle.blocks
         self._layout: Layout = lease.layout
         self._shard = lease.shard
-        rows = lease.rows[blocks.start : blocks.stop].tolist()
-        if lease.parts:
-            self._rows_of_block = [lease.parts.get(block, (row,)) for block, row in zip(blocks, rows, strict=True)]
-            rows = list(itertools.chain.from_iterable(self._rows_of_block))
-        else:  # The usual case. A load may have thousands of blocks.
-            self._rows_of_block = [(row,) for row in rows]
-        self.rows = np.array(list(dict.fromkeys(rows)), np.int64)
+        self.rows = lease.rows[blocks.start : blocks.stop]
+        self._row_of_block = self.rows.tolist()  # A load may have thousands: a tuple of each would take milliseconds.
+        self._parts = {block - blocks.start: rows for block, rows in lease.parts.items() if block in blocks}
+        if self._parts:
+            rows = map(self._rows_of, range(len(self._row_of_block)))
+            self.rows = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
         self._plans: list[list[list[HeadRun]] | None] = []
         self._sources: dict[int, _Source] = {}
         self._all_at_hand: list[tuple[_Source, list[int]]] | None = None  # With checksums; if no block is of shards.
@@ -155,9 +155,13 @@ class LeasedBytes:
         self.scratch_bytes = 0
         self._held = AsyncExitStack()  # Keeps the promotions in place while they are read.
 
+    def _rows_of(self, block: int) -> tuple[int, ...]:
+        """The rows that make up a block: usually one."""
+        return self._parts.get(block) or (self._row_of_block[block],)
+
     def _plan(self, rows: Sequence[int]) -> list[list[HeadRun]] | None:
         """How several shards give one; None if one row is exactly the requested shard."""
-        stored = [self._blocks_table.shard_of(row) for row in rows]
+        stored = [self._sources[row].shard for row in rows]
         if len(rows) == 1 and (stored[0].head_begin, stored[0].head_end) == (
             self._shard.head_begin,
             self._shard.head_end,
@@ -174,16 +178,12 @@ class LeasedBytes:
         promotions: dict[int, PendingPromotion] = {}
         if missing and shared.promoter is not None:
             promotions = await self._held.enter_async_context(shared.promoter.promoting(missing))
-        for row, pending in promotions.items():
-            self._sources[row] = source = self._new_source(row)
-            source.image, source.pending = pending.image, pending
-        for count, row in enumerate(self.rows.tolist()):
-            await self._yield_to_loop(count)
-            if row not in promotions:
-                self._sources[row] = self._source(row)
-        for count, rows_of_block in enumerate(self._rows_of_block):
-            await self._yield_to_loop(count)
-            self._plans.append(self._plan(rows_of_block))
+        for start in range(0, len(self.rows), _SOURCES_A_TURN):
+            await shared.loop_budget.slot()
+            self._add_sources(self.rows[start : start + _SOURCES_A_TURN], promotions)
+        for block in range(len(self._row_of_block)):
+            await self._yield_to_loop(block)
+            self._plans.append(self._plan(self._rows_of(block)))
         resident = [source for source in self._sources.values() if source.image is not None and not source.pending]
         if len(resident) <= _TRAILERS_ON_LOOP:
             self._read_trailers(resident)
@@ -199,24 +199,29 @@ class LeasedBytes:
         self.scratch_bytes = wanted_bytes
         await _gather(self._fetch_trailer, read_through)
 
-    def _source(self, row: int) -> _Source:
-        """The source of a block that is not being promoted."""
-        table, source = self._blocks_table, self._new_source(row)
-        tier = table.fastest(row)
-        if tier is None:
-            key = table.key_of(row).hex()
-            raise LeaseExpired("a block was removed before its load began: look the prefix up again", key=key)
-        extent = table.extent(row, tier)
-        assert extent is not None
-        if tier == table.first_tier:
-            source.image = self._shared.dram.view(extent)[: source.geometry.image_bytes]
-        else:
-            source.tier, source.extent = tier, extent
-        return source
+    def _add_sources(self, rows: Rows, promotions: Mapping[int, PendingPromotion]) -> None:
+        """The sources of these rows, column by column: a load may have thousands. Raises LeaseExpired."""
+        table, some = self._blocks_table, rows.tolist()
+        geometries, shards = self._shared.lifecycle.geometries(some), table.shards(rows)
+        columns = zip(some, table.generation[rows].tolist(), shards, geometries, strict=True)
+        extents = table.extents(rows, table.first_tier)
+        for (row, generation, shard, geometry), extent in zip(columns, extents, strict=True):
+            self._sources[row] = source = _Source(row, generation, shard, geometry, None)
+            if (pending := promotions.get(row)) is not None:
+                source.image, source.pending = pending.image, pending
+            elif extent is not None:
+                source.image = self._shared.dram.view(extent)[: geometry.image_bytes]
+            else:
+                source.tier, source.extent = self._slower_copy(row)
 
-    def _new_source(self, row: int) -> _Source:
-        table = self._blocks_table
-        return _Source(row, int(table.generation[row]), table.shard_of(row), self._shared.lifecycle.geometry(row), None)
+    def _slower_copy(self, row: int) -> tuple[TierName, Extent]:
+        tier = self._blocks_table.fastest(row)
+        if tier is None:
+            key = self._blocks_table.key_of(row).hex()
+            raise LeaseExpired("a block was removed before its load began: look the prefix up again", key=key)
+        extent = self._blocks_table.extent(row, tier)
+        assert extent is not None
+        return tier, extent
 
     async def close(self) -> None:
         """Release the blocks' memory. No thread reads it any more: `on_thread` returns after its work has ended."""
@@ -310,11 +315,9 @@ class LeasedBytes:
         parts: list[Part] = []
         current = Part(layer, 0, 0, [], [])
         room = bytes_max
-        for block in range(len(self._rows_of_block)):
+        for block in range(len(self._row_of_block)):
             await self._yield_to_loop(block)
-            verify = [
-                slices[row] for row in self._rows_of_block[block] if row in slices and slices[row].expected is not None
-            ]
+            verify = [slices[row] for row in self._rows_of(block) if row in slices and slices[row].expected is not None]
             sent = 0
             for run in self._runs(block, layer, slices):
                 while len(run):
@@ -375,8 +378,9 @@ class LeasedBytes:
         units: list[Part] = []
         size = _VERIFIED_BYTES
         slices = await self._slices(layer + self._shard.layer_begin)
-        for block, rows in enumerate(self._rows_of_block):
+        for block in range(len(self._row_of_block)):
             await self._yield_to_loop(block)
+            rows = self._rows_of(block)
             if size >= _VERIFIED_BYTES:
                 units.append(unit := Part(layer, block, 0, [], []))
                 size = 0
@@ -393,7 +397,7 @@ class LeasedBytes:
     async def _with_checksums(self) -> list[tuple[_Source, list[int]]] | None:
         """The source of each block, and the checksums of its slices. None if not all of them are in DRAM."""
         found = []
-        for count, (row,) in enumerate(self._rows_of_block):
+        for count, row in enumerate(self._row_of_block):
             if count:  # A small load needs no slot of its own for this.
                 await self._yield_to_loop(count)
             source = self._sources[row]
@@ -404,7 +408,7 @@ class LeasedBytes:
 
     def _runs(self, block: int, layer: int, slices: dict[int, LayerSlice]) -> list[memoryview]:
         """The bytes of one block's layer, in order: all of it, or keys and then values of each run of heads."""
-        plan, rows = self._plans[block], self._rows_of_block[block]
+        plan, rows = self._plans[block], self._rows_of(block)
         if plan is None:
             return [slices[rows[0]].data]
         model_layer = layer + self._shard.layer_begin

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from kvservice.blocks import TierName
 from kvservice.store.hints.exchange import HintLimits
 from kvservice.store.hints.queue_mirror import HintSubject, QueueLimits
-from kvservice.store.leases import Client
+from kvservice.store.leases import Client, Lease
 from kvservice.store.miss_reasons import SpaceFor
+from kvservice.store.transfers import leased_bytes
 from kvservice.store.types import Nearness
-from tests.stores import CALLER, MIB, PATIENT, OpenStore, caller_of, some_chain, some_images
+from kvservice_api.keys import BlockChain
+from tests.stores import CALLER, MIB, PATIENT, OpenStore, caller_of, layers_of, some_chain, some_images
 
 BLOCKS = 200
 A_TURN = 64  # At most: two parts may share a turn.
@@ -211,3 +213,102 @@ async def test_many_blocks_are_discarded_in_short_turns(full: OpenStore, everyth
             assert await operators.discard(CALLER, [*some_chain(BLOCKS).keys, bytes(32)]) == (BLOCKS, 1)
     assert turns.counts.total() >= BLOCKS and max(turns.counts.values()) <= A_TURN
     await full.settle()
+
+
+MANY = 500  # One lookup finds them without a wait.
+
+
+async def leased(open_store: Callable[..., Any]) -> tuple[OpenStore, Lease, BlockChain, list[bytes]]:
+    """A store, and a lease of `MANY` blocks in it, with their keys and their contents."""
+    opened: OpenStore = await open_store(dram_bytes=16 * MIB, map_bytes=8 * MIB, ssd_bytes=0, limits=PATIENT)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(MANY)
+    images = some_images(chain)
+    for at in range(0, MANY, BLOCKS):
+        await opened.save(client, chain[at : at + BLOCKS], images[at : at + BLOCKS])
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None and len(lease.rows) == MANY
+    return opened, lease, chain, images
+
+
+async def test_what_a_load_of_many_blocks_needs_is_made_and_freed_in_short_turns(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, lease, _, images = await leased(open_store)
+    made, freed = Turns(), Turns()
+
+    class CountedSource(leased_bytes._Source):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.note()
+
+        def __del__(self) -> None:
+            freed.note()
+
+    monkeypatch.setattr(leased_bytes, "_Source", CountedSource)
+    counting = [asyncio.create_task(turns.count()) for turns in (made, freed)]
+    assert await opened.load(lease) == layers_of(images)
+    for each in counting:
+        each.cancel()
+    assert made.counts.total() == freed.counts.total() == MANY
+    assert max(made.counts.values()) <= 256, "two parts at most"
+    assert max(freed.counts.values()) <= 256
+
+
+async def test_a_load_whose_blocks_are_discarded_between_two_of_its_turns_has_every_byte(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load holds all of them from its first turn on."""
+    opened, lease, chain, images = await leased(open_store)
+    discards = list[asyncio.Task[tuple[int, int]]]()
+    add_sources = leased_bytes.LeasedBytes._add_sources
+
+    def discarding(self: Any, *args: Any) -> None:
+        add_sources(self, *args)
+        if not discards:
+            discards.append(asyncio.create_task(opened.store.operators.discard(CALLER, chain.keys)))
+
+    monkeypatch.setattr(leased_bytes.LeasedBytes, "_add_sources", discarding)
+    assert await opened.load(lease) == layers_of(images)
+    assert await discards[0] == (MANY, 0)
+    await opened.leases.release(caller_of(lease.client), lease.lease_id)
+    await opened.settle()
+    assert not opened.dram.used_bytes
+
+
+async def test_blocks_that_leave_between_two_turns_of_their_pin_are_not_pinned(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, lease, chain, _ = await leased(open_store)
+    await opened.leases.release(caller_of(lease.client), lease.lease_id)
+    rows_of_keys = opened.blocks.rows_of_keys
+    evicted = list[asyncio.Task[None]]()
+
+    def evicting(keys: Sequence[bytes]) -> NDArray[np.int64]:
+        rows = rows_of_keys(keys)
+        if not evicted:  # The task runs before the next turn of the pin.
+            evicted.append(asyncio.create_task(opened.block_lifecycle.evict(rows[:100].tolist(), TierName.DRAM)))
+        return rows
+
+    monkeypatch.setattr(opened.blocks, "rows_of_keys", evicting)
+    assert (await opened.store.pins.pin(CALLER, chain.keys, 60_000)).pinned == MANY - 100
+    assert int(np.count_nonzero(opened.blocks.pinned(opened.files.clock.wall_ms()))) == MANY - 100
+    await opened.settle()
+
+
+async def test_many_pins_and_times_of_use_are_written_in_short_turns(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, _, chain, _ = await leased(open_store)
+    put, written = opened.index.put, list[int]()
+
+    def counted(tier: TierName, names: Sequence[bytes], *args: Any) -> asyncio.Future[None]:
+        written.append(len(names))
+        return put(tier, names, *args)
+
+    monkeypatch.setattr(opened.index, "put", counted)
+    await opened.store.pins.pin(CALLER, chain.keys, 60_000)
+    assert sum(written) == MANY and max(written) <= 128
+    written.clear()
+    opened.hits(chain.keys)
+    await opened.block_lifecycle.flush_recency()
+    assert sum(written) == MANY and max(written) <= 256
