@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvservice.store.transfers.upload_state import Destination, UploadState
-from kvservice_api.copying import copy_slices
+from kvservice_api.copying import STREAMED_BYTES_MIN, copy_slices
 from kvservice_api.errors import InvalidFrame
 from kvservice_api.frames import Frame
 from kvservice_api.image import checksum, layer_starts
@@ -27,6 +27,7 @@ class FrameWriter:
         self._state = state
         request = state.request
         self._layer_starts = layer_starts(request.layout, request.shard, request.token_counts)
+        self._is_large = sum(starts[-1] for starts in self._layer_starts) >= STREAMED_BYTES_MIN
         self._hashing: set[asyncio.Future[int]] = set()
 
     def write(self, frame: Frame) -> None:
@@ -78,7 +79,9 @@ class FrameWriter:
             images.append(np.frombuffer(destination.image, np.uint8))
             slices.append((0, begin, size, 1))
             runs.append((number, destination.geometry.slice_range(layer)[0], 0, 1, size, 0))
-        sums = copy_slices([payload], images, np.array(slices, np.int64), np.array(runs, np.int64))
+        tables = np.array(slices, np.int64), np.array(runs, np.int64)
+        # In the caches, a large save's blocks would replace the frames that gRPC has received and copies next.
+        sums = copy_slices([payload], images, *tables, streamed=self._is_large)
         self._state.checksums[[each.position for each, _, _ in whole], layer] = sums
 
     def _hash(self, destination: Destination, layer: int, data: memoryview) -> None:

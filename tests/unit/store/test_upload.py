@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from kvservice.blocks import TierName
 from kvservice.store.leases import Client
+from kvservice.store.transfers import frame_writer
 from kvservice.store.transfers.arrived_slices import ArrivedSlices
 from kvservice.store.transfers.save_request import SaveOutcome
 from kvservice.store.types import SaveChain
+from kvservice_api.copying import copy_slices
 from kvservice_api.errors import (
     Draining,
     IncompleteSave,
@@ -402,6 +404,35 @@ async def test_slices_too_large_to_be_hashed_at_once_are_hashed_on_threads(open_
                 upload.write(each)
             outcome = await upload.commit(checksums ^ np.uint64(wrong), on_ssd=False)
         assert outcome.stored == stored
+
+
+async def test_only_the_blocks_of_a_large_save_are_written_past_the_processors_caches(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed: list[bool] = []
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        streamed.append(options["streamed"])
+        return copy_slices(*arguments, **options)
+
+    monkeypatch.setattr(frame_writer, "copy_slices", noting)
+    opened: OpenStore = await open_store(dram_bytes=32 * MIB, ssd_bytes=64 * MIB)
+    client = opened.store.leases.attach(CALLER, "test")
+    layout = Layout(
+        model_id="wide", dtype="uint8", layers=4, kv_heads=1, k_head_dim=8192, v_head_dim=8192, block_tokens=16
+    )
+    await opened.store.layouts.open(CALLER, layout)
+    shard = Shard.whole(layout)
+    for blocks, is_large in ((1, False), (9, True)):
+        chain = some_chain(blocks, seed=blocks, layout=layout)
+        images = some_images(chain, shard=shard, layout=layout)
+        async with opened.begin_save(client, chain, shard=shard, layout=layout) as upload:
+            for each in frames_of(layout, shard, chain, images, frame_bytes=1 << 20):
+                upload.write(each)
+            outcome = await upload.commit(checksums_of(shard, images), on_ssd=False)
+        assert outcome.stored == list(range(len(chain)))
+        assert set(streamed) == {is_large}
+        streamed.clear()
 
 
 # Space and durability
