@@ -41,8 +41,8 @@ HELLO_BYTES: Final = TICKET_BYTES + CLIENT_ID_BYTES
 CONNECTIONS_MAX: Final = 16  # Of one transfer.
 UNIT_BYTES: Final = (
     4 << 20
-)  # About as much is sent in one DATA, more if a slice is larger. Several connections share these.
-UNIT_ALONE_BYTES: Final = 8 << 20  # On the only connection of a transfer: a message costs Python at both ends.
+)  # About as much is sent in one DATA, more if a slice is larger. Many connections share these.
+UNIT_FEW_BYTES: Final = 8 << 20  # On one or two connections: a message costs Python at both ends.
 ERROR_BYTES_MAX: Final = 64 << 10
 RESULT_BYTES_MAX: Final = 1 << 20
 
@@ -80,7 +80,7 @@ class MessageHeader(NamedTuple):
 
 def unit_bytes(connections: int) -> int:
     """About how much is sent in one DATA of a transfer with so many connections."""
-    return UNIT_ALONE_BYTES if connections == 1 else UNIT_BYTES
+    return UNIT_FEW_BYTES if connections <= 2 else UNIT_BYTES
 
 
 def pack_header(

@@ -67,8 +67,8 @@ def test_several_connections_share_a_load(wire: Wire) -> None:
     assert received.is_right()
 
 
-@pytest.mark.parametrize(("connections", "slices"), [(1, [100, 100, 100]), (2, [64, 36, 64, 36, 64, 36])])
-def test_messages_are_smaller_where_several_connections_share_them(
+@pytest.mark.parametrize(("connections", "slices"), [(1, [100, 100, 100]), (3, [64, 36, 64, 36, 64, 36])])
+def test_messages_are_smaller_where_many_connections_share_them(
     wire: Wire, connections: int, slices: list[int]
 ) -> None:
     chain = stored(wire, LARGE, 100)

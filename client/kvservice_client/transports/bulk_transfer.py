@@ -23,7 +23,8 @@ from kvservice_client.transports.bulk_connections import BulkConnection, BulkCon
 _CONNECTION_BYTES = 8 * 2**20  # Another connection is worth its thread for as many bytes.
 _CONNECTIONS_NEAR, _CONNECTIONS_FAR = 2, 8  # A window of a few MiB does not fill a long link.
 _FAR_RTT_S = 1e-3
-_PROCESSORS_MIN = 4  # With fewer, a second plain connection near by takes a processor from the first one.
+_PROCESSORS_MIN = 4  # With fewer, a second plain connection near by is worth its threads for large transfers only.
+_LARGE_BYTES = 64 * 2**20
 END_S = 0.5  # For the end of a transfer of which all has arrived. Otherwise its connection is not kept.
 
 
@@ -319,6 +320,6 @@ def _connections(size_bytes: int, rtt_s: float, *, with_tls: bool) -> int:
     if rtt_s >= _FAR_RTT_S:
         wanted = _CONNECTIONS_FAR
     else:
-        helps = with_tls or len(os.sched_getaffinity(0)) >= _PROCESSORS_MIN
+        helps = with_tls or size_bytes >= _LARGE_BYTES or len(os.sched_getaffinity(0)) >= _PROCESSORS_MIN
         wanted = _CONNECTIONS_NEAR if helps else 1
     return max(1, min(wanted, size_bytes // _CONNECTION_BYTES, CONNECTIONS_MAX))

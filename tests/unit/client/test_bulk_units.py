@@ -1,7 +1,8 @@
-"""How a save over the bulk port is cut into messages."""
+"""How a transfer over the bulk port is cut: into messages, and onto connections."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ MIB = 1 << 20
 LAYOUT = Layout("mebibytes", "uint8", layers=2, kv_heads=8, k_head_dim=128, v_head_dim=128, block_tokens=512)
 
 
-@pytest.mark.parametrize(("connections", "sizes"), [(1, [8, 8, 4]), (2, [4, 4, 4, 4, 4])])
-def test_messages_are_smaller_where_several_connections_share_them(
+@pytest.mark.parametrize(("connections", "sizes"), [(1, [8, 8, 4]), (2, [8, 8, 4]), (3, [4, 4, 4, 4, 4])])
+def test_messages_are_smaller_where_many_connections_share_them(
     monkeypatch: pytest.MonkeyPatch, connections: int, sizes: list[int]
 ) -> None:
     sent: list[int] = []
@@ -41,4 +42,21 @@ def test_messages_are_smaller_where_several_connections_share_them(
         transport = BulkTransport(daemon.connection())
         transport.save(order, Deadline(SOON_S))
         transport.close()
-    assert sent == sizes
+    assert sorted(sent) == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "processors", "with_tls", "connections"),
+    [
+        (32 * MIB, 2, False, 1),
+        (64 * MIB, 2, False, 2),
+        (32 * MIB, 2, True, 2),
+        (32 * MIB, 4, False, 2),
+        (8 * MIB, 4, False, 1),
+    ],
+)
+def test_a_second_connection_near_by_is_for_large_transfers_where_processors_are_few(
+    monkeypatch: pytest.MonkeyPatch, size_bytes: int, processors: int, with_tls: bool, connections: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(processors)))
+    assert bulk_transfer._connections(size_bytes, 5e-6, with_tls=with_tls) == connections
