@@ -28,7 +28,7 @@ _VERIFIERS = 2  # One thread does not fill the memory bus.
 # For a view, at a time: a hand-over to a thread takes up to half a millisecond, in which it could sum 10 MiB. And how
 # many rows are looked up in one turn of the event loop.
 _PART_BYTES, _PART_ROWS = 64 << 20, 128
-_AHEAD_BYTES = 4 << 20  # Ahead of views, at a time: what a read that begins meanwhile has beside it.
+_AHEAD_BYTES = 16 << 20  # Ahead of views, at a time: a millisecond, which a read that begins meanwhile has beside it.
 _REST = 3.0  # It rests so many times as long as it works: the engine may need the memory bus while it calls nothing.
 _AHEAD_BLOCKS_MAX = 1 << 16  # That wait. Views verify those that do not fit.
 _PAUSE_S = 0.02  # So that it begins after a save's answer is sent, and between two checks whether a client is active.
