@@ -117,7 +117,7 @@ class ServerSettings(Section):
         le=256,
     )
     frame_bytes: Size = setting(
-        ByteSize(MIB),
+        ByteSize(2 * MIB),
         "Largest frame sent or accepted. 1 to 2 MiB is fastest; gRPC's own limit is 4 MiB.",
         unit="bytes",
         ge=4 * KIB,

@@ -61,7 +61,7 @@ def test_GetCapabilities_tells_identity_and_the_limits_that_hold(wire: Wire) -> 
     answer, status = wire.capabilities(), wire.status()
 
     assert (answer.version, answer.boot_epoch, answer.store_id) == (status.version, status.boot_epoch, status.store_id)
-    assert answer.max_frame_bytes == 2**20 + HEAD_BYTES_MAX
+    assert answer.max_frame_bytes == 2 * 2**20 + HEAD_BYTES_MAX
     assert (answer.max_lease_ttl_ms, list(answer.transports)) == (300_000, ["shm", "bulk", "grpc"])
     assert wire.renew(wire.lookup(SMALL, saved(wire)).lease_id, ttl_ms=2**32 - 1).ttl_ms == answer.max_lease_ttl_ms
     header = ArenaHeader.decode((Path(answer.arena_directory) / "arena").read_bytes()[:HEADER_BYTES])

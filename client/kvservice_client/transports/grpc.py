@@ -20,7 +20,7 @@ from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import Durability, LoadOrder, SaveOrder, SaveResult, SaveSet, Transport
 
-_PAYLOAD_BYTES_WANTED = 2**20  # Larger frames leave the processor's caches before they are copied again.
+_PAYLOAD_BYTES_WANTED = 2 * 2**20  # Larger frames leave the processor's caches before they are copied again.
 _KEPT_FREE_BYTES = 256 * 2**20
 _DURABILITY = {Durability.DRAM: types_pb2.DURABILITY_DRAM, Durability.SSD: types_pb2.DURABILITY_SSD}
 
