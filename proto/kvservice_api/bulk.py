@@ -39,10 +39,10 @@ TICKET_BYTES: Final = 32
 CLIENT_ID_BYTES: Final = 16
 HELLO_BYTES: Final = TICKET_BYTES + CLIENT_ID_BYTES
 CONNECTIONS_MAX: Final = 16  # Of one transfer.
-UNIT_BYTES: Final = (
-    4 << 20
-)  # About as much is sent in one DATA, more if a slice is larger. Many connections share these.
-UNIT_FEW_BYTES: Final = 8 << 20  # On one or two connections: a message costs Python at both ends.
+# About as much is sent in one DATA, more if a slice is larger. A message costs Python at both ends; but of many
+# connections none should be left with a large last one.
+UNIT_BYTES: Final = 4 << 20
+UNIT_FEW_BYTES: Final = 8 << 20  # On one or two connections.
 ERROR_BYTES_MAX: Final = 64 << 10
 RESULT_BYTES_MAX: Final = 1 << 20
 
