@@ -178,7 +178,7 @@ class _Bench:
             self._calls(of_grpc)
         if pid is not None:
             with self._figures("tls", "bulk_tls"):
-                self._bulk_with_tls(folder, dram_path, (blocks + 2) * block_bytes, blocks=blocks, runs=runs)
+                self._bulk_with_tls(folder, dram_path, (2 * blocks + 4) * block_bytes, blocks=blocks, runs=runs)
         with self._figures("shm", "hit"):
             self._step(3, "measuring shared memory")
             sharing = self._stack.enter_context(connect(address, 30, name="kvctl bench", transport="shm"))
