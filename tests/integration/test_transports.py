@@ -57,9 +57,9 @@ def files_of() -> dict[str, set[str]]:
     # One of each sees whether the request is traced. Tails, arrived slices and the space of uploads have files of their
     # own since their files had more than 600 lines. A save ends unused bulk saves of its client; reads from SSD have an
     # order; the threads of a drive have a file. The bytes of a load and its turn beside other loads have a file each.
-    # So have an upload's begin, its state, its frames and its commit; the parts of a save; a promotion, its reads and
-    # their order.
-    [("save", 54, 11), ("load from DRAM", 31, 9), ("load from SSD", 48, 9)],
+    # So have an upload's begin, its state, its frames and its commit; the parts of a save; a promotion, its reads,
+    # their order, and their system calls.
+    [("save", 55, 11), ("load from DRAM", 31, 9), ("load from SSD", 49, 9)],
 )
 def test_a_save_and_a_load_over_grpc_run_few_files(
     files_of: dict[str, set[str]], operation: str, files_max: int, client_files_max: int

@@ -53,7 +53,7 @@ def frame(**changes: Any) -> pb.SaveBlocksRequest:
         (frame(payload=bytes(2 * SIZE + 1)), "reaches beyond the last block"),
         (frame(payload=b""), "is empty, or starts after its block's slice"),
         (frame(layer=1, payload=b""), "is empty, or starts after its block's slice"),
-        (frame(payload=bytes(2**20 + 1)), "a frame carries 1048577 bytes; at most 1048576 are allowed"),
+        (frame(payload=bytes(2**21 + 1)), "a frame carries 2097153 bytes; at most 2097152 are allowed"),
     ],
     ids=itertools.count(),
 )
