@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from kvservice.blocks import Extent
 from kvservice.tiers.base import Tier
-from kvservice_api.copying import NO_RUNS, Table, copy_slices
-from kvservice_api.file_parts import NO_RANGES, Ranges, sums_of
+from kvservice_api.file_parts import NO_RANGES, Ranges, sums_of, sums_of_each
 from kvservice_api.image import PAGE_BYTES, BlockGeometry, Trailer, checksum
 from kvservice_api.layout import Shard
 
@@ -111,19 +110,13 @@ class StoredImage(NamedTuple):
 
 
 def damages(images: Sequence[StoredImage]) -> list[str]:
-    """Of each image the part that does not match its checksums, empty if all match. Layers are counted from the
-    model's first.
-
-    One call sums all slices, because thousands of small ones would cost more in Python than their bytes take to read.
+    """Of each of these images, at least one, the part that does not match its checksums; empty if all match. Layers
+    are counted from the model's first.
     """
-    trailers = [read_trailer(each.image, each.geometry, each.key, each.expected) for each in images]
-    tables = [_slices(each.geometry) for each in images]
-    slices = np.concatenate(tables)
-    slices[:, 0] = np.repeat(np.arange(len(images)), [len(table) for table in tables])
-    found = iter(copy_slices([np.frombuffer(each.image, np.uint8) for each in images], [], slices, NO_RUNS))
+    found = sums_of_each([(each.image, _ranges(each.geometry)) for each in images])
     damaged = []
-    for each, trailer, table in zip(images, trailers, tables, strict=True):
-        sums = np.fromiter(found, np.uint64, len(table))
+    for each, sums in zip(images, found, strict=True):
+        trailer = read_trailer(each.image, each.geometry, each.key, each.expected)
         if trailer is None or trailer.shard != each.shard:
             damaged.append("the trailer")
         elif (are_wrong := sums != trailer.checksums).any():
@@ -134,12 +127,9 @@ def damages(images: Sequence[StoredImage]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _slices(geometry: BlockGeometry) -> Table:
-    """All slices of an image, for `copy_slices`. Do not change it."""
-    ranges = np.array([each[:2] for each in geometry.slices], np.int64)
-    slices = np.zeros((len(ranges), 4), np.int64)
-    slices[:, 1], slices[:, 2] = ranges[:, 0], ranges[:, 1] - ranges[:, 0]
-    return slices
+def _ranges(geometry: BlockGeometry) -> Ranges:
+    """All slices of an image. Do not change them."""
+    return np.array([each[:2] for each in geometry.slices], np.int64)
 
 
 async def damage_in(

@@ -150,8 +150,8 @@ class _Job(Generic[T]):
 class IoPool:
     """Threads for disk I/O that take reads before writes, and urgent reads before others.
 
-    Writes never have all of several threads: a read that comes finds one that is free, or reads only. What prepares a
-    write, as its checksum, has no place of a write: the disk writes others meanwhile. Threads run from construction
+    Writes never have all of several threads: a read that comes finds one that does not write. It may have to wait for
+    other reads, and for the preparations of writes, such as checksums, which are short. Threads run from construction
     until `close`. As with `on_thread`, cancellation waits for a job that has started.
     """
 
@@ -172,8 +172,10 @@ class IoPool:
             thread.start()
 
     async def run(self, priority: float, work: Callable[[], T], prepare: Callable[[], object] | None = None) -> T:
-        """Run `work` on a thread; a write after `prepare`, if that raises nothing. Once begun, it runs to its end, even
-        if the caller is cancelled.
+        """Run `work` on a thread. Once begun, it runs to its end, even if the caller is cancelled.
+
+        `prepare` is for writes only, and is called before, perhaps on another thread: while it runs, the disk writes
+        for others. If it raises, `work` is not called.
         """
         assert prepare is None or priority == WRITE
         job = _Job(work, prepare)

@@ -61,12 +61,13 @@ static int get_parts(PyObject *objects, Part *parts, Py_ssize_t count, Py_ssize_
         *got = at + 1;
         const Range *ranges = part->ranges.buf;
         int64_t range_count = part->ranges.len / (int64_t)sizeof *ranges;
-        int is_right = part->position >= 0 && part->ranges.len % sizeof *ranges == 0;
+        int is_right = part->position >= 0 && part->position <= INT64_MAX - part->into.len;
+        if (part->ranges.len % sizeof *ranges) is_right = 0;
         for (const Range *range = ranges; is_right && range < ranges + range_count; range++)
             is_right = range->begin >= 0 && range->begin <= range->end && range->end <= part->into.len;
         sum_count -= range_count;
         if (!is_right || sum_count < 0 || (at == count - 1 && sum_count)) {
-            PyErr_SetString(PyExc_ValueError, "a range is outside its part, or has no place for its checksum");
+            PyErr_SetString(PyExc_ValueError, "a part is outside any file, or a range outside its part");
             return -1;
         }
     }

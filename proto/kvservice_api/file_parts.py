@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ NO_RANGES: Ranges = np.empty((0, 2), np.int64)
 _GAP_BYTES_MAX = 64 << 10
 _GAP = memoryview(mmap.mmap(-1, _GAP_BYTES_MAX))  # The bytes there; they are not used.
 _VECTORS_MAX = 512  # In one system call; Linux takes 1024.
+_END_MAX = 2**63 - 1  # Of a file.
 
 
 class FilePart(NamedTuple):
@@ -41,7 +43,7 @@ def read_parts(
 
     Parts with small gaps between them, in the order of their positions, share one system call, and each of them is
     read or none. `preadv` is called instead of the operating system's, as `os.preadv`. Raises ValueError for a range
-    outside its part.
+    outside its part, and for a part where no file can have one.
     """
     counts = [len(part.ranges) for part in parts]
     sums = np.empty(sum(counts), np.uint64)
@@ -58,9 +60,21 @@ def read_parts(
 
 def sums_of(memory: memoryview, ranges: Ranges) -> NDArray[np.uint64]:
     """The xxh3-64 of these ranges."""
-    slices = np.zeros((len(ranges), 4), np.int64)
-    slices[:, 1], slices[:, 2] = ranges[:, 0], ranges[:, 1] - ranges[:, 0]
-    return copying.copy_slices([np.frombuffer(memory, np.uint8)], [], slices, copying.NO_RUNS)
+    return sums_of_each([(memory, ranges)])[0]
+
+
+def sums_of_each(summed: Sequence[tuple[memoryview, Ranges]]) -> list[NDArray[np.uint64]]:
+    """The xxh3-64 of ranges of several memories, at least one, in one call: thousands of small ranges would cost more
+    in Python than their bytes take to read.
+    """
+    counts = [len(ranges) for _, ranges in summed]
+    begins, ends = np.concatenate([ranges for _, ranges in summed]).T
+    slices = np.zeros((len(begins), 4), np.int64)
+    slices[:, 0] = np.repeat(np.arange(len(summed)), counts)
+    slices[:, 1], slices[:, 2] = begins, ends - begins
+    sources = [np.frombuffer(memory, np.uint8) for memory, _ in summed]
+    sums = copying.copy_slices(sources, [], slices, copying.NO_RUNS)
+    return [sums[begin:end] for begin, end in pairwise(accumulate(counts, initial=0))]
 
 
 def _read_parts(
@@ -70,8 +84,9 @@ def _read_parts(
     sums: NDArray[np.uint64],
 ) -> list[bool]:
     for part in parts:
-        if any(not 0 <= begin <= end <= len(part.into) for begin, end in part.ranges.tolist()):
-            raise ValueError("a range is outside its part, or has no place for its checksum")
+        is_right = 0 <= part.position <= _END_MAX - len(part.into)
+        if not is_right or any(not 0 <= begin <= end <= len(part.into) for begin, end in part.ranges.tolist()):
+            raise ValueError("a part is outside any file, or a range outside its part")
     are_read, done = list[bool](), 0
     while len(are_read) < len(parts):
         run = _run(parts, len(are_read))

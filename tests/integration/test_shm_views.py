@@ -73,8 +73,10 @@ def test_blocks_that_are_not_of_one_shape_are_refused_as_whole_blocks(client: Cl
     chain = new_chain(SMALL, 2)
     save(client, SMALL, chain)
     rank = client.open_layout(SMALL, Shard(1, 3, 1, 3))
-    with rank.lookup(chain) as lease, lease.view() as view, pytest.raises(InvalidRequest, match="use `slices`"):
-        view.blocks()
+    with rank.lookup(chain) as lease, lease.view(verify="always") as view:
+        with pytest.raises(InvalidRequest, match="use `slices`"):
+            view.blocks()
+        assert not view._verified_layers, "they are refused before any byte is read"
 
 
 def test_a_rank_sees_its_heads_of_whole_blocks_as_keys_and_values(client: Client) -> None:

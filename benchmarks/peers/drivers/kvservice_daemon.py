@@ -8,13 +8,13 @@ as it has not done so since the put, else between put and get, by a view that is
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
+from benchmarks.client.wire import until_allocated
 from benchmarks.peers.drivers.loop import Bytes, Client, Memory, Servers, System, accepts, free_port, main
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout
@@ -58,8 +58,7 @@ class KVServiceClient(Client):
     def __init__(self, address: str, memory: Memory, options: dict[str, Any]) -> None:
         self._transport = options["transport"]
         self._client = kvservice.Client(address, name="peers bench", timeout_s=_TIMEOUT_S, transport=self._transport)
-        while (dram := self._client.admin.status().dram).capacity_bytes < dram.configured_bytes:
-            time.sleep(0.05)  # The daemon allocates its memory in the background.
+        until_allocated(self._client)
         self._memory = memory
         self._is_view = options.get("view", False)
         self._is_viewed_before = self._is_view and not options.get("first", False)

@@ -338,10 +338,11 @@ class View:
         in size, or if the blocks were stored with more heads than were looked up.
         """
         self._check_with_reason()
+        blocks = self._blocks.blocks()  # First: what has no such shape is not waited for.
         for layer in range(self.layer_count):
             if self._blocks.layers_ready <= layer or self._must_verify(layer):
                 self._traced_slices(layer, verify=self._have_verified is not None)
-        return self._blocks.blocks()
+        return blocks
 
     def _must_verify(self, layer: int) -> bool:
         return self._have_verified is not None and layer not in self._verified_layers

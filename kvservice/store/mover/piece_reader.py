@@ -196,9 +196,8 @@ class _Job:
         self.pieces: list[tuple[PendingPromotion, ImagePiece]] = []
         self.read_bytes = 0
         self.failures: list[tuple[PendingPromotion, KVError]] = []
-        self.waiting: list[
-            tuple[PendingPromotion, ImagePiece, NDArray[np.uint64]]
-        ] = []  # For their trailers; with checksums.
+        # Pieces that wait for the trailers of their blocks, with the checksums of their layers.
+        self.waiting: list[tuple[PendingPromotion, ImagePiece, NDArray[np.uint64]]] = []
 
     def take(self) -> list[PartRead]:
         self.pieces += self._order.next()

@@ -38,9 +38,8 @@ _FIRST_BATCH_ROWS = 32
 _ROWS_A_TURN = 32  # They take a millisecond of the event loop.
 _MEASURED_BYTES = 4 << 20  # The bandwidth is measured over this much,
 _RATE_WEIGHT = 0.2  # and the last measurement has this weight.
-_END_AFTER_S = (
-    0.005  # Each commit takes a millisecond of the event loop, so blocks that end within this time share one.
-)
+# Each commit takes a millisecond of the event loop, so blocks that end within this time share one.
+_END_AFTER_S = 0.005
 _SPACE_WAIT_S = 0.2  # After this time, a load reads from the slower tier instead of waiting for space in DRAM.
 
 
@@ -300,6 +299,8 @@ class Promoter:
 
     def _end_next(self, ended: asyncio.Task[None] | None = None) -> None:
         self._ending = None
+        if ended is not None and ended.cancelled():  # The daemon stops: it would cancel a new task too, without end.
+            return
         if self._over:
             self._check_enough()
             self._ending = self._tasks.start(self._end_some(), "end of promotions")

@@ -31,7 +31,9 @@ _PART_BYTES, _PART_ROWS = 64 << 20, 128
 _AHEAD_BYTES = 16 << 20  # Ahead of views, at a time: a millisecond, which a read that begins meanwhile has beside it.
 _REST = 3.0  # It rests so many times as long as it works: the engine may need the memory bus while it calls nothing.
 _AHEAD_BLOCKS_MAX = 1 << 16  # That wait. Views verify those that do not fit.
-_PAUSE_S = 0.02  # So that it begins after a save's answer is sent, and between two checks whether a client is active.
+# The first one lets a save's answer be sent. Each later one, until no client is active, is twice as long as the one
+# before: a client may keep a lease for hours.
+_PAUSE_S, _PAUSE_S_MAX = 0.02, 0.32
 
 _Part = list[tuple[int, image_check.StoredImage]]
 
@@ -60,6 +62,7 @@ class Verification:
         self._has_views = False
         self._waiting = deque[tuple[int, int]](maxlen=_AHEAD_BLOCKS_MAX)  # Rows and their generations.
         self._is_running = False
+        self._pause_s = _PAUSE_S
 
     async def verify(self, rows: Rows) -> None:
         """Verify those in DRAM that were not verified since the start. The caller holds them, so they stay where they
@@ -77,6 +80,7 @@ class Verification:
         """Verify them later, ahead of views, if there are views."""
         if self._has_views:
             self._waiting.extend((row, int(self._blocks.generation[row])) for row in rows)
+            self._pause_s = _PAUSE_S
             if self._waiting and not self._is_running:
                 self._is_running = True
                 self._tasks.start(self._run(), "verify blocks ahead of views")
@@ -84,7 +88,8 @@ class Verification:
     async def _run(self) -> None:
         try:
             while self._waiting:
-                await self._clock.sleep(_PAUSE_S)
+                await self._clock.sleep(self._pause_s)
+                self._pause_s = min(2 * self._pause_s, _PAUSE_S_MAX)
                 while self._waiting and self._is_idle():
                     began_s = self._clock.monotonic_s()
                     await self._verify_next()
@@ -94,11 +99,13 @@ class Verification:
 
     async def _verify_next(self) -> None:
         blocks, rows, size_bytes = self._blocks, list[int](), 0
-        while self._waiting and size_bytes < _AHEAD_BYTES:
+        for _ in range(min(len(self._waiting), _PART_ROWS)):  # Also of blocks that are gone, or verified by a view.
             row, generation = self._waiting.popleft()
             if blocks.generation[row] == generation and blocks.live[row] and not blocks.verified[row]:
                 rows.append(row)
                 size_bytes += self._lifecycle.geometry(row).image_bytes
+                if size_bytes >= _AHEAD_BYTES:
+                    break
         self._lifecycle.hold(rows)
         try:
             await self._verify_all(iter(rows), _AHEAD_BYTES, self._count)

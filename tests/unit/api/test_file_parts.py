@@ -11,7 +11,7 @@ import pytest
 import xxhash
 
 from kvservice_api import copying
-from kvservice_api.file_parts import NO_RANGES, FilePart, read_parts
+from kvservice_api.file_parts import NO_RANGES, FilePart, read_parts, sums_of_each
 
 PAGE = 4096
 DATA = np.random.default_rng(3).integers(0, 256, 700 * PAGE, np.uint8).tobytes()
@@ -96,6 +96,24 @@ def test_a_range_outside_its_part_is_refused_and_nothing_is_read(file: int, outs
     with pytest.raises(ValueError, match="outside its part"):
         read_parts(file, [first, part(PAGE, PAGE, [outside])])
     assert not any(first.into)
+
+
+@pytest.mark.parametrize("position", [-1, 2**63 - 1])
+def test_a_part_where_no_file_can_have_one_is_refused(file: int, position: int) -> None:
+    with pytest.raises(ValueError, match="outside any file"):
+        read_parts(file, [part(0, PAGE), FilePart(position, memoryview(bytearray(PAGE)), NO_RANGES)])
+
+
+def test_sums_of_several_memories_are_those_of_each() -> None:
+    first, second = memoryview(DATA)[: 3 * PAGE], memoryview(DATA)[3 * PAGE :]
+    ranges = [(0, PAGE), (1, 1), (5, 3 * PAGE)], [(7, 2 * PAGE)]
+    tables = [np.array(each, np.int64) for each in ranges]
+
+    one, none, other = sums_of_each([(first, tables[0]), (first, NO_RANGES), (second, tables[1])])
+
+    assert one.tolist() == sums(0, ranges[0])
+    assert not len(none)
+    assert other.tolist() == sums(3 * PAGE, ranges[1])
 
 
 def test_memory_that_cannot_be_written_is_refused(file: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -392,20 +392,23 @@ async def test_a_block_written_in_place_counts_as_verified_after_its_first_read(
     lock.release()
 
 
-class PausesCounted(FakeClock):
-    """Counts how often the verification ahead of views checks whether a client is active."""
+class PausesNoted(FakeClock):
+    """Notes the pauses of the verification ahead of views, after each of which it checks whether a client is active."""
 
-    checks = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses: list[float] = []
 
     async def sleep(self, seconds: float) -> None:
-        self.checks += seconds == verification._PAUSE_S
+        if seconds in [verification._PAUSE_S * 2**times for times in range(5)]:
+            self.pauses.append(seconds)
         await super().sleep(seconds)
 
 
 async def test_after_the_first_view_blocks_written_in_place_are_verified_ahead_of_views_while_no_client_is_active(
     open_store: Callable[..., Any],
 ) -> None:
-    clock = PausesCounted()
+    clock = PausesNoted()
     opened = await open_store(share=True, ssd_bytes=0, dram_bytes=MIB, clock=clock)
     client = opened.store.leases.attach(CALLER, "test")
     lock = WriterLock(opened.dram.arena.directory, client.client_id)
@@ -427,11 +430,12 @@ async def test_after_the_first_view_blocks_written_in_place_are_verified_ahead_o
     steps = opened.locate(client, lease, verify=True)
     await anext(steps)
     await steps.aclose()
-    assert not clock.checks, "without a view none is expected"
+    assert not clock.pauses, "without a view none is expected"
 
     rows = await stored(chains[1])
-    await until(lambda: clock.checks > 2)
+    await until(lambda: len(clock.pauses) > 2)
     assert not verified[rows].any(), "a client has a lease, and may be reading"
+    assert clock.pauses[:3] == [0.02, 0.04, 0.08], "it may have the lease for hours"
     opened.leases.begin_release(caller_of(client), lease.lease_id)
     await until(lambda: bool(verified[rows].all()))
     assert opened.counters.verified_ahead_bytes == 2 * GEOMETRY.image_bytes
@@ -439,4 +443,40 @@ async def test_after_the_first_view_blocks_written_in_place_are_verified_ahead_o
     await stored(chains[2], is_damaged=True)
     await until(lambda: opened.counters.quarantined_blocks == 1)
     assert opened.hits(chains[2].keys) == 1
+    lock.release()
+
+
+async def test_many_blocks_are_looked_up_in_several_turns_ahead_of_views_also_if_they_are_gone(
+    open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "_PART_ROWS", 2)
+    opened = await open_store(share=True, ssd_bytes=0, dram_bytes=MIB)
+    client = opened.store.leases.attach(CALLER, "test")
+    lock = WriterLock(opened.dram.arena.directory, client.client_id)
+    viewed, gone, kept = (some_chain(count, seed=seed) for seed, count in enumerate([1, 5, 3]))
+    lease = None
+    for chain in (viewed, gone, kept):
+        images = some_images(chain)
+        places = await reserve(opened, client, chain)
+        write(opened, places, images)
+        await commit(opened, client, places, images)
+        if lease is None:
+            lease = opened.lookup(client, chain.keys)
+            assert lease is not None
+            steps = opened.locate(client, lease, verify=True)
+            await anext(steps)
+            await steps.aclose()
+    await opened.store.operators.discard(CALLER, gone.keys)
+    turns, hold = list[int](), opened.block_lifecycle.hold
+
+    def noted(rows: Sequence[int]) -> None:
+        turns.append(len(rows))
+        hold(rows)
+
+    monkeypatch.setattr(opened.block_lifecycle, "hold", noted)
+    assert lease is not None
+    opened.leases.begin_release(caller_of(client), lease.lease_id)
+    rows = [opened.blocks.row_of(key, WHOLE) for key in kept.keys]
+    await until(lambda: bool(opened.blocks.verified[rows].all()))
+    assert turns == [0, 0, 1, 2], "two of the blocks that wait in each turn"
     lock.release()

@@ -32,6 +32,7 @@ from tests.stores import (
     LIMITS,
     MIB,
     PATIENT,
+    WHOLE,
     OpenStore,
     caller_of,
     layers_of,
@@ -102,6 +103,29 @@ async def test_blocks_that_end_one_after_another_share_a_commit(
     await until(lambda: opened.counters.promoted_blocks == 12)
     assert placed == [12]
     await opened.settle()
+
+
+async def test_background_work_can_be_stopped_while_a_promoted_block_waits_for_others_to_share_a_commit(
+    open_store: Callable[..., Any], calls: FaultyCalls
+) -> None:
+    """The end of a cancelled task must not start another one: the stop would cancel that too, and so on."""
+    limits = replace(LIMITS, reads_in_flight=1, read_bytes=4 * KIB)  # One piece, which is one layer, at a time.
+    opened: OpenStore = await open_store(limits=limits, clock=HandClock(), calls=calls)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2)
+    await on_ssd(opened, client, chain)
+    promoter = opened.promoter
+    assert promoter is not None
+    second = opened.blocks.extent(opened.blocks.row_of(chain.keys[1], WHOLE), TierName.SSD)
+    assert second is not None
+    with calls.held("preadv", HEADER + second.offset_bytes + 4 * KIB):  # The second layer of the second block.
+        await opened.store.moves.prefetch(CALLER, chain.keys, within_s=0, wait=False)
+        await until(lambda: len(promoter._over) == 1)
+        stopping = asyncio.create_task(opened.tasks.stop())
+        await asyncio.sleep(0)  # It cancels all work.
+    try:
+        await asyncio.wait_for(stopping, 10)
+    finally:
+        promoter._over.clear()  # If the stop does not end, that of the fixture would not end either.
 
 
 async def test_a_record_that_cannot_be_deleted_yet_keeps_no_other_block_out_of_dram(
