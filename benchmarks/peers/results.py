@@ -15,8 +15,8 @@ from benchmarks.report import commit, cpu, now
 
 DIRECTIONS = ("put", "get")
 _GOAL_BYTES = 4 << 20  # Blocks smaller than this have no goal.
-# Goals for a get of ours beside one of the in-process cache's: of the same kind, and as the issue has it, where a load
-# moves every byte and the cache none.
+# Our get, the in-process cache's get beside it, and the goal. The first three compare gets of one kind. In the last one
+# a load copies every byte, and the cache reads one byte of each page.
 _BESIDE_CACHE = (
     ("view", "local-view", "in place, viewed before: at least the in-process cache's speed in place"),
     ("first-view", "local-view", "in place, first view: at least the in-process cache's speed in place"),

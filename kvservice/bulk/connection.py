@@ -114,7 +114,10 @@ class BulkConnection:
             self.certificate = hashlib.sha256(shown).digest()
 
     def limit_bytes_ahead(self) -> None:
-        """As the function, at the beginning of each transfer until it is known that the client is on this host."""
+        """Limit what is sent ahead, if the client is on this host: `tcp_links.limit_bytes_ahead`.
+
+        Called at the beginning of each transfer, because a busy host may show its round trip only after some.
+        """
         if not self._is_limited:
             self._is_limited = limit_bytes_ahead(self._socket, shortest_rtt_s(self._socket))
 

@@ -164,7 +164,7 @@ class BulkPort:
         """Raises BulkUnavailable, InvalidRequest; as `Loads.to_send`."""
         self._check(caller, connections)
         send = await self._store.loads.to_send(caller, lease_id, shard, blocks, layers)
-        load = OutgoingLoad(self, self._clock, caller.client, certificate, self._idle_s, None, connections)
+        load = OutgoingLoad(self, self._clock, caller.client, certificate, self._idle_s, connections=connections)
         self._run(caller, load, partial(load.run, send))
         return self._opened(load, connections)
 
@@ -185,7 +185,7 @@ class BulkPort:
                 self.ended[load.kind, load.result] += 1  # No call has failed, so nothing else says why.
 
         connections = min(connections, CONNECTIONS_MAX)
-        load = OutgoingLoad(self, self._clock, caller.client, certificate, self._idle_s, begin, connections)
+        load = OutgoingLoad(self, self._clock, caller.client, certificate, self._idle_s, begin, connections=connections)
         return self._opened(load, connections, is_offer=True)
 
     async def open_save(

@@ -196,6 +196,7 @@ class OutgoingLoad(Transfer):
         certificate: bytes,
         idle_s: float,
         begin: Callable[[OutgoingLoad], None] | None = None,
+        *,
         connections: int = 1,
     ) -> None:
         """`begin` starts it on the event loop once a connection has joined; without it, the caller does."""

@@ -1,4 +1,7 @@
-"""Real stores for unit tests. Sizes and settings are the test's: ``store_files(dram_bytes=...)``."""
+"""Real stores for unit tests, and tests that run with the C extension and without it.
+
+Sizes and settings of a store are the test's: ``store_files(dram_bytes=...)``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvservice.store.leases import Client
+from kvservice_api import copying
 from tests.stores import CALLER, LAYOUT, OpenStore, StoreFiles
 
 
@@ -52,3 +56,14 @@ async def opened(open_store: Callable[..., Any]) -> OpenStore:
 @pytest.fixture
 def client(opened: OpenStore) -> Client:
     return opened.store.leases.attach(CALLER, "test")
+
+
+@pytest.fixture(params=["native", "pure Python"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs with the C extension, and without it."""
+    if request.param == "pure Python":
+        monkeypatch.setattr(copying, "native", None)
+    elif copying.native is None:
+        pytest.skip("the C extension is not built here")
+    assert copying.implementation().startswith(request.param)
+    return str(request.param)

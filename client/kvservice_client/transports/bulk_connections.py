@@ -77,7 +77,7 @@ class BulkConnection:
         return shortest_rtt_s(self._socket)
 
     def limit_bytes_ahead(self, rtt_s: float) -> None:
-        """As the function, once."""
+        """Limit what is sent ahead, once, if the daemon is on this host: `tcp_links.limit_bytes_ahead`."""
         self._is_limited = self._is_limited or limit_bytes_ahead(self._socket, rtt_s)
 
     @property

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from kvservice_adapter.device.base import Pages, StreamClosed
 from kvservice_adapter.device.cpu import CpuDevice
-from kvservice_api import copying
 from kvservice_api.image import checksum
 from tests.contracts.device import WAIT_S, DeviceContract, noise, numbering, pages_of
 from tests.daemon import until
@@ -115,14 +114,6 @@ started.wait()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
-
-
-@pytest.fixture(params=["native", "pure Python"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "pure Python":
-        monkeypatch.setattr(copying, "native", None)
-    elif copying.native is None:
-        pytest.skip("the C extension is not built here")
 
 
 @pytest.mark.usefixtures("implementation")

@@ -16,14 +16,7 @@ from kvservice_api.copying import NO_RUNS, PIECE_BYTES, copy_slices
 Memory = NDArray[np.uint8]
 SIZES = [0, 1, 255, 1023, 1024, 1025, 64 << 10, PIECE_BYTES + 8, (1 << 20) + 13, 3 << 20]
 
-
-@pytest.fixture(params=["native", "pure Python"], autouse=True)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "pure Python":
-        monkeypatch.setattr(copying, "native", None)
-    elif copying.native is None:
-        pytest.skip("the C extension is not built here")
-    assert copying.implementation().startswith(request.param)
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def random_bytes(size: int) -> Memory:

@@ -10,19 +10,12 @@ import numpy as np
 import pytest
 import xxhash
 
-from kvservice_api import copying
 from kvservice_api.file_parts import NO_RANGES, FilePart, read_parts, sums_of_each
 
 PAGE = 4096
 DATA = np.random.default_rng(3).integers(0, 256, 700 * PAGE, np.uint8).tobytes()
 
-
-@pytest.fixture(params=["native", "pure Python"], autouse=True)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "pure Python":
-        monkeypatch.setattr(copying, "native", None)
-    elif copying.native is None:
-        pytest.skip("the C extension is not built here")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 @pytest.fixture

@@ -22,14 +22,7 @@ SIZES = [1, 24, 0, 240, 241, 1023, 1024, 1025, 0, 5000, (128 << 10) - 7, 128 << 
 TURN = 1 << 20
 LONG_S = 30.0
 
-
-@pytest.fixture(params=["native", "pure Python"], autouse=True)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "pure Python":
-        monkeypatch.setattr(copying, "native", None)
-    elif copying.native is None:
-        pytest.skip("the C extension is not built here")
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 @pytest.fixture
