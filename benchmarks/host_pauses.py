@@ -7,6 +7,7 @@ have prevented is left. Run as a module it prints each pause as it ends, until i
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -76,6 +77,7 @@ class HostPauses:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.host_pauses", description=__doc__).parse_args()
     ended = threading.Event()
 
     def wait_for_end() -> None:

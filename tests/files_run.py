@@ -5,6 +5,7 @@ python -m tests.files_run        prints the files of one save and of two loads o
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -150,6 +151,7 @@ def save_and_loads() -> dict[str, set[str]]:
 if __name__ == "__main__":
     if _IN in os.environ:
         sys.exit(_daemon())
+    argparse.ArgumentParser(prog="python -m tests.files_run", description=__doc__).parse_args()
     for operation, files in save_and_loads().items():
         client_files = sum(file.startswith("kvservice_client") for file in files)
         print(f"{operation}: {len(files)} files, {client_files} of the client", *sorted(files), sep="\n  ")

@@ -5,8 +5,8 @@ Run by `make docs`, and by the test that compares `docs/` with its output.
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -236,4 +236,6 @@ def generate(into: Path) -> None:
 
 
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS)
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("folder", nargs="?", type=Path, default=DOCS)
+    generate(arguments.parse_args().folder)

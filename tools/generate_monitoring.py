@@ -6,9 +6,9 @@ test that compares `ops/` with its output.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -435,4 +435,6 @@ def generate(into: Path) -> None:
 
 
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else OPS)
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("folder", nargs="?", type=Path, default=OPS)
+    generate(arguments.parse_args().folder)

@@ -7,7 +7,7 @@ protobuf runtime that the bounds allow: an engine's image brings its own.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,4 +39,6 @@ def _proto_paths() -> list[Path]:
 
 
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]))
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("folder", type=Path)
+    generate(arguments.parse_args().folder)

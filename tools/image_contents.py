@@ -8,9 +8,9 @@ the packages of Debian.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 import tarfile
 import uuid
 from collections.abc import Iterator
@@ -107,4 +107,6 @@ def _read(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
 
 
 if __name__ == "__main__":
-    print(json.dumps(Image(Path(sys.argv[1])).software(), indent=1))
+    arguments = argparse.ArgumentParser(prog="python3 -m tools.image_contents", description=__doc__)
+    arguments.add_argument("archive", type=Path)
+    print(json.dumps(Image(arguments.parse_args().archive).software(), indent=1))

@@ -50,9 +50,9 @@ def bench(
         Path | None,
         typer.Option("--directory", help="A folder on the disk to measure; the system's temporary one if none."),
     ] = None,
-    dram_path: Annotated[Path, typer.Option("--dram-path", help="The tmpfs for the daemon that is started.")] = Path(
-        "/dev/shm"
-    ),
+    dram_path: Annotated[
+        Path, typer.Option("--dram-path", help="The tmpfs for the daemon that is started.")
+    ] = leftovers.SHARED_MEMORY,
     layout_file: Annotated[
         Path | None,
         typer.Option(
@@ -75,6 +75,8 @@ def bench(
     for hint, folder in (("--directory", directory), ("--dram-path", dram_path)):
         if folder is not None and not folder.is_dir():
             raise typer.BadParameter(f"{folder} is no folder", param_hint=hint)
+        if address and folder not in (None, leftovers.SHARED_MEMORY):
+            raise typer.BadParameter("belongs to a daemon that is started; --address names another", param_hint=hint)
     if write is not None and (why := why_not_writable(write)):
         raise typer.BadParameter(why, param_hint="--write")
     layout = LAYOUT if layout_file is None else _read_layout(layout_file)

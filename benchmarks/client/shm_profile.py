@@ -6,6 +6,7 @@ CPU seconds of both processes. 512 MiB each, medians of several transfers into m
 
 from __future__ import annotations
 
+import argparse
 import resource
 import threading
 import time
@@ -122,4 +123,5 @@ def main(blocks: int = _BLOCKS, runs: int = _RUNS) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.client.shm_profile", description=__doc__).parse_args()
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 import tracemalloc
 
@@ -59,6 +60,7 @@ def _stored(chain: np.ndarray[tuple[int], np.dtype[np.int64]], *, in_dram: bool)
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.placement.shadow_cost", description=__doc__).parse_args()
     print(f"{_ITEMS} items of {_BLOCKS} blocks")
     for name in ("lru", "lookahead", "foresight"):
         for is_shadow in (False, True):

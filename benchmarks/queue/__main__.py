@@ -27,6 +27,7 @@ from tests.daemon import DaemonProcess
 
 ENGINES = ("transformers", "vllm")
 POLICIES = ("lru", "lookahead", "foresight")
+_USUAL = Size(conversations=16, history_tokens=1000, turns=2, rounds=3)
 _QUICK = Size(conversations=6, history_tokens=280, turns=1, rounds=1)
 _MODEL_TOKENS = 4096  # The longest prompt that the engines are started for.
 
@@ -69,13 +70,18 @@ def measure(engine: str, size: Size, policies: Sequence[str]) -> Runs:
 def main() -> int:
     """Measure, print, and write with `--write`. Exit code 1 if the model is not installed."""
     parser = parser_of("python -m benchmarks.queue", __doc__, ENGINES, "six short conversations, one round")
-    parser.add_argument("--conversations", type=int, default=16)
-    parser.add_argument("--history", type=int, default=1000, metavar="TOKENS", help="of each conversation; 1000")
-    parser.add_argument("--turns", type=int, default=2, help="of each conversation; 2")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are shown; 3")
+    parser.add_argument("--conversations", type=int, default=_USUAL.conversations)
+    history = "of each conversation; 1000"
+    parser.add_argument("--history", type=int, default=_USUAL.history_tokens, metavar="TOKENS", help=history)
+    parser.add_argument("--turns", type=int, default=_USUAL.turns, help="of each conversation; 2")
+    parser.add_argument("--rounds", type=int, default=_USUAL.rounds, help="of which the medians are shown; 3")
     parser.add_argument("--policies", nargs="+", default=POLICIES, help=f"of the daemon; {' '.join(POLICIES)}")
     given = checked(parser, "engine", ENGINES)
-    size = _QUICK if given.quick else Size(given.conversations, given.history, given.turns, given.rounds)
+    size = Size(given.conversations, given.history, given.turns, given.rounds)
+    if given.quick:
+        if size != _USUAL:
+            parser.error("--quick has a size of its own: leave out --conversations, --history, --turns and --rounds")
+        size = _QUICK
     if size.conversations < 3 or min(size) < 1:
         parser.error("--history, --turns and --rounds must be at least 1, and --conversations at least 3")
     if size.conversation_tokens > _MODEL_TOKENS - 1:

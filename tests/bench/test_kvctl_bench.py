@@ -114,3 +114,12 @@ def test_a_daemon_that_is_not_there_is_said_so() -> None:
 
     assert done.returncode == 1
     assert "127.0.0.1:1" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--directory", "--dram-path"])
+def test_a_folder_for_a_daemon_that_is_not_started_is_refused(option: str, tmp_path: Path) -> None:
+    done = kvctl("bench", "--quick", "--address", "127.0.0.1:1", option, str(tmp_path))
+
+    assert done.returncode == 2
+    assert option in done.stderr
+    assert "--address names another" in done.stderr

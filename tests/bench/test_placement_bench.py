@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from benchmarks.placement import __main__ as command
 from benchmarks.placement.drive import turns_of
-from benchmarks.placement.experiments import QUEUED, SHORT, Options
+from benchmarks.placement.experiments import EXPERIMENTS, QUEUED, SHORT, Options
 from benchmarks.placement.load import BLOCK_BYTES, BLOCK_TOKENS, LAYOUT, workload_of
 from benchmarks.placement.runs import run
 from kvservice_api.image import block_geometry
@@ -37,6 +39,17 @@ def test_a_block_takes_what_the_simulator_counts() -> None:
     geometry = block_geometry(LAYOUT, Shard.whole(LAYOUT), LAYOUT.block_tokens)
     assert geometry.image_bytes == BLOCK_BYTES
     assert SHORT.machine(1, 1).kv_bytes_per_token * BLOCK_TOKENS == BLOCK_BYTES
+
+
+def test_seeds_are_refused_where_no_named_experiment_has_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = next(name for name in EXPERIMENTS if name not in {"agreement", "unqueued"})
+    monkeypatch.setattr(sys, "argv", ["placement", other, "--seeds", "5"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert "--seeds is of agreement and unqueued" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ def test_the_picture_has_two_bars_per_way() -> None:
     [
         (["sglang"], "no engine is called sglang"),
         (["transformers", "--conversations", "2"], "--conversations at least 3"),
+        (["transformers", "--quick", "--turns", "4"], "--quick has a size of its own"),
         (["transformers", "--rounds", "0"], "must be at least 1"),
         (["transformers", "--history", "5000"], "it may have 4095"),
         (["transformers", "--policies", "belady"], "the daemon has no belady"),
