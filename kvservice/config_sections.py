@@ -127,7 +127,7 @@ class ServerSettings(Section):
 
 
 class TlsSettings(Section):
-    """TLS on every TCP port, gRPC and metrics, once a certificate is set. PEM files, read again as they change."""
+    """TLS on each TCP port, gRPC, bulk and metrics, once a certificate is set. PEM files, read again as they change."""
 
     certificate: str = setting(
         "", "The daemon's certificate, then those between it and the CA that clients trust.", unit="path"

@@ -198,7 +198,7 @@ def default_text(setting: Setting) -> str:
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, float):
-        return f"{default:g}"
+        return str(int(default)) if default.is_integer() else f"{default:g}"
     if default in ("", ()):
         return "empty"
     return str(default)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 MIB = 2**20
 
-# What a daemon needs beside its DRAM tier: 41 MiB of its own and 34 MiB of programs when idle, 137 MiB of its own
-# with one client that moves blocks of 192 MiB over gRPC, 281 MiB with eight (docs/container.md).
+# What a daemon needs beside its DRAM tier: 54 MiB of its own and 34 MiB of programs with 32 idle clients, 82 MiB of its
+# own once one of them moves blocks of 32 MiB over gRPC, 217 MiB with eight (docs/container.md).
 _RESERVE_BYTES_MIN = 192 * MIB
 _RESERVE_SHARE = 16  # Of a large limit, one part in so many: a larger limit allows more clients and more blocks.
 

@@ -61,14 +61,16 @@ Prometheus reads them at `/metrics` of `server.metrics_address`. Beside them, at
 daemon's state while the event loop runs; 503 before the daemon serves, or if the loop was silent for 10 seconds. Any
 other path is 404.
 
-Names follow Prometheus' conventions: base units, `_total` for counters, which count from the daemon's start. Counters
-and histograms start at 0, also those with labels, so that `rate` and `increase` see the first event. Three have more
-series later: `rpc_calls_total` for codes other than `OK`, `rpc_errors_total` for reasons other than `INTERNAL` and
-`OVERLOADED`, and `save_refused_blocks_total` for rare reasons. A histogram has `_bucket`, `_sum` and `_count`; its
-buckets are from 0.1 ms to 30 s, or from 1 ms for the event loop.
+The names follow Prometheus' conventions: base units, `_total` for counters, which count from the daemon's start.
+Counters and histograms start at 0, also those with labels, so that `rate` and `increase` see the first event. Three
+have more series later: `rpc_calls_total` for codes other than `OK`, `rpc_errors_total` for reasons other than
+`INTERNAL` and `OVERLOADED`, and `save_refused_blocks_total` for rare reasons. A histogram has `_bucket`, `_sum` and
+`_count`; its buckets are from 0.1 ms to 30 s, or from 1 ms for the event loop.
 
 The label `layout` has the first digits of a layout's fingerprint: `kvservice_layout_info` names its model. `path` is
-`stream` (bytes over gRPC) or `in_place` (the client reads or writes shared memory).
+the way of the bytes: `stream` (gRPC), `bulk` (the bulk port), `in_place` (the client reads or writes shared memory) or
+`cuda_ipc` (the daemon copies to and from the engine's GPU memory). The client and `kvctl` call the same ways by their
+transports: `grpc`, `bulk`, `shm` and `cuda_ipc`.
 
 The daemon also has the metrics of its process, as every program with the Python client of Prometheus: `process_*`,
 `python_*`. `kvctl status` shows totals under shorter names of its own.
@@ -79,16 +81,17 @@ SIZING_HEAD = """\
 
 <!-- Generated from tools/generate_docs.py by `make docs`. -->
 
-How much DRAM and SSD a number of conversations takes. `kvctl plan` and `kvctl simulate` say more, from a trace of your
-own load ([traces](traces.md#recording-a-live-daemon)) or from a generated one ([policies](policies.md)).
+How much DRAM and SSD a number of conversations takes. The results are values for `dram.capacity_bytes` and
+`ssd.capacity_bytes` ([configuration](configuration.md)). `kvctl plan` and `kvctl simulate` say more, from a trace of
+your own load ([traces](traces.md#recording-a-live-daemon)) or from a generated one ([policies](policies.md)).
 
 ## Bytes per token
 
 A model with attention heads stores `2 x layers x KV heads x head dim x bytes per element` for each token. A model with
 latent attention (MLA) stores `layers x (kv_lora_rank + qk_rope_head_dim) x bytes per element`. All of these numbers are
-in the model's `config.json`. For elements of 2 bytes (bfloat16, float16); with 8-bit KV it is half:
+in the model's `config.json`. This table is for elements of 2 bytes (bfloat16, float16); with 8-bit KV it is half:
 
-| Model | Layers | KV heads x head dim | A token | A block of 256 tokens | A history of 8,000 | Histories in 1 TiB |
+| Model | Layers | KV heads x head dim | Per token | Per block of 256 | Per 8,000 tokens | Histories of 8,000 in 1 TiB |
 |---|---|---|---|---|---|---|
 """
 
@@ -105,8 +108,8 @@ heads, so the sum is the same. Where ranks share a KV head or latent vectors, on
   `requests in progress x tokens of each x bytes per token`; then the conversations whose next turn is expected within
   minutes. A hit on SSD is read to DRAM first: a history of {tokens:,} tokens of this model takes {read_s:.2f} s at
   {drive:g} GB/s, and the model starts with the first layer.
-* Add 1/64 of each tier for its index, at least 4 MiB and at most 1 GiB, and for DRAM the daemon's own memory.
-  `kvctl status` shows the sizes that remain for blocks.
+* Add 1/64 of each tier for its index, at least 4 MiB and at most 1 GiB. `kvctl status` shows the sizes that remain for
+  blocks. Beside the DRAM tier the daemon needs memory of its own: [the formula](container.md#memory).
 
 ## Wear
 
@@ -114,7 +117,8 @@ Each new token is written to SSD once: `turns per day x (new tokens + answer tok
 per day with {new:,} new tokens of {model} write {day}. A drive that its maker rates for {tbw:,} TB written lasts
 {years:.1f} years at that rate. `kvservice_tier_written_bytes_total{{tier="ssd"}}` counts what the daemon writes;
 [an alert](../ops/runbooks/KVServiceDriveWear.md) watches it. To write
-less, keep conversations in DRAM only (`ssd.capacity_bytes=0` in a new store), or let the engine use 8-bit KV.
+less, keep conversations in DRAM only (`ssd.capacity_bytes=0` in a new store), or store 8-bit KV: with the client
+library, because the connectors do not support it yet.
 """
 
 _SIZED = {  # Layers, KV heads, head dim of K, of V; from the models' config.json.

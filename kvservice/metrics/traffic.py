@@ -101,7 +101,7 @@ LOADS = (
     ),
     totals(
         "load_bytes_total",
-        "KV bytes of the blocks that loads gave to clients. `in_place`, they are what the client may read there.",
+        "KV bytes of the blocks that loads gave to clients. For `in_place` it is what the client may read there.",
         "The bandwidth of loads.",
         "path",
         stream="load_bytes",

@@ -220,7 +220,7 @@ def test_what_the_commands_in_the_docs_make_is_taken(tmp_path: Path) -> None:
     bash, openssl = shutil.which("bash"), shutil.which("openssl")
     if not (bash and openssl):
         pytest.skip("bash and openssl are needed")
-    (commands,) = re.findall(r"```sh\n(openssl (?s:.*?))```", (ROOT / "docs" / "security.md").read_text())
+    (commands,) = re.findall(r"```bash\n(openssl (?s:.*?))```", (ROOT / "docs" / "security.md").read_text())
 
     subprocess.run([bash, "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
 
