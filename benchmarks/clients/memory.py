@@ -13,6 +13,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -23,7 +24,8 @@ from benchmarks.report import markdown_table, where_and_when
 from kvservice_api.keys import block_chain
 from kvservice_client import Client
 
-TRANSPORTS = ("grpc", "bulk")
+Transport = Literal["grpc", "bulk"]
+TRANSPORTS: tuple[Transport, ...] = ("grpc", "bulk")
 CLIENTS = (1, 8, 32)
 _TURNS = 3  # Of each client: a save, then a load of what it saved.
 _BLOCK_BYTES = LAYOUT.block_tokens * LAYOUT.bytes_per_token
@@ -70,7 +72,7 @@ def work(client: Client, number: int, layers: list[np.ndarray[tuple[int], np.dty
                 pass
 
 
-def measure(transport: str) -> list[list[str]]:
+def measure(transport: Transport) -> list[list[str]]:
     """Rows of the table, for one transport."""
     layers = [random_bytes(size) for size in layer_sizes(LAYOUT, 1)]
     rows = []

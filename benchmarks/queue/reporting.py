@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 from benchmarks import leftovers
@@ -47,11 +48,11 @@ def measure(client: Client, length: int) -> list[str]:
     whole, one, single = [], [], []
     for turn in range(_TIMES):
         queue = requests(f"turn {turn}", length)
-        whole.append(_ms(lambda queue=queue: hints.set_queue(queue)))
+        whole.append(_ms(partial(hints.set_queue, queue)))
         queue = [*queue[1:], *requests(f"new {turn}", 1)]
-        one.append(_ms(lambda queue=queue: hints.set_queue(queue)))
+        one.append(_ms(partial(hints.set_queue, queue)))
         (extra,) = requests(f"extra {turn}", 1)
-        single.append(_ms(lambda extra=extra: _put_and_remove(hints, extra)))
+        single.append(_ms(partial(_put_and_remove, hints, extra)))
     hints.set_queue([])
     return [f"{length:,}", *(f"{median(each):.3g} ms" for each in (whole, one)), f"{median(single) * 1e3:.3g} us"]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from kvservice_api.errors import ChecksumMismatch, RequestNotFound, TierFull
+from kvservice_api.errors import ChecksumMismatch, Draining, IncompleteSave, Overloaded, RequestNotFound, TierFull
 from kvservice_api.v1 import admin_pb2 as pb
 from kvservice_api.v1 import types_pb2
 from kvservice_client import BlockChain, Client, Durability, Layout, Tier, block_chain
 from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save
 from tests.integration.media import flip_data, ssd_file
-from tests.integration.wire import Feed, Upload, Wire
+from tests.integration.wire import Feed, Upload, Wire, refused
 from tests.layouts import changed
 
 _RECORD_BEHIND_KEY = 60  # Bytes from the start of an object's key in the index to somewhere in its record.
@@ -94,7 +94,7 @@ def test_dropped_at_save_because_it_ended_without_a_commit(daemon: DaemonProcess
         wire.attach()
         wire.open_layout(SMALL)
         chain = new_chain(SMALL)
-        with pytest.raises(Exception, match="without a commit"):
+        with refused(IncompleteSave, "without a commit"):
             wire.save(Upload.of(wire, SMALL, chain).messages()[:-1])
     miss = miss_of(client, chain)
     assert miss.reason == pb.MISS_REASON_DROPPED_AT_SAVE
@@ -109,7 +109,7 @@ def test_dropped_at_save_because_too_many_saves_ran(new_daemon: Callable[..., Da
         saving = wire.begin_save(Feed(*Upload.of(wire, SMALL, new_chain(SMALL)).messages()[:2]))
         until(lambda: wire.status().uploads == 1)
         chain = new_chain(SMALL)
-        with pytest.raises(Exception, match="1 saves are open"):
+        with refused(Overloaded, "1 saves are open"):
             wire.save(Upload.of(wire, SMALL, chain).messages())
         miss = miss_of(client, chain)
         assert (miss.reason, miss.event.detail) == (pb.MISS_REASON_DROPPED_AT_SAVE, "OVERLOADED")
@@ -123,7 +123,7 @@ def test_dropped_at_save_because_the_daemon_was_drained(daemon: DaemonProcess, c
         *_, last = client.admin.drain()
         assert last.done
         chain = new_chain(SMALL)
-        with pytest.raises(Exception, match="draining"):
+        with refused(Draining, "draining"):
             wire.save(Upload.of(wire, SMALL, chain).messages())
         client.admin.undo_drain()
     miss = miss_of(client, chain)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvservice_api.errors import NotShared
+from kvservice_api.errors import InvalidRequest, NotShared
 from kvservice_client import Client, Durability, Shard
 from tests.daemon import MIB, DaemonProcess
 from tests.integration.by_hand import InPlaceWriter
@@ -153,5 +153,5 @@ def test_a_tmpfs_too_full_for_the_generations_is_served_without_shared_memory(tm
 
 
 def test_an_unknown_transport_is_refused() -> None:
-    with pytest.raises(Exception, match="transport is 'rdma'; it must be 'auto', 'shm', 'bulk' or 'grpc'"):
+    with pytest.raises(InvalidRequest, match="transport is 'rdma'; it must be 'auto', 'shm', 'bulk' or 'grpc'"):
         Client(transport="rdma")  # type: ignore[arg-type]

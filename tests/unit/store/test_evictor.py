@@ -229,7 +229,7 @@ async def test_waiting_for_room_ends_in_time(open_store: Callable[..., Any]) -> 
 async def test_a_cancelled_wait_for_room_takes_nothing(open_store: Callable[..., Any], turns: int) -> None:
     opened: OpenStore = await open_store(dram_bytes=4 * BLOCK + HEADER)
     client = opened.store.leases.attach(CALLER, "test")
-    await saved(opened, client, 4)
+    keys = await saved(opened, client, 4)
     waiting = asyncio.create_task(opened.evictor.reserve(TierName.DRAM, BLOCK, SpaceFor.SAVE))
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -238,6 +238,8 @@ async def test_a_cancelled_wait_for_room_takes_nothing(open_store: Callable[...,
     if not isinstance(answer, BaseException):
         opened.dram.release(answer)
     await opened.settle()
+
+    assert opened.dram.used_bytes == in_dram(opened, keys) * BLOCK, "nothing is set aside for the cancelled wait"
 
 
 async def test_the_mover_keeps_room_free_ahead_of_need_and_loses_nothing_for_it(

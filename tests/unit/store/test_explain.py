@@ -19,7 +19,7 @@ from kvservice.store.miss_reasons import Reason, SpaceFor
 from kvservice.store.operations.explain import Arrival, Miss, OtherLayout, TierPlace, differences
 from kvservice.store.operations.requests import ReportRecord, Requests
 from kvservice.store.types import SessionAppend
-from kvservice_api.errors import InvalidRequest, RequestNotFound
+from kvservice_api.errors import Draining, InvalidRequest, RequestNotFound
 from kvservice_api.image import PAGE_BYTES
 from kvservice_api.layout import Layout, Rotary, Shard
 from tests.clock import TickingClock
@@ -129,7 +129,7 @@ async def test_a_block_whose_save_runs_is_being_saved(opened: OpenStore, client:
 async def test_saves_that_a_draining_daemon_refuses_are_explained(opened: OpenStore, client: Client) -> None:
     opened.drain.begin(CALLER)
     chain = some_chain(1)
-    with pytest.raises(Exception, match="draining"):
+    with pytest.raises(Draining, match="draining"):
         opened.begin_save(client, chain)
     found = opened.explain.missing(CALLER, chain.keys[0])
     assert found.why is Miss.DROPPED_AT_SAVE
