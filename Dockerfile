@@ -1,4 +1,4 @@
-# The daemon and kvctl, without torch. docs/container.md tells how to run it.
+# The daemon and kvctl, without torch. docs/container.md says how to run it.
 #
 #   docker build -t kvservice .
 #
@@ -30,7 +30,7 @@ COPY --from=build /opt/kvservice /opt/kvservice
 # They belong to the user below, and so does a named volume that is mounted there for the first time.
 RUN install -d -m 0750 -o 10001 -g 10001 /var/lib/kvservice /run/kvservice
 # The store is a disk. The arena is memory: mount a tmpfs there, or the daemon warns. The socket lies beside the
-# arena: whoever shares that volume has all that a client on the same host needs.
+# arena: a container that mounts that volume has all that a client on the same host needs.
 ENV PATH=/opt/kvservice/bin:$PATH \
     KVSERVICE_STORE__PATH=/var/lib/kvservice \
     KVSERVICE_DRAM__PATH=/run/kvservice \

@@ -52,17 +52,6 @@ def test_the_daemon_is_configured_by_settings_that_exist_and_fits_into_its_memor
     assert POD["spec"]["terminationGracePeriodSeconds"] > needed_s
 
 
-def test_the_daemon_is_the_one_of_the_page_on_containers() -> None:
-    page = (ROOT / "docs" / "container.md").read_text()
-    spec = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])["spec"]
-    (daemon,) = spec["containers"]
-    del daemon["readinessProbe"]
-
-    assert {**daemon, "restartPolicy": "Always"} == DAEMON
-    assert spec["securityContext"] == POD["spec"]["securityContext"]
-    assert all(VOLUMES[each["name"]] == each for each in spec["volumes"])
-
-
 def test_docker_gives_the_daemon_the_time_of_its_drain_and_of_its_writes() -> None:
     page = (ROOT / "docs" / "container.md").read_text()
     words = shlex.split(page.partition("docker run -d --name kvservice")[2].partition("```")[0])
