@@ -241,7 +241,7 @@ async def test_a_cancelled_wait_for_room_takes_nothing(open_store: Callable[...,
 
     assert opened.dram.used_bytes == in_dram(opened, keys) * BLOCK, "nothing is set aside for the cancelled wait"
     opened.dram.release(await opened.evictor.reserve(TierName.DRAM, BLOCK, SpaceFor.SAVE))
-    assert len(opened.evictor.reserve_at_once(TierName.DRAM, [BLOCK])) == 1, "nobody waits any more"
+    assert len(opened.evictor.reserve_at_once(TierName.DRAM, [BLOCK])) == 1, "no caller waits any more"
 
 
 async def test_the_mover_keeps_room_free_ahead_of_need_and_loses_nothing_for_it(
