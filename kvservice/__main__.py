@@ -66,10 +66,10 @@ def _run(command: str, rest: list[str]) -> int:
         from kvservice import arenas
 
         return arenas.main(rest)
+    if command in ("completion", "--version") and rest:
+        print(f"kvservice {command}: it has no arguments", file=sys.stderr)
+        return 2
     if command == "completion":
-        if rest:
-            print("kvservice completion: it has no arguments", file=sys.stderr)
-            return 2
         from kvservice import completion
 
         print(completion.script(), end="")

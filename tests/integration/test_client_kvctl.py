@@ -58,6 +58,16 @@ def test_the_address_may_stand_before_the_verb(daemon: DaemonProcess) -> None:
     wrong = kvctl("--address", "nowhere", "health")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "is not an address" in wrong.stderr
+    bench = kvctl("--address", "127.0.0.1:1", "bench", "--quick")
+    assert bench.returncode == 1
+    assert "no answer from the daemon at 127.0.0.1:1" in bench.stderr
+
+
+@pytest.mark.parametrize("verb", ["plan", "simulate"])
+def test_an_address_is_refused_before_a_verb_that_needs_no_daemon(verb: str) -> None:
+    done = kvctl("--address", "127.0.0.1:1", verb, "--trace", "people")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"kvctl {verb} needs no daemon" in done.stderr
 
 
 def test_layouts_and_clients_are_listed(ask: Callable[..., Any], chain: BlockChain, daemon: DaemonProcess) -> None:

@@ -12,6 +12,7 @@ import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from importlib.metadata import version as installed_version
+from inspect import signature
 from typing import Annotated, NoReturn
 
 import typer
@@ -87,6 +88,7 @@ def _checked_if_given(text: str) -> str:
 
 
 def _before_the_verb(
+    context: typer.Context,
     address: Annotated[
         str, typer.Option(help="The daemon's address. It may also follow the command.", callback=_checked_if_given)
     ] = "",
@@ -94,8 +96,22 @@ def _before_the_verb(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show kvctl's version and exit.")
     ] = False,
 ) -> None:
-    if address:
-        os.environ["KVCTL_ADDRESS"] = address  # The verb's own option goes before it.
+    name = context.invoked_subcommand
+    if not address or name is None:
+        return
+    if not _has_address(name):
+        raise typer.BadParameter(f"kvctl {name} needs no daemon", param_hint="--address")
+    os.environ["KVCTL_ADDRESS"] = address  # The verb's own option goes before it.
+    context.default_map = {name: {"address": address}}  # For `bench`, whose option does not read the variable.
+
+
+def _has_address(name: str) -> bool:
+    """Whether this verb takes an address, or cannot be loaded: then it says why."""
+    (verb,) = entry_points(group=GROUP, name=name)
+    try:
+        return "address" in signature(verb.load()).parameters
+    except ImportError:
+        return True
 
 
 def _add(program: typer.Typer, verb: EntryPoint) -> None:

@@ -41,6 +41,7 @@ def test_the_flags_are_those_of_the_help(
     assert set(_COMMANDS[command]) == {"--help", *flags}
 
 
-def test_an_argument_too_many_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert __main__.main(["completion", "bash"]) == 2
-    assert capsys.readouterr() == ("", "kvservice completion: it has no arguments\n")
+@pytest.mark.parametrize("command", ["completion", "--version"])
+def test_an_argument_too_many_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main([command, "bash"]) == 2
+    assert capsys.readouterr() == ("", f"kvservice {command}: it has no arguments\n")
