@@ -1,6 +1,6 @@
 """KVService beside LMCache's multi-process connector: the same vLLM, model and conversations, in turns, in one run.
 
-    python -m benchmarks.vllm.peers
+    .venv-vllm/bin/python -m benchmarks.vllm.peers
 
 In an environment with vLLM (`make vllm-env`) to which LMCache was added without its dependencies:
 `pip install --no-deps lmcache==0.5.6 aiofile caio aiofiles awscrt redis sortedcontainers google-api-core

@@ -190,3 +190,21 @@ def test_every_word_of_the_glossary_has_one_meaning() -> None:
     words = [word for word in words if word not in ("Word", "---")]
 
     assert len(words) > 50 and len(words) == len(set(words))
+
+
+def test_every_program_that_a_page_runs_as_a_module_is_in_the_checkout() -> None:
+    folders = "|".join(("benchmarks", "examples", "tests", "tools"))
+    missing = {
+        f"{page.relative_to(ROOT)}: {module}"
+        for page in PAGES
+        for module in re.findall(rf"python3? -m ((?:{folders})[a-z_.]*[a-z])", page.read_text())
+        if not any((ROOT / module.replace(".", "/")).with_suffix(end).exists() for end in (".py", ""))
+    }
+    assert not missing
+
+
+def test_the_index_names_every_page() -> None:
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    decisions = {page for page in pages if page.startswith("decisions/")} - {"decisions/README.md"}
+
+    assert pages - decisions - {"README.md"} <= named_in("docs/README.md", r"\]\(([^)#]+)")
