@@ -193,7 +193,7 @@ def test_every_word_of_the_glossary_has_one_meaning() -> None:
 
 
 def test_every_program_that_a_page_runs_as_a_module_is_in_the_checkout() -> None:
-    folders = "|".join(("benchmarks", "examples", "tests", "tools"))
+    folders = "benchmarks|examples|tests|tools"
     missing = {
         f"{page.relative_to(ROOT)}: {module}"
         for page in PAGES
