@@ -3,10 +3,11 @@
 Changes are submitted from the event loop and wait in a queue. The committer takes all queued
 changes, makes the blocks' bytes durable (``before_commit``), commits once, and wakes all waiters::
 
-    put, delete --> queue --> merge by key --> before_commit --> one transaction --> wake
+    put, delete --> queue --> before_commit --> merge by key --> one transaction --> wake
 
-If a batch fails, its puts fail; the committer then retries its deletes without them. A tenth of the map
-is reserved for deletes: LMDB copies each changed page, so even a delete needs space.
+A put whose bytes could not be made durable fails alone. If the transaction of a batch fails, its puts fail; the
+committer then retries its deletes without them. A tenth of the map is reserved for deletes: LMDB copies each changed
+page, so even a delete needs space.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _NOTE = struct.Struct("<Q")  # The number of the last transaction.
 _ORDER = np.dtype(">u8")  # The first bytes of a key, as a number in LMDB's order.
 
 Encode = Callable[[], Sequence[bytes]]
+Confirm = Callable[[Exception | None], None]  # See `Environment.put`.
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +57,7 @@ class _Change:
     database: bytes
     keys: Sequence[bytes]
     encode: Encode | None  # Makes the values, on the committer thread. None deletes.
+    confirm: Confirm | None  # Of a put that names bytes in a tier.
     done: asyncio.Future[None]
 
 
@@ -73,8 +76,8 @@ class Environment:
     """An open environment. Call all methods from the event loop's thread.
 
     `durable` commits are synced to the disk. Others survive the process, not the machine: right for
-    an index on a tmpfs. `before_commit` is called on the committer thread, before a commit that holds
-    puts; a KVError or OSError from it fails them.
+    an index on a tmpfs. `before_commit` makes bytes durable. It is called on the committer thread, before a commit
+    that holds puts which name some; what it raises is given to their `confirm`.
 
     Every page in use is checked before LMDB maps the file, see `pages`: LMDB itself ends the process on some
     damage. Raises StoreDamaged if the file is not LMDB's or its pages are damaged, StorageFailed if it cannot be
@@ -119,18 +122,23 @@ class Environment:
             with self._env.begin() as txn:
                 self._note(txn.id())
 
-    def put(self, database: bytes, keys: Sequence[bytes], encode: Encode) -> asyncio.Future[None]:
+    def put(
+        self, database: bytes, keys: Sequence[bytes], encode: Encode, confirm: Confirm | None = None
+    ) -> asyncio.Future[None]:
         """Store `encode()`'s values under `keys`. The future is done once committed; errors: IndexFull, StorageFailed.
+
+        Values that name bytes need `confirm`. It is called on the committer thread after `before_commit`, with the
+        error of that or None, and raises the error with which this put fails.
 
         Changes are applied in the order of submission. A put that failed may still have reached the
         disk, and cancelling the future cancels only the wait: delete the keys before the extents that
         they name are reserved again.
         """
-        return self._submit(_Change(database, keys, encode, asyncio.get_running_loop().create_future()))
+        return self._submit(_Change(database, keys, encode, confirm, asyncio.get_running_loop().create_future()))
 
     def delete(self, database: bytes, keys: Sequence[bytes]) -> asyncio.Future[None]:
         """Remove keys. Done once committed; StorageFailed. A missing key is no error."""
-        return self._submit(_Change(database, keys, None, asyncio.get_running_loop().create_future()))
+        return self._submit(_Change(database, keys, None, None, asyncio.get_running_loop().create_future()))
 
     def read(self, database: bytes) -> Iterator[tuple[list[bytes], list[bytes]]]:
         """All keys and values, in chunks. Commits wait until the end: do not await one before."""
@@ -188,7 +196,7 @@ class Environment:
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            self._carry_out(batch)
+            self._carry_out(self._confirmed(batch))
 
     def _next_batch(self) -> list[_Change]:
         """The changes that are pending, at least one. Empty when the environment closes."""
@@ -207,7 +215,30 @@ class Environment:
                 count += len(change.keys)
         return batch
 
+    def _confirmed(self, batch: list[_Change]) -> list[_Change]:
+        """Make the bytes durable that puts name. Returns the batch without those for which that failed."""
+        failure: Exception | None = None
+        if self._before_commit is not None and any(change.confirm is not None for change in batch):
+            try:
+                self._before_commit()
+            except Exception as error:
+                failure = error
+        confirmed = []
+        for change in batch:
+            try:
+                if change.confirm is not None:
+                    change.confirm(failure)
+            except OSError as error:
+                _wake([change], StorageFailed(f"a block's bytes could not be made durable: {error}"))
+            except Exception as error:
+                _wake([change], error)
+            else:
+                confirmed.append(change)
+        return confirmed
+
     def _carry_out(self, batch: list[_Change]) -> None:
+        if not batch:
+            return
         failure = self._attempt(batch)
         if failure is None:
             _wake(batch, None)
@@ -221,11 +252,7 @@ class Environment:
     def _attempt(self, batch: list[_Change]) -> Exception | None:
         """Commit the batch. Returns the error if that fails: the caller sets it on the futures."""
         try:
-            if self._before_commit is not None and any(change.encode is not None for change in batch):
-                self._before_commit()
             self._write_in_parts(_merge(batch))
-        except OSError as error:
-            return StorageFailed(f"a block's bytes could not be made durable: {error}")
         except Exception as error:
             return error
         return None
@@ -361,6 +388,12 @@ class Environment:
             for path in (self.path / DATA_NAME, self.path, self.path.parent):  # LMDB syncs no directory.
                 with _opened(path, os.O_RDONLY) as fd:
                     os.fsync(fd)
+
+
+def all_durable(failure: Exception | None) -> None:
+    """The `confirm` of a put whose bytes may be anywhere in the tier."""
+    if failure is not None:
+        raise failure
 
 
 def is_older_copy(path: Path, notes: Path) -> bool:

@@ -21,6 +21,7 @@ from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
+from kvservice.index.environment import Confirm, all_durable
 from kvservice.index.records import Records, new_records
 from kvservice.store.miss_reasons import Eviction, MissReasons, Reason
 from kvservice.store.tails import Tails
@@ -141,11 +142,11 @@ class BlockLifecycle:
         tier: TierName,
         extents: Sequence[Extent],
         unread: Callable[[], Awaitable[None]] | None = None,
-        check: Callable[[], None] | None = None,
+        confirm: Confirm = all_durable,
     ) -> None:
         """Record that the rows' bytes are complete in `extents`, then let lookups find them there.
 
-        If the index or `check` (see `BlockIndex.put`) refuses, the caller gets the error, and the extents are
+        If the index or `confirm` (see `BlockIndex.put`) refuses, the caller gets the error, and the extents are
         released once `unread` has returned, when no load reads them any more.
         """
         names = [self.blocks.object_key_of(row) for row in rows]
@@ -154,10 +155,10 @@ class BlockLifecycle:
         self.hold(rows)
         try:
             records = self._records(rows, extents)
-            await self._index.put(tier, names, records, check)
+            await self._index.put(tier, names, records, confirm)
             while len(late := self._pinned_meanwhile(rows, records)):
                 records[late] = self._records([rows[at] for at in late], [extents[at] for at in late])
-                await self._index.put(tier, [names[at] for at in late], records[late])
+                await self._index.put_again(tier, [names[at] for at in late], records[late])
         except BaseException:
             # A failed or abandoned commit may have reached the disk: its record must go before reuse.
             removal = _Removal(self._leaving, [tier], names)
@@ -260,7 +261,7 @@ class BlockLifecycle:
         there = [row for row in rows if blocks.live[row] and blocks.is_resident(row, tier)]
         extents = [extent for row in there if (extent := blocks.extent(row, tier))]
         names = [blocks.object_key_of(row) for row in there]
-        return self._index.put(tier, names, self._records(there, extents))
+        return self._index.put_again(tier, names, self._records(there, extents))
 
     # Dropping
 

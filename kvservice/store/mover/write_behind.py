@@ -291,7 +291,14 @@ class WriteBehind:
         self._lifecycle.hold([row])
         try:
             geometry = self._lifecycle.geometry(row)
-            extent, flush_failures = await self._copy(row, source, geometry)  # Its memory is free before the commit.
+            try:
+                extent, flush_failures = await self._copy(row, source, geometry)
+            except StorageFailed as error:
+                if self._target.refusing_because:
+                    raise
+                self._counters.storage_errors += 1  # Of one drive, and the others work.
+                log.warning("a block is written again, to another place in %s: %s", self._below, error.message)
+                extent, flush_failures = await self._copy(row, source, geometry)
             if source.tier == blocks.first_tier:
                 blocks.verified[row] = True  # It is held, so it is still this copy.
             if copied is not None:
@@ -390,12 +397,15 @@ class WriteBehind:
             return
         rows, extents = [copied.row for copied in batch], [copied.extent for copied in batch]
 
-        def check() -> None:
+        def confirm(failure: Exception | None) -> None:
+            if failure is not None and not isinstance(failure, StorageFailed):
+                raise failure
             if any(self._target.flush_failures(copied.extent) != copied.flush_failures for copied in batch):
-                raise StorageFailed("a file was not flushed after blocks were written to it; they are written again")
+                why = "a file was not flushed after blocks were written to it; they are written again"
+                raise failure or StorageFailed(why)
 
         try:
-            await self._lifecycle.place(rows, self._below, extents, check=check)
+            await self._lifecycle.place(rows, self._below, extents, confirm=confirm)
         except Exception as error:
             for copied in batch:
                 copied.fail(error)

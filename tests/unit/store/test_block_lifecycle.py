@@ -346,7 +346,7 @@ async def test_use_times_that_could_not_be_written_are_written_the_next_time(
         return failed
 
     with monkeypatch.context() as patched:
-        patched.setattr(opened.index, "put", failing)
+        patched.setattr(opened.index, "put_again", failing)
         with pytest.raises(StorageFailed):
             await opened.block_lifecycle.flush_recency()
     await opened.block_lifecycle.flush_recency()
