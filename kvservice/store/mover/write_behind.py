@@ -19,6 +19,7 @@ from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import Extent, TierName
 from kvservice.clock import Clock
@@ -291,14 +292,7 @@ class WriteBehind:
         self._lifecycle.hold([row])
         try:
             geometry = self._lifecycle.geometry(row)
-            try:
-                extent, flush_failures = await self._copy(row, source, geometry)
-            except StorageFailed as error:
-                if self._target.refusing_because:
-                    raise
-                self._counters.storage_errors += 1  # Of one drive, and the others work.
-                log.warning("a block is written again, to another place in %s: %s", self._below, error.message)
-                extent, flush_failures = await self._copy(row, source, geometry)
+            extent, flush_failures = await self._copy(row, source, geometry)  # Its memory is free before the commit.
             if source.tier == blocks.first_tier:
                 blocks.verified[row] = True  # It is held, so it is still this copy.
             if copied is not None:
@@ -331,22 +325,40 @@ class WriteBehind:
     async def _copy(self, row: int, source: _Source, geometry: BlockGeometry) -> tuple[Extent, int]:
         """The copy's place, and how many flushes of its file had failed before."""
         extent = await self._evictor.reserve(self._below, geometry.image_bytes, SpaceFor.COPY)
-        flush_failures = self._target.flush_failures(extent)
         with _released_on_error(self._target, extent):
             image = await self._image(source, geometry)
-            trailer = self._trailer(row, image, geometry, source.tier)
+            checksums = self._trailer(row, image, geometry, source.tier).checksums
+        try:
+            return extent, await self._write_image(extent, image, geometry, checksums, source.tier)
+        except StorageFailed as error:
+            if self._target.refusing_because:
+                raise
+            self._counters.storage_errors += 1
+            log.warning("a block is written to another drive of %s: %s", self._below, error.message)
+        extent = await self._evictor.reserve(self._below, geometry.image_bytes, SpaceFor.COPY)
+        return extent, await self._write_image(extent, image, geometry, checksums, source.tier)
+
+    async def _write_image(
+        self, extent: Extent, image: memoryview, geometry: BlockGeometry, checksums: NDArray[np.uint64], tier: TierName
+    ) -> int:
+        """Verify the image of a block in `tier`, and write it. Returns how many flushes of the file had failed before.
+
+        Releases the extent if that fails.
+        """
+        flush_failures = self._target.flush_failures(extent)
+        with _released_on_error(self._target, extent):
             pieces = image_check.cut(geometry, self._piece_bytes)
             for piece in pieces:
                 end = len(image) if piece is pieces[-1] else piece.end  # With the last one the trailer.
 
                 def verify(pages: memoryview, piece: image_check.ImagePiece = piece) -> None:
-                    if image_check.is_damaged(pages, piece, trailer.checksums):
-                        raise ChecksumMismatch(f"a layer was damaged in {source.tier} before the block was written")
+                    if image_check.is_damaged(pages, piece, checksums):
+                        raise ChecksumMismatch(f"a layer was damaged in {tier} before the block was written")
 
                 await self._target.write(extent, piece.start, image[piece.start : end], verify)
                 self._counters.tier_written_bytes[self._below] += end - piece.start
             await self._target.seal(extent)
-        return extent, flush_failures
+        return flush_failures
 
     def _trailer(self, row: int, image: memoryview, geometry: BlockGeometry, tier: TierName) -> Trailer:
         expected = int(self._blocks.trailer_checksum[row])
