@@ -136,7 +136,9 @@ class BlockIndex:
             expect_index(directory, traces)
         else:
             clear_blank(directory / DATA_NAME)
-        durable = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
+        durable = Environment(
+            directory, map_bytes=map_bytes, durable=True, before_commit=before_commit, has_sessions=True
+        )
         try:
             meta = _read_meta(durable)
             if not meta and not traces and create:

@@ -77,7 +77,8 @@ class Environment:
 
     `durable` commits are synced to the disk. Others survive the process, not the machine: right for
     an index on a tmpfs. `before_commit` makes bytes durable. It is called on the committer thread, before a commit
-    that holds puts which name some; what it raises is given to their `confirm`.
+    that holds puts which name some; what it raises is given to their `confirm`. With `has_sessions`, blocks leave a
+    tenth of the map to sessions and layouts.
 
     Every page in use is checked before LMDB maps the file, see `pages`: LMDB itself ends the process on some
     damage. Raises StoreDamaged if the file is not LMDB's or its pages are damaged, StorageFailed if it cannot be
@@ -91,8 +92,10 @@ class Environment:
         map_bytes: int,
         durable: bool,
         before_commit: Callable[[], None] | None = None,
+        has_sessions: bool = False,
     ) -> None:
         self.path = path
+        self._has_sessions = has_sessions
         self.map_bytes = map_bytes // _PAGE_BYTES * _PAGE_BYTES
         self.used_bytes = 0  # Pages in use, as of the last commit.
         self.commits = 0
@@ -244,7 +247,13 @@ class Environment:
             _wake(batch, None)
             return
         deletes = [change for change in batch if change.encode is None]
-        _wake([change for change in batch if change.encode is not None], failure)
+        of_blocks = [change for change in batch if change.encode is not None and change.database == BLOCKS]
+        others = [change for change in batch if change.encode is not None and change.database != BLOCKS]
+        if isinstance(failure, IndexFull) and of_blocks and others:  # Blocks alone may be too many.
+            _wake(of_blocks, failure)
+            self._carry_out([change for change in batch if change.encode is None or change.database != BLOCKS])
+            return
+        _wake(of_blocks + others, failure)
         if deletes:
             failure = self._attempt(deletes)
             _wake(deletes, StorageFailed(failure.message) if isinstance(failure, IndexFull) else failure)
@@ -282,9 +291,11 @@ class Environment:
                 for database, items in merged.items():
                     _apply(txn, self._handles[database], items)
                 used_after = self._used_pages(txn)
-                if used_after > max(used_before, self._pages_for_records):
+                has_blocks = BLOCKS in merged and bool(merged[BLOCKS].puts)
+                if used_after > max(used_before, self._pages_for_blocks if has_blocks else self._pages_for_records):
                     raise IndexFull(
-                        f"the index {self.path} is full: the rest of its {self.map_bytes} bytes is kept for deletes"
+                        f"the index {self.path} is full: the rest of its {self.map_bytes} bytes is kept for "
+                        f"{'sessions and deletes' if has_blocks and self._has_sessions else 'deletes'}"
                     )
         except lmdb.MapFullError:
             raise
@@ -314,6 +325,12 @@ class Environment:
         """How many pages records may take. The others are for deletes, which need pages too."""
         pages = self.map_bytes // _PAGE_BYTES
         return min(pages * 9 // 10, pages - _DELETE_PAGES_MIN)
+
+    @property
+    def _pages_for_blocks(self) -> int:
+        """How many pages there may be after a put of blocks."""
+        pages = self.map_bytes // _PAGE_BYTES
+        return self._pages_for_records - (pages // 10 if self._has_sessions else 0)
 
     def _used_pages(self, txn: lmdb.Transaction) -> int:
         """Pages in use: LMDB itself reports only the highest page that it ever used."""
