@@ -1,6 +1,6 @@
 """``kvservice check``: verifies a stopped store, and repairs it.
 
-Every record, extent, trailer and slice of every tier is read and compared, and the free space is
+Every record, extent, trailer and slice of DRAM and SSD is read and compared, and the free space is
 counted. The store itself says where its files are. What is damaged is a miss in a running daemon;
 ``--repair`` deletes its records, which is all that is needed to have the space back. An SSD file that
 is missing keeps the daemon from starting: ``--repair`` deletes its records, and the next start may create it again.

@@ -30,7 +30,17 @@ import numpy as np
 from kvservice.blocks import OBJECT_KEY_BYTES, TierName
 from kvservice.index import recovery
 from kvservice.index.descriptor_secret import DESCRIPTORS_KEY, DescriptorSecret, open_secret
-from kvservice.index.environment import BLOCKS, DATA_NAME, LAYOUTS, META, SESSIONS, Environment, is_older_copy
+from kvservice.index.environment import (
+    BLOCKS,
+    DATA_NAME,
+    LAYOUTS,
+    META,
+    SESSIONS,
+    Confirm,
+    Environment,
+    all_durable,
+    is_older_copy,
+)
 from kvservice.index.errors import StoreDamaged
 from kvservice.index.identity import (
     SCHEMA,
@@ -126,7 +136,9 @@ class BlockIndex:
             expect_index(directory, traces)
         else:
             clear_blank(directory / DATA_NAME)
-        durable = Environment(directory, map_bytes=map_bytes, durable=True, before_commit=before_commit)
+        durable = Environment(
+            directory, map_bytes=map_bytes, durable=True, before_commit=before_commit, has_sessions=True
+        )
         try:
             meta = _read_meta(durable)
             if not meta and not traces and create:
@@ -423,22 +435,20 @@ class BlockIndex:
         return recovery.load(self._environments[tier], self.layouts)
 
     def put(
-        self, tier: TierName, keys: Sequence[bytes], records: Records, check: Callable[[], None] | None = None
+        self, tier: TierName, keys: Sequence[bytes], records: Records, confirm: Confirm = all_durable
     ) -> asyncio.Future[None]:
         """Record blocks whose bytes are complete in `tier`. Done once committed.
 
-        `check` is called on the committer thread when the tier's bytes have been made durable, and fails the
-        commit with the KVError that it raises. Errors: IndexFull, StorageFailed. A failed put may still have
-        reached the disk: delete the keys before their extents are reserved again. `records` must not change until
+        `confirm` is called on the committer thread with the error of the tier's `sync`, or None, and raises the error
+        with which this put fails: by default the same one. Errors: IndexFull, StorageFailed. A failed put may still
+        have reached the disk: delete the keys before their extents are reserved again. `records` must not change until
         then. Changes of a tier are applied in the order of submission.
         """
+        return self._environments[tier].put(BLOCKS, keys, lambda: encode_records(keys, records), confirm)
 
-        def encode() -> list[bytes]:
-            if check is not None:
-                check()
-            return encode_records(keys, records)
-
-        return self._environments[tier].put(BLOCKS, keys, encode)
+    def put_again(self, tier: TierName, keys: Sequence[bytes], records: Records) -> asyncio.Future[None]:
+        """The same for blocks that are recorded in these extents already: their bytes were made durable then."""
+        return self._environments[tier].put(BLOCKS, keys, lambda: encode_records(keys, records))
 
     def delete(self, tier: TierName, keys: Sequence[bytes]) -> asyncio.Future[None]:
         """Delete the records of blocks in `tier`. Their extents may be reserved again only once this is done."""

@@ -3,10 +3,11 @@
 Changes are submitted from the event loop and wait in a queue. The committer takes all queued
 changes, makes the blocks' bytes durable (``before_commit``), commits once, and wakes all waiters::
 
-    put, delete --> queue --> merge by key --> before_commit --> one transaction --> wake
+    put, delete --> queue --> before_commit --> merge by key --> one transaction --> wake
 
-If a batch fails, its puts fail; the committer then retries its deletes without them. A tenth of the map
-is reserved for deletes: LMDB copies each changed page, so even a delete needs space.
+A put whose bytes could not be made durable fails alone. If the transaction of a batch fails, its puts fail; the
+committer then retries its deletes without them. A tenth of the map is reserved for deletes: LMDB copies each changed
+page, so even a delete needs space.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _NOTE = struct.Struct("<Q")  # The number of the last transaction.
 _ORDER = np.dtype(">u8")  # The first bytes of a key, as a number in LMDB's order.
 
 Encode = Callable[[], Sequence[bytes]]
+Confirm = Callable[[Exception | None], None]  # See `Environment.put`.
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +57,7 @@ class _Change:
     database: bytes
     keys: Sequence[bytes]
     encode: Encode | None  # Makes the values, on the committer thread. None deletes.
+    confirm: Confirm | None  # Of a put that names bytes in a tier.
     done: asyncio.Future[None]
 
 
@@ -73,8 +76,9 @@ class Environment:
     """An open environment. Call all methods from the event loop's thread.
 
     `durable` commits are synced to the disk. Others survive the process, not the machine: right for
-    an index on a tmpfs. `before_commit` is called on the committer thread, before a commit that holds
-    puts; a KVError or OSError from it fails them.
+    an index on a tmpfs. `before_commit` makes bytes durable. It is called on the committer thread, before a commit
+    that holds puts which name some; what it raises is given to their `confirm`. With `has_sessions`, blocks leave a
+    tenth of the map to sessions and layouts.
 
     Every page in use is checked before LMDB maps the file, see `pages`: LMDB itself ends the process on some
     damage. Raises StoreDamaged if the file is not LMDB's or its pages are damaged, StorageFailed if it cannot be
@@ -88,8 +92,10 @@ class Environment:
         map_bytes: int,
         durable: bool,
         before_commit: Callable[[], None] | None = None,
+        has_sessions: bool = False,
     ) -> None:
         self.path = path
+        self._has_sessions = has_sessions
         self.map_bytes = map_bytes // _PAGE_BYTES * _PAGE_BYTES
         self.used_bytes = 0  # Pages in use, as of the last commit.
         self.commits = 0
@@ -119,18 +125,23 @@ class Environment:
             with self._env.begin() as txn:
                 self._note(txn.id())
 
-    def put(self, database: bytes, keys: Sequence[bytes], encode: Encode) -> asyncio.Future[None]:
+    def put(
+        self, database: bytes, keys: Sequence[bytes], encode: Encode, confirm: Confirm | None = None
+    ) -> asyncio.Future[None]:
         """Store `encode()`'s values under `keys`. The future is done once committed; errors: IndexFull, StorageFailed.
+
+        Values that name bytes need `confirm`. It is called on the committer thread after `before_commit`, with the
+        error of that or None, and raises the error with which this put fails.
 
         Changes are applied in the order of submission. A put that failed may still have reached the
         disk, and cancelling the future cancels only the wait: delete the keys before the extents that
         they name are reserved again.
         """
-        return self._submit(_Change(database, keys, encode, asyncio.get_running_loop().create_future()))
+        return self._submit(_Change(database, keys, encode, confirm, asyncio.get_running_loop().create_future()))
 
     def delete(self, database: bytes, keys: Sequence[bytes]) -> asyncio.Future[None]:
         """Remove keys. Done once committed; StorageFailed. A missing key is no error."""
-        return self._submit(_Change(database, keys, None, asyncio.get_running_loop().create_future()))
+        return self._submit(_Change(database, keys, None, None, asyncio.get_running_loop().create_future()))
 
     def read(self, database: bytes) -> Iterator[tuple[list[bytes], list[bytes]]]:
         """All keys and values, in chunks. Commits wait until the end: do not await one before."""
@@ -188,7 +199,7 @@ class Environment:
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            self._carry_out(batch)
+            self._carry_out(self._confirmed(batch))
 
     def _next_batch(self) -> list[_Change]:
         """The changes that are pending, at least one. Empty when the environment closes."""
@@ -207,13 +218,42 @@ class Environment:
                 count += len(change.keys)
         return batch
 
+    def _confirmed(self, batch: list[_Change]) -> list[_Change]:
+        """Make the bytes durable that puts name. Returns the batch without those for which that failed."""
+        failure: Exception | None = None
+        if self._before_commit is not None and any(change.confirm is not None for change in batch):
+            try:
+                self._before_commit()
+            except Exception as error:
+                failure = error
+        confirmed = []
+        for change in batch:
+            try:
+                if change.confirm is not None:
+                    change.confirm(failure)
+            except OSError as error:
+                _wake([change], StorageFailed(f"a block's bytes could not be made durable: {error}"))
+            except Exception as error:
+                _wake([change], error)
+            else:
+                confirmed.append(change)
+        return confirmed
+
     def _carry_out(self, batch: list[_Change]) -> None:
+        if not batch:
+            return
         failure = self._attempt(batch)
         if failure is None:
             _wake(batch, None)
             return
         deletes = [change for change in batch if change.encode is None]
-        _wake([change for change in batch if change.encode is not None], failure)
+        of_blocks = [change for change in batch if change.encode is not None and change.database == BLOCKS]
+        others = [change for change in batch if change.encode is not None and change.database != BLOCKS]
+        if isinstance(failure, IndexFull) and of_blocks and others:  # Blocks alone may be too many.
+            _wake(of_blocks, failure)
+            self._carry_out([change for change in batch if change.encode is None or change.database != BLOCKS])
+            return
+        _wake(of_blocks + others, failure)
         if deletes:
             failure = self._attempt(deletes)
             _wake(deletes, StorageFailed(failure.message) if isinstance(failure, IndexFull) else failure)
@@ -221,11 +261,7 @@ class Environment:
     def _attempt(self, batch: list[_Change]) -> Exception | None:
         """Commit the batch. Returns the error if that fails: the caller sets it on the futures."""
         try:
-            if self._before_commit is not None and any(change.encode is not None for change in batch):
-                self._before_commit()
             self._write_in_parts(_merge(batch))
-        except OSError as error:
-            return StorageFailed(f"a block's bytes could not be made durable: {error}")
         except Exception as error:
             return error
         return None
@@ -255,9 +291,11 @@ class Environment:
                 for database, items in merged.items():
                     _apply(txn, self._handles[database], items)
                 used_after = self._used_pages(txn)
-                if used_after > max(used_before, self._pages_for_records):
+                has_blocks = BLOCKS in merged and bool(merged[BLOCKS].puts)
+                if used_after > max(used_before, self._pages_for_blocks if has_blocks else self._pages_for_records):
                     raise IndexFull(
-                        f"the index {self.path} is full: the rest of its {self.map_bytes} bytes is kept for deletes"
+                        f"the index {self.path} is full: the rest of its {self.map_bytes} bytes is kept for "
+                        f"{'sessions and deletes' if has_blocks and self._has_sessions else 'deletes'}"
                     )
         except lmdb.MapFullError:
             raise
@@ -287,6 +325,12 @@ class Environment:
         """How many pages records may take. The others are for deletes, which need pages too."""
         pages = self.map_bytes // _PAGE_BYTES
         return min(pages * 9 // 10, pages - _DELETE_PAGES_MIN)
+
+    @property
+    def _pages_for_blocks(self) -> int:
+        """How many pages there may be after a put of blocks."""
+        pages = self.map_bytes // _PAGE_BYTES
+        return self._pages_for_records - (pages // 10 if self._has_sessions else 0)
 
     def _used_pages(self, txn: lmdb.Transaction) -> int:
         """Pages in use: LMDB itself reports only the highest page that it ever used."""
@@ -361,6 +405,12 @@ class Environment:
             for path in (self.path / DATA_NAME, self.path, self.path.parent):  # LMDB syncs no directory.
                 with _opened(path, os.O_RDONLY) as fd:
                     os.fsync(fd)
+
+
+def all_durable(failure: Exception | None) -> None:
+    """The `confirm` of a put whose bytes may be anywhere in the tier."""
+    if failure is not None:
+        raise failure
 
 
 def is_older_copy(path: Path, notes: Path) -> bool:

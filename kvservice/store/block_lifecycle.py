@@ -21,12 +21,13 @@ from kvservice.blocks import BlockTable, Extent, Rows, TierName
 from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.index.block_index import BlockIndex
+from kvservice.index.environment import Confirm, all_durable
 from kvservice.index.records import Records, new_records
 from kvservice.store.miss_reasons import Eviction, MissReasons, Reason
 from kvservice.store.tails import Tails
 from kvservice.store.tasks import Tasks
 from kvservice.tiers.base import Tier
-from kvservice_api.errors import KVError, StorageFailed
+from kvservice_api.errors import IndexFull, KVError, StorageFailed
 from kvservice_api.image import BlockGeometry, block_geometry
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,9 @@ _NOTED_A_TURN = 32  # They take two milliseconds of the event loop: listeners no
 _COPIED = (
     "layout_id token_count hits trailer_checksum stored_at_ms used_at_ms access_seq parent_key pinned_until_ms tenant"
 ).split()
+
+
+MakeRoom = Callable[[TierName, int], Awaitable[bool]]  # As `Evictor.make_room_in_index`.
 
 
 class BlockLifecycle:
@@ -141,11 +145,13 @@ class BlockLifecycle:
         tier: TierName,
         extents: Sequence[Extent],
         unread: Callable[[], Awaitable[None]] | None = None,
-        check: Callable[[], None] | None = None,
+        confirm: Confirm = all_durable,
+        make_room: MakeRoom | None = None,
     ) -> None:
         """Record that the rows' bytes are complete in `extents`, then let lookups find them there.
 
-        If the index or `check` (see `BlockIndex.put`) refuses, the caller gets the error, and the extents are
+        If the index is full, `make_room` is called with the tier and the number of rows, as long as it evicts blocks.
+        If the index or `confirm` (see `BlockIndex.put`) refuses, the caller gets the error, and the extents are
         released once `unread` has returned, when no load reads them any more.
         """
         names = [self.blocks.object_key_of(row) for row in rows]
@@ -154,10 +160,16 @@ class BlockLifecycle:
         self.hold(rows)
         try:
             records = self._records(rows, extents)
-            await self._index.put(tier, names, records, check)
+            while True:
+                try:
+                    await self._index.put(tier, names, records, confirm)
+                    break
+                except IndexFull:
+                    if make_room is None or not await make_room(tier, len(rows)):
+                        raise
             while len(late := self._pinned_meanwhile(rows, records)):
                 records[late] = self._records([rows[at] for at in late], [extents[at] for at in late])
-                await self._index.put(tier, [names[at] for at in late], records[late])
+                await self._index.put_again(tier, [names[at] for at in late], records[late])
         except BaseException:
             # A failed or abandoned commit may have reached the disk: its record must go before reuse.
             removal = _Removal(self._leaving, [tier], names)
@@ -204,7 +216,7 @@ class BlockLifecycle:
         found: list[int] = np.flatnonzero(other & self.blocks.live[array]).tolist()
         return found
 
-    async def admit(self, rows: Sequence[int], extents: Sequence[Extent]) -> None:
+    async def admit(self, rows: Sequence[int], extents: Sequence[Extent], make_room: MakeRoom | None = None) -> None:
         """Record new objects, whose bytes are complete in the first tier, then make them visible, in order.
 
         If the index refuses, rows and extents are released. A caller that is cancelled after the records were written
@@ -212,7 +224,7 @@ class BlockLifecycle:
         """
         self.hold(rows)
         try:
-            await self.place(rows, self.blocks.first_tier, extents)
+            await self.place(rows, self.blocks.first_tier, extents, make_room=make_room)
             await _in_turns(rows, self._link)
         finally:
             self.unhold(rows)  # Frees the rows that were not linked.
@@ -260,7 +272,7 @@ class BlockLifecycle:
         there = [row for row in rows if blocks.live[row] and blocks.is_resident(row, tier)]
         extents = [extent for row in there if (extent := blocks.extent(row, tier))]
         names = [blocks.object_key_of(row) for row in there]
-        return self._index.put(tier, names, self._records(there, extents))
+        return self._index.put_again(tier, names, self._records(there, extents))
 
     # Dropping
 

@@ -165,9 +165,10 @@ class DurableTier(Tier, Protocol):
         """
 
     def sync(self) -> None:
-        """Make everything durable that was written before the call. Raises StorageFailed.
+        """Make everything durable that was written before the call.
 
-        Called on the index's committer thread, before the records of these bytes are committed.
+        Raises StorageFailed if that is not true of extents whose `flush_failures` it has incremented; any other error
+        is one of all extents. Called on the index's committer thread, before the records of these bytes are committed.
         """
 
     def close(self) -> None:

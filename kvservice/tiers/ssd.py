@@ -31,6 +31,8 @@ from kvservice_api.image import PAGE_BYTES
 
 log = logging.getLogger(__name__)
 
+_TRIED_AGAIN_EVERY = 64  # One of so many reservations may be in a file whose writes fail.
+
 T = TypeVar("T")
 _Call = Callable[[int, Sequence[memoryview], int], int]
 
@@ -55,6 +57,7 @@ class SsdTier:
         self._pools = {number: IoPool(io_threads) for number in files}
         self._touched: set[int] = set()  # Files that were written since their last flush.
         self._sync_lock = threading.Lock()
+        self._reserved = 0  # Calls of `reserve`.
 
     @classmethod
     def open(
@@ -179,13 +182,14 @@ class SsdTier:
         return False  # Files have their full size from the start.
 
     def reserve(self, size_bytes: int) -> Extent:
-        """Space in the file with the most free space; files with failed writes come last."""
-
-        def rank(number: int) -> tuple[bool, int]:
-            file = self._files[number]
-            return bool(file.refusing_because), file.space.used_bytes
-
-        for number in sorted(self._files, key=rank):
+        """Space in the file with the most free space. Where writes to some files fail and others work, it is in one
+        that works, also if space must be freed there; now and then in any, because a write that succeeds ends that.
+        """
+        self._reserved += 1
+        files = [number for number, file in self._files.items() if file.space.capacity_bytes]
+        working = [number for number in files if not self._files[number].refusing_because]
+        usable = working if working and self._reserved % _TRIED_AGAIN_EVERY else files
+        for number in sorted(usable, key=lambda number: self._files[number].space.used_bytes):
             space = self._files[number].space
             if space.largest_free_bytes >= extent_size(size_bytes):
                 return Extent(number, space.reserve(size_bytes), extent_size(size_bytes))
@@ -275,18 +279,21 @@ class SsdTier:
         await self._pools[segment].run(priority, work)
 
     def sync(self) -> None:
-        """Flush the files written since the last sync. Called on any thread, before their records' commit.
+        """Flush the files written since the last sync, all of them. Called on any thread, before their records' commit.
 
-        Raises StorageFailed; the file then still needs a flush.
+        Raises StorageFailed if some could not be flushed; these still need a flush.
         """
+        failures: list[StorageFailed] = []
         with self._sync_lock:  # A second caller must not return while a flush still runs.
             for number in sorted(self._touched):
                 self._touched.discard(number)  # Before the flush: a write during it is not covered by it.
                 try:
                     self._files[number].sync()
-                except StorageFailed:
+                except StorageFailed as error:
                     self._touched.add(number)
-                    raise
+                    failures.append(error)  # The other files are on other drives.
+        if failures:
+            raise StorageFailed("; ".join(error.message for error in failures), **failures[0].details)
 
     def close(self) -> None:
         for pool in self._pools.values():

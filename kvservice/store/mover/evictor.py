@@ -168,16 +168,26 @@ class Evictor:
             self._trimming[tier] = True
             self._tasks.start(self._trim(tier), "free space in an index")
 
+    async def make_room_in_index(self, tier: TierName, count: int) -> bool:
+        """Evict a small part of a tier whose index is full, `count` blocks at least if there are as many. Returns
+        whether some block was evicted. Raises StorageFailed.
+        """
+        missing = max(_TRIM_BLOCKS_MIN, int(np.count_nonzero(self._blocks.resident(tier))) // _TRIM_PART, count)
+        evicted = 0
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout(self._wait_s):
+                while evicted < missing:
+                    async with self._locks[tier]:
+                        chosen = await self._choose(tier, self._lifecycle.tiers[tier].capacity_bytes)
+                        await self._evict(chosen, tier, SpaceFor.INDEX)
+                    if not chosen and (evicted or not await self._one_is_copied(tier)):
+                        break
+                    evicted += len(chosen)
+        return evicted > 0
+
     async def _trim(self, tier: TierName) -> None:
-        missing = max(_TRIM_BLOCKS_MIN, int(np.count_nonzero(self._blocks.resident(tier))) // _TRIM_PART)
         try:
-            while missing > 0:
-                async with self._locks[tier]:
-                    chosen = await self._choose(tier, self._lifecycle.tiers[tier].capacity_bytes)
-                    await self._evict(chosen, tier, SpaceFor.INDEX)
-                if not chosen:
-                    return
-                missing -= len(chosen)
+            await self.make_room_in_index(tier, 0)
         except StorageFailed as error:
             log.warning("no space could be freed in the index of %s: %s", tier, error.message)
         finally:
@@ -211,8 +221,10 @@ class Evictor:
         if chosen := await self._choose(tier, size_bytes, worth):
             await self._evict(chosen, tier, space_for)
             return True
-        if worth < math.inf:
-            return False
+        return worth == math.inf and await self._one_is_copied(tier)
+
+    async def _one_is_copied(self, tier: TierName) -> bool:
+        """Wait until the cleaner has copied one more block out of the tier. Returns False if it copies none."""
         cleaner = self._cleaner if tier == self._blocks.first_tier else None
         if cleaner is not None and (cleaner.is_progressing() or (cleaner.is_writing() and self._has_held(tier))):
             await cleaner.wait_for_one()

@@ -369,7 +369,11 @@ class Promoter:
                 await each.unread()
 
         await self._lifecycle.place(
-            rows.tolist(), self._blocks.first_tier, [each.extent for each in promotions], unread
+            rows.tolist(),
+            self._blocks.first_tier,
+            [each.extent for each in promotions],
+            unread,
+            make_room=self._evictor.make_room_in_index,
         )
         self._blocks.verified[rows] = self._blocks.lie_in(rows, self._blocks.first_tier)
         self._counters.promoted_blocks += len(rows)

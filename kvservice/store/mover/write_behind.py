@@ -19,6 +19,7 @@ from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvservice.blocks import Extent, TierName
 from kvservice.clock import Clock
@@ -324,22 +325,40 @@ class WriteBehind:
     async def _copy(self, row: int, source: _Source, geometry: BlockGeometry) -> tuple[Extent, int]:
         """The copy's place, and how many flushes of its file had failed before."""
         extent = await self._evictor.reserve(self._below, geometry.image_bytes, SpaceFor.COPY)
-        flush_failures = self._target.flush_failures(extent)
         with _released_on_error(self._target, extent):
             image = await self._image(source, geometry)
-            trailer = self._trailer(row, image, geometry, source.tier)
+            checksums = self._trailer(row, image, geometry, source.tier).checksums
+        try:
+            return extent, await self._write_image(extent, image, geometry, checksums, source.tier)
+        except StorageFailed as error:
+            if self._target.refusing_because:
+                raise
+            self._counters.storage_errors += 1
+            log.warning("a block is written to another drive of %s: %s", self._below, error.message)
+        extent = await self._evictor.reserve(self._below, geometry.image_bytes, SpaceFor.COPY)
+        return extent, await self._write_image(extent, image, geometry, checksums, source.tier)
+
+    async def _write_image(
+        self, extent: Extent, image: memoryview, geometry: BlockGeometry, checksums: NDArray[np.uint64], tier: TierName
+    ) -> int:
+        """Verify the image of a block in `tier`, and write it. Returns how many flushes of the file had failed before.
+
+        Releases the extent if that fails.
+        """
+        flush_failures = self._target.flush_failures(extent)
+        with _released_on_error(self._target, extent):
             pieces = image_check.cut(geometry, self._piece_bytes)
             for piece in pieces:
                 end = len(image) if piece is pieces[-1] else piece.end  # With the last one the trailer.
 
                 def verify(pages: memoryview, piece: image_check.ImagePiece = piece) -> None:
-                    if image_check.is_damaged(pages, piece, trailer.checksums):
-                        raise ChecksumMismatch(f"a layer was damaged in {source.tier} before the block was written")
+                    if image_check.is_damaged(pages, piece, checksums):
+                        raise ChecksumMismatch(f"a layer was damaged in {tier} before the block was written")
 
                 await self._target.write(extent, piece.start, image[piece.start : end], verify)
                 self._counters.tier_written_bytes[self._below] += end - piece.start
             await self._target.seal(extent)
-        return extent, flush_failures
+        return flush_failures
 
     def _trailer(self, row: int, image: memoryview, geometry: BlockGeometry, tier: TierName) -> Trailer:
         expected = int(self._blocks.trailer_checksum[row])
@@ -390,12 +409,15 @@ class WriteBehind:
             return
         rows, extents = [copied.row for copied in batch], [copied.extent for copied in batch]
 
-        def check() -> None:
+        def confirm(failure: Exception | None) -> None:
+            if failure is not None and not isinstance(failure, StorageFailed):
+                raise failure
             if any(self._target.flush_failures(copied.extent) != copied.flush_failures for copied in batch):
-                raise StorageFailed("a file was not flushed after blocks were written to it; they are written again")
+                why = "a file was not flushed after blocks were written to it; they are written again"
+                raise failure or StorageFailed(why)
 
         try:
-            await self._lifecycle.place(rows, self._below, extents, check=check)
+            await self._lifecycle.place(rows, self._below, extents, confirm=confirm)
         except Exception as error:
             for copied in batch:
                 copied.fail(error)

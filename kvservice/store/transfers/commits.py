@@ -16,6 +16,7 @@ from kvservice.clock import Clock
 from kvservice.counters import Counters
 from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.miss_reasons import Reason
+from kvservice.store.mover.evictor import Evictor
 from kvservice.store.mover.write_behind import WriteBehind
 from kvservice.store.tasks import LoopBudget, all_of
 from kvservice.store.transfers.upload_state import Destination, UploadState, stored_rows
@@ -32,6 +33,7 @@ class Commits:
     def __init__(
         self,
         lifecycle: BlockLifecycle,
+        evictor: Evictor,
         write_behind: WriteBehind | None,
         verification: Verification,
         clock: Clock,
@@ -43,6 +45,7 @@ class Commits:
         """`secret` is for the tags of descriptors."""
         self._lifecycle = lifecycle
         self._blocks = lifecycle.blocks
+        self._evictor = evictor
         self._write_behind = write_behind
         self._verification = verification
         self._clock = clock
@@ -146,7 +149,7 @@ class Commits:
             extents.append(destination.extent)
             destination.extent = destination.image = None  # From here on `admit` owns the space.
         try:
-            await self._lifecycle.admit(rows, extents)
+            await self._lifecycle.admit(rows, extents, self._evictor.make_room_in_index)
         except KVError as error:
             state.outcome.refused.update((destination.position, error) for destination in written)
             return []

@@ -73,7 +73,9 @@ class Uploads:
         self.admission = admission
         self.wait_s = wait_s
         self.claims = Claims()
-        self.commits = Commits(lifecycle, write_behind, verification, clock, counters, loop_budget, secret=secret)
+        self.commits = Commits(
+            lifecycle, evictor, write_behind, verification, clock, counters, loop_budget, secret=secret
+        )
         self.open: set[Upload] = set()
 
     def begin(

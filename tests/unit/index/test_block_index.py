@@ -15,7 +15,7 @@ import pytest
 
 from kvservice.blocks import TierName
 from kvservice.index.block_index import BlockIndex
-from kvservice.index.environment import LAYOUTS, META, SESSIONS, Environment
+from kvservice.index.environment import LAYOUTS, META, SESSIONS, Environment, _Merged
 from kvservice.index.errors import StoreDamaged, StoreTooNew
 from kvservice.index.identity import SCHEMA
 from kvservice_api.errors import IndexFull, StorageFailed
@@ -170,16 +170,19 @@ async def test_a_store_is_of_schema_3_from_its_first_layout_on_that_needs_it_and
     assert schemas(*both) == [b"3", b"3"]
 
 
-async def test_the_schema_is_on_disk_before_the_layout_that_needs_it(tmp_path: Path) -> None:
+async def test_the_schema_is_on_disk_before_the_layout_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A daemon that knows only schema 2 takes such a layout for damaged, and removes its blocks."""
-    commits: list[int] = []
+    write = Environment._write
 
-    def fail_second_commit() -> None:
-        commits.append(1)
-        if len(commits) > 1:
+    def failing(environment: Environment, merged: _Merged) -> None:
+        if LAYOUTS in merged:
             raise StorageFailed("the drive is gone")
+        write(environment, merged)
 
-    with opened(tmp_path, before_commit=fail_second_commit) as index, pytest.raises(StorageFailed):
+    monkeypatch.setattr(Environment, "_write", failing)
+    with opened(tmp_path) as index, pytest.raises(StorageFailed):
         await index.put_layout(GROUPS)
     assert (schemas(tmp_path / "index"), stored(tmp_path / "index", LAYOUTS)) == ([b"3"], {})
 
@@ -355,19 +358,19 @@ async def test_a_layout_opened_by_many_at_once_gets_one_id(tmp_path: Path) -> No
         assert dict(index.layouts) == dict.fromkeys(ids, LAYOUT)
 
 
-async def test_a_layout_that_could_not_be_stored_is_unknown_and_may_be_tried_again(tmp_path: Path) -> None:
-    failures = [StorageFailed("the drive is gone")]
+async def test_a_layout_that_could_not_be_stored_is_unknown_and_may_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(environment: Environment, merged: _Merged) -> None:
+        raise StorageFailed("the drive is gone")
 
-    def before_commit() -> None:
-        if failures:
-            raise failures[0]
-
-    with opened(tmp_path, before_commit=before_commit) as index:
-        with pytest.raises(StorageFailed):
-            await index.put_layout(LAYOUT)
+    with opened(tmp_path) as index:
+        with monkeypatch.context() as patched:
+            patched.setattr(Environment, "_write", failing)
+            with pytest.raises(StorageFailed):
+                await index.put_layout(LAYOUT)
         assert not index.layouts
 
-        failures.clear()
         layout_id = await index.put_layout(LAYOUT)
         assert index.layouts[layout_id] == LAYOUT
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvservice.index.environment import BLOCKS, META, Environment, is_older_copy
+from kvservice.index.environment import BLOCKS, META, Environment, all_durable, is_older_copy
 from kvservice.index.errors import StoreDamaged
 from kvservice_api.errors import IndexFull, StorageFailed
 from tests.unit.index_samples import some_keys
@@ -38,7 +38,8 @@ def contents(environment: Environment) -> dict[bytes, bytes]:
 
 
 def put(environment: Environment, *items: tuple[bytes, bytes]) -> asyncio.Future[None]:
-    return environment.put(BLOCKS, [key for key, _ in items], lambda: [value for _, value in items])
+    """A put of values that name bytes."""
+    return environment.put(BLOCKS, [key for key, _ in items], lambda: [value for _, value in items], all_durable)
 
 
 class Gate:
@@ -158,6 +159,14 @@ async def test_bytes_that_cannot_be_made_durable_fail_the_puts_and_nothing_else(
             await refused
         await deleted
         assert contents(environment) == {}
+
+        await environment.put(META, [b"names"], lambda: [b"no bytes"])
+        elsewhere = environment.put(BLOCKS, [b"elsewhere"], lambda: [b"4"], lambda failure: None)
+        with pytest.raises(StorageFailed):
+            await put(environment, (b"new", b"2"))
+        await elsewhere
+        assert contents(environment) == {b"elsewhere": b"4"}
+        await environment.delete(BLOCKS, [b"elsewhere"])
 
         failures.clear()
         await put(environment, (b"again", b"3"))

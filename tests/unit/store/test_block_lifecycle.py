@@ -271,8 +271,11 @@ async def test_a_save_that_is_cancelled_while_its_record_is_committed_leaves_not
     assert not (await opened.save(client, chain, some_images(chain))).refused
 
 
-async def test_a_full_index_refuses_saves_and_nothing_else(opened: OpenStore, client: Client) -> None:
+async def test_a_full_index_from_which_no_block_may_leave_refuses_saves_and_nothing_else(
+    opened: OpenStore, client: Client
+) -> None:
     keys = await stored(opened, client)
+    lease = opened.lookup(client, keys)
     names = await filled_index(opened)
     chain, used = some_chain(20, seed=1), opened.dram.used_bytes
 
@@ -280,7 +283,6 @@ async def test_a_full_index_refuses_saves_and_nothing_else(opened: OpenStore, cl
     assert {type(error) for error in outcome.refused.values()} == {IndexFull} and len(outcome.refused) == 20
     await until(lambda: opened.dram.used_bytes == used)
 
-    lease = opened.lookup(client, keys)
     assert lease is not None and len(await opened.load(lease)) == 2
     opened.leases.begin_release(caller_of(client), lease.lease_id)
     assert (await opened.store.moves.evict(CALLER, keys, TierName.DRAM)).evicted == 1
@@ -346,7 +348,7 @@ async def test_use_times_that_could_not_be_written_are_written_the_next_time(
         return failed
 
     with monkeypatch.context() as patched:
-        patched.setattr(opened.index, "put", failing)
+        patched.setattr(opened.index, "put_again", failing)
         with pytest.raises(StorageFailed):
             await opened.block_lifecycle.flush_recency()
     await opened.block_lifecycle.flush_recency()

@@ -355,7 +355,7 @@ async def test_a_pin_that_the_index_refuses_changes_nothing_and_the_next_flush_p
     keys = await saved(opened, client, 2)
     before = await opened.store.pins.pin(CALLER, keys[:1], 1000)
     await opened.block_lifecycle.flush_recency()
-    put, puts = opened.index.put, []
+    put, puts = opened.index.put_again, []
 
     def failing(tier: TierName, names: list[bytes], records: Records) -> asyncio.Future[None]:
         if tier == TierName.DRAM:
@@ -366,7 +366,7 @@ async def test_a_pin_that_the_index_refuses_changes_nothing_and_the_next_flush_p
         return failed
 
     with monkeypatch.context() as patched:
-        patched.setattr(opened.index, "put", failing)
+        patched.setattr(opened.index, "put_again", failing)
         with pytest.raises(StorageFailed):
             await opened.store.pins.pin(CALLER, keys, HOUR_MS)
     await asyncio.gather(*puts)

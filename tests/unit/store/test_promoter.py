@@ -92,9 +92,9 @@ async def test_blocks_that_end_one_after_another_share_a_commit(
     assert lease is not None
     placed, place = list[int](), opened.block_lifecycle.place
 
-    async def noted(rows: Sequence[int], *more: Any) -> None:
+    async def noted(rows: Sequence[int], *more: Any, **others: Any) -> None:
         placed.append(len(rows))
-        await place(rows, *more)
+        await place(rows, *more, **others)
 
     monkeypatch.setattr(opened.block_lifecycle, "place", noted)
     with opened.commits_held(TierName.DRAM):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvservice.blocks import TierName
+from kvservice.index.environment import Confirm, all_durable
 from kvservice.index.records import Records
 from kvservice.store import block_lifecycle
 from kvservice.store.miss_reasons import Reason
@@ -30,14 +31,14 @@ class RefusingIndex:
         self.refused = 0
 
     def put(
-        self, tier: TierName, keys: Sequence[bytes], records: Records, check: Callable[[], None] | None = None
+        self, tier: TierName, keys: Sequence[bytes], records: Records, confirm: Confirm = all_durable
     ) -> asyncio.Future[None]:
         if tier == TierName.SSD and self.error is not None:
             self.refused += 1
             failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             failed.set_exception(self.error)
             return failed
-        return self._put(tier, keys, records, check)
+        return self._put(tier, keys, records, confirm)
 
 
 @pytest.fixture

@@ -53,12 +53,27 @@ async def test_a_file_whose_flush_failed_is_flushed_again(open_tier: OpenTier, c
     with pytest.raises(StorageFailed, match=r"could not flush .*ssd-000.kv: Input/output error"):
         tier.sync()
     await tier.write(Extent(0, 0, PAGE), 0, noise(PAGE))
-    assert tier.refusing_because == ""  # The other file is in order.
-
     calls.failing.clear()
     calls.made.clear()
     tier.sync()
     assert calls.names() == ["fdatasync"] * 2
+
+
+async def test_a_file_that_cannot_be_flushed_keeps_no_other_one_from_it(
+    open_tier: OpenTier, calls: FaultyCalls
+) -> None:
+    tier = open_tier(files=2)
+    extents = [await stored(tier, noise(PAGE)) for _ in range(2)]
+    assert [extent.segment for extent in extents] == [0, 1]
+    calls.failing_once["fdatasync"] = errno.EIO
+
+    with pytest.raises(StorageFailed, match=r"ssd-000.kv"):
+        tier.sync()
+
+    assert [tier.flush_failures(extent) for extent in extents] == [1, 0]
+    calls.made.clear()
+    tier.sync()
+    assert calls.names() == ["fdatasync"], "the other one was flushed"
 
 
 async def test_a_failed_flush_is_a_reason_to_refuse_until_one_succeeds(tier: SsdTier, calls: FaultyCalls) -> None:
