@@ -9,7 +9,7 @@ import pytest
 
 from tests.daemon import DaemonProcess, until
 from tests.vllm.contract.steps import Steps
-from tests.vllm.contract.test_scheduler import BLOCK, blocks_of, chain_of, expect_nothing_is_held, ours, prompt
+from tests.vllm.contract.test_scheduler import BLOCK, blocks_of, chain_of, expect_nothing_is_held, ours, prompt, store
 
 pytestmark = pytest.mark.fast
 
@@ -65,3 +65,20 @@ def test_blocks_that_were_removed_before_a_preempted_request_continues_are_saved
         blocks, chain = blocks_of(client, steps), chain_of(steps, list(preempted.all_token_ids))
         until(lambda: blocks.contains(chain) == len(chain))
         expect_nothing_is_held(client, steps)
+
+
+def test_the_first_request_after_the_daemon_was_away_is_found(daemon: DaemonProcess) -> None:
+    with Steps(ours(daemon)) as steps, daemon.client() as client:
+        tokens = prompt("first", 4 * BLOCK)
+        store(client, steps, tokens)
+        scheduler, worker = steps.scheduler.connector._scheduler, steps.worker.connector._worker
+        other = steps.add(prompt("other", BLOCK), 6 * BLOCK)
+        daemon.kill()
+        steps.until(lambda: not worker._breaker.allow())
+        steps.run(other)
+        steps.settle()  # The last step says that the daemon is away.
+        daemon.start()
+        until(lambda: worker._breaker.allow() and scheduler._breaker.allow())
+        request = steps.ask([*tokens, 1])
+        steps.expect(request.request_id)
+        assert steps.hits[request.request_id] == len(tokens)

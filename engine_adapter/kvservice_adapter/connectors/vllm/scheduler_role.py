@@ -127,6 +127,8 @@ class SchedulerRole:
     # Requests
 
     def on_new(self, request: Any) -> None:
+        if not self._requests:
+            self._are_workers_away = False  # Without requests no step has reported that the daemon is back.
         generation = self._generation.number
         why = refusal_of(request) if generation is not None else "the key generation is not known yet"
         given = self._parameters_of(request)
