@@ -23,5 +23,5 @@ async def look_up_later(
 
 
 if __name__ == "__main__":
-    BlockService.LookupPrefix = look_up_later  # type: ignore[method-assign]
+    BlockService.LookupPrefix = look_up_later  # type: ignore[assignment, method-assign]
     sys.exit(__main__.main())

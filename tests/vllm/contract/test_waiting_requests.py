@@ -37,9 +37,9 @@ def test_requests_that_come_at_once_are_all_found_while_the_daemon_answers_their
         until(lambda: all(blocks.contains(chain_of(steps, each)) for each in prompts))
         ids = [steps.add([*each, 1]) for each in prompts]
         steps.run(*ids)
-        assert [steps.hits[each] for each in ids] == [BLOCK] * _REQUESTS
-        for each in ids:
-            steps.expect(each)
+        assert [steps.hits[request_id] for request_id in ids] == [BLOCK] * _REQUESTS
+        for request_id in ids:
+            steps.expect(request_id)
         assert not steps.scheduler.connector._scheduler._breaker.times_opened
 
 
