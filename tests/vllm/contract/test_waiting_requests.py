@@ -14,8 +14,8 @@ from tests.vllm.contract.test_scheduler import BLOCK, blocks_of, chain_of, ours,
 
 pytestmark = pytest.mark.fast
 
-_REQUESTS = 60  # Four lookups run at a time: the last answer comes after 15 turns.
-_WAIT_S = 4 * ANSWER_S
+_REQUESTS = 160  # Four lookups run at a time: the last answer comes after 40 turns, twice the time of a request.
+_WAIT_S = 20 * ANSWER_S
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
 def test_requests_that_come_at_once_are_all_found_while_the_daemon_answers_their_lookups(
     daemon: DaemonProcess,
 ) -> None:
-    with Steps(ours(daemon, pages=400, options={"lookup_wait_s": _WAIT_S})) as steps, daemon.client() as client:
+    with Steps(ours(daemon, pages=600, options={"lookup_wait_s": _WAIT_S})) as steps, daemon.client() as client:
         prompts = [prompt(f"burst {number}", BLOCK) for number in range(_REQUESTS)]
         for each in prompts:
             steps.add(each)
