@@ -173,6 +173,9 @@ class BlockCache:
                 more = leased(longer)[0]
             except Overloaded:  # The client holds as many leases, or leased blocks, as it may.
                 return lease
+            except KVError:
+                self._connection.background.submit(lease.release)
+                raise
             unused = lease if more.hit_blocks > lease.hit_blocks else more  # The tail may be gone by now.
             self._connection.background.submit(unused.release)
             return more if unused is lease else lease

@@ -153,6 +153,19 @@ def test_a_conversation_whose_history_differs_from_its_session_starts_the_sessio
         assert client.session(subject.layout, "edited").get().token_count == 6
 
 
+def test_a_conversation_that_returns_to_an_earlier_branch_finds_all_of_it_though_its_session_names_another(
+    daemon: DaemonProcess,
+) -> None:
+    model, tokens = tiny_llama(), prompt(6 * BLOCK_TOKENS + 1)
+    edited = tokens.clone()
+    edited[:, 2 * BLOCK_TOKENS :] += 1
+    with Client(daemon.address) as client:
+        subject = connector(client, model)
+        for branch in (tokens, edited):
+            assert subject.save(branch, computed(model, branch), session_id="branches").error is None
+        assert subject.restore(tokens, session_id="branches").tokens == 6 * BLOCK_TOKENS
+
+
 def test_a_session_that_was_truncated_is_left_as_it_is(daemon: DaemonProcess) -> None:
     model, tokens = tiny_llama(), prompt(40)[:, :14]
     with Client(daemon.address) as client:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvservice_api.errors import InvalidRequest
+from kvservice_api.errors import DeadlineExceeded, InvalidRequest
 from kvservice_client import BlockChain, ChainBuilder, Client, Durability, Shard, block_chain
 from tests.daemon import SOON_S, DaemonProcess, until
+from tests.distant_daemon import ANSWER_S
 from tests.integration.known_blocks import SMALL, compare, layers_of, save
 from tests.integration.test_rebuilt_index import lose_index, rebuild
 
@@ -250,3 +252,17 @@ def test_tails_are_found_after_the_index_was_lost_and_built_again(new_daemon: Ca
 def test_a_builder_without_tokens_has_an_empty_lease(client: Client) -> None:
     with client.open_layout(SMALL).lookup(builder([])) as lease:
         assert (lease.hit_blocks, lease.remaining_s) == (0, 0.0)
+
+
+def test_a_lookup_whose_time_is_over_before_it_has_leased_the_tail_leaves_no_lease(tmp_path: Path) -> None:
+    with (
+        DaemonProcess(tmp_path, program=("-m", "tests.distant_daemon")) as daemon,
+        daemon.client() as client,
+    ):
+        said = some_tokens(BLOCK + 5)
+        assert save(client, SMALL, history(said)).is_complete
+        blocks = client.open_layout(SMALL)
+        assert found(client, said) == len(said)
+        with pytest.raises(DeadlineExceeded):  # The first answer is there in time, and the second one is not.
+            blocks.lookup(builder(said), lease_ttl_s=600.0, timeout_s=1.5 * ANSWER_S)
+        until(lambda: client.admin.status().leases == 0)

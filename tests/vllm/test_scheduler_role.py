@@ -344,6 +344,25 @@ def test_the_report_of_a_request_that_was_preempted_counts_its_last_attempt(daem
     roles.close()
 
 
+def test_a_request_of_which_more_is_stored_than_its_prompt_after_a_preemption_is_reported(
+    daemon: DaemonProcess,
+) -> None:
+    roles = started(daemon)
+    save(roles, range(256))
+    scheduler, request = roles.scheduler, roles.request(next(_names), range(255))
+    scheduler.on_new(request)
+    for tokens in (0, 255):
+        until(lambda: scheduler.matched_tokens(request, 0)[0] is not None)
+        assert scheduler.matched_tokens(request, 0)[0] == tokens
+        request.append_output_token_ids(255)
+        request.num_preemptions += 1  # Before a step has reported its first token.
+    scheduler.finished(request, ([],))
+    with daemon.client() as client:
+        report = report_of(client, request.request_id)
+    assert (report.history_tokens, report.new_tokens) == (256, 0)
+    roles.close()
+
+
 def test_the_report_of_a_miss_says_whether_it_was_looked_up(daemon: DaemonProcess) -> None:
     roles = started(daemon)
     miss, other = roles.request(next(_names), PROMPT), roles.request(next(_names), PROMPT, {"may_load": False})

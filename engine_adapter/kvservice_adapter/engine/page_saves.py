@@ -44,6 +44,7 @@ class PageSave(NamedTuple):
     first_token: int
     page_ids: PageIds
     trace: spans.TraceContext | None = None  # Of its request.
+    request_id: str = ""
 
 
 class Gathering:
@@ -53,7 +54,6 @@ class Gathering:
         self._done = threading.Event()
         self.is_abandoned = False
         self.unanswered_s = 0.0  # How long it has waited for a reservation that the daemon did not answer in time.
-        self.dropped: list[PageSave] = []  # What there was no room for. Complete once `wait` has returned True.
 
     def wait(self, timeout_s: float) -> bool:
         """Block until the pages may be written again, at most that long.
@@ -82,14 +82,16 @@ class PageSaver:
         staging_bytes: int,
         on_saved: Callable[[SaveResult], None] = lambda result: None,
         on_dropped: OnDropped = lambda reason, blocks: None,
+        on_lost: Callable[[PageSave], None] = lambda save: None,
         memory: DeviceMemory | None = None,
     ) -> None:
         """`memory` are the pages, if the daemon may open them. `on_saved` is called on a thread of the saver's,
-        `on_dropped` on any thread: why blocks are not stored.
+        `on_dropped` on any thread: why blocks are not stored. `on_lost` too is called on any thread: with blocks that
+        the daemon may store if they are saved again, because staging was full, or the daemon did not answer.
         """
         self._device = device
         self._blocks, self._layers, self._breaker, self._clock = blocks, layers, breaker, clock
-        self._on_saved, self._on_dropped = on_saved, on_dropped
+        self._on_saved, self._on_dropped, self._on_lost = on_saved, on_dropped, on_lost
         self._staged = LayerSaver(device, blocks, staging_bytes=staging_bytes, on_dropped=on_dropped)
         self._working = device.stream("kvservice-save-pages")
         self._gathering = device.stream("kvservice-gather-pages")
@@ -114,8 +116,7 @@ class PageSaver:
         """
         gathering = Gathering()
         if not saves or not self._breaker.allow():
-            if saves:
-                self._on_dropped("BREAKER_OPEN", sum(len(save.chain) for save in saves))
+            self._not_asked(saves)
             gathering.end()
             return gathering
         try:
@@ -159,6 +160,8 @@ class PageSaver:
                 for save in part:
                     with spans.within(save.trace):
                         self._stage(save, gathering, computed)
+            else:
+                self._not_asked(part)
         except Exception as error:
             self._on_dropped(reason_of(error), sum(len(save.chain) for save in part))
             self._lines.warning("blocks are not saved: %s: %s", type(error).__name__, error, kind=type(error).__name__)
@@ -180,7 +183,7 @@ class PageSaver:
                 saving.gather()
             if not gathering.is_abandoned:
                 blocks = sum(len(save.chain) for save in saves)
-                self._committing.submit(partial(self._commit, _Copied(saving.commit, blocks, span)))
+                self._committing.submit(partial(self._commit, _Copied(saving.commit, saves, blocks, span)))
                 return True
         except Exception as error:
             _end(span, error)
@@ -249,7 +252,7 @@ class PageSaver:
                 return
             if span is not None:
                 span.copied(reservation)
-            copied = _Copied(reservation.commit, len(reservation.blocks), span)
+            copied = _Copied(reservation.commit, saves, len(reservation.blocks), span)
             self._committing.submit(partial(self._commit, copied))
         except Exception as error:
             _end(span, error)
@@ -261,13 +264,13 @@ class PageSaver:
             part = save.chain[first : first + self._job_blocks]
             job = self._staged.begin(part)
             if job is None:
-                gathering.dropped.append(save._replace(chain=save.chain[first:], first_token=first_token))
+                self._on_lost(save._replace(chain=save.chain[first:], first_token=first_token))
                 return
             self._gather_job(job, save.page_ids, first_token, computed)
             if gathering.is_abandoned:
                 job.abandon()
                 return
-            job.commit(on_done=self._done)
+            job.commit(on_done=partial(self._done, [save._replace(chain=part, first_token=first_token)]))
             first_token += part.token_count
 
     def _gather_job(self, job: SaveJob, page_ids: PageIds, first_token: int, computed: Computed) -> None:
@@ -284,17 +287,27 @@ class PageSaver:
         except Exception as error:
             _end(span, error)
             self._on_dropped(reason_of(error), copied.blocks)
-            self._done(error)
+            self._done(copied.saves, error)
             return
         if span is not None:
             span.stored(results)
         for result in results:
             for _, refusal in result.refused:
                 self._on_dropped(refusal.reason, 1)
-            self._done(result)
+            self._done((), result)
 
-    def _done(self, outcome: SaveResult | Exception) -> None:
-        self._breaker.record(answered(outcome if isinstance(outcome, KVError) else None))
+    def _not_asked(self, saves: Sequence[PageSave]) -> None:
+        """The daemon did not answer lately. On any thread."""
+        if saves:
+            self._on_dropped("BREAKER_OPEN", sum(len(save.chain) for save in saves))
+        for save in saves:
+            self._on_lost(save)
+
+    def _done(self, saves: Sequence[PageSave], outcome: SaveResult | Exception) -> None:
+        is_answered = answered(outcome if isinstance(outcome, KVError) else None)
+        self._breaker.record(is_answered)
+        for save in () if is_answered else saves:
+            self._on_lost(save)
         if isinstance(outcome, SaveResult):
             self._on_saved(outcome)
         else:
@@ -311,7 +324,8 @@ class _Copied(NamedTuple):
     """Blocks that were copied out of the pages, and are to be made visible."""
 
     commit: Callable[[], list[SaveResult]]
-    blocks: int
+    saves: Sequence[PageSave]
+    blocks: int  # Of them, those that were not stored.
     span: SaveSpans | None
 
 

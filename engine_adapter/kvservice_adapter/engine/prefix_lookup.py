@@ -94,13 +94,16 @@ class PrefixLookup:
     ) -> StoredPrefix | None:
         """The longest stored prefix: whole blocks, and one of the newest partial blocks that continue them.
 
-        With a session its last block is found too if it is not one of the newest. `hidden` marks the tokens that the
-        attention mask hides. At most `tokens_max` tokens of the prefix are to be used. Raises KVError.
+        With a session its last block is found too if it is not one of the newest, unless more whole blocks are stored.
+        `hidden` marks the tokens that the attention mask hides. At most `tokens_max` tokens of the prefix are to be
+        used. Raises KVError.
         """
         if not tokens_max:
             return None
         of_session = self._session_chain(token_ids, hidden, keys, session_id, deadline) if session_id else None
         builder = keys.builder(token_ids, hidden=hidden)
+        if of_session is not None and self._has_more(builder.chain, of_session, deadline):
+            of_session = None
         lease = self._blocks.lookup(of_session or builder, timeout_s=deadline.remaining_s, request_id=request_id)
         if not lease.hit_blocks:
             return None
@@ -166,6 +169,15 @@ class PrefixLookup:
             return None
         chain = keys.chain(token_ids[: state.token_count], with_partial=True, hidden=hidden)
         return chain[: common_blocks(chain.keys, state)] or None
+
+    def _has_more(self, chain: BlockChain, of_session: BlockChain, deadline: Deadline) -> bool:
+        """Whether more whole blocks of a chain are stored than its session names, which may name another branch of the
+        conversation, or an earlier turn.
+        """
+        if chain.token_count <= of_session.token_count:
+            return False
+        stored = self._blocks.contains(chain, deadline.remaining_s)
+        return chain[:stored].token_count > of_session.token_count
 
     def _state(self, session_id: str, deadline: Deadline) -> SessionState | None:
         try:

@@ -70,7 +70,7 @@ class StepReport(KVConnectorWorkerMetadata):
 
     failed: list[FailedLoad] = field(default_factory=list)
     loaded: list[EndedLoad] = field(default_factory=list)
-    dropped_saves: list[tuple[str, int]] = field(default_factory=list)  # (request, first token): staging was full.
+    dropped_saves: list[tuple[str, int]] = field(default_factory=list)  # (request, first token), to be ordered again.
     is_daemon_away: bool = False  # A worker's circuit breaker is open.
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:

@@ -92,7 +92,7 @@ class RequestProgress:
             outcome=self.outcome,
             outcome_reason=self.why if has_token else "; ".join(filter(None, (self.why, "it ended without a token"))),
             history_tokens=self.stored_tokens,
-            new_tokens=prompt_tokens - self.stored_tokens,
+            new_tokens=max(0, prompt_tokens - self.stored_tokens),  # After a preemption its answer is looked up too.
             loaded_tokens=self.load_tokens,
             computed_tokens=self.stored_tokens - self.own_tokens - self.load_tokens,
             loaded_bytes=sum(load.size_bytes for load in loads),

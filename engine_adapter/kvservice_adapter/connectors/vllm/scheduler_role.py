@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _RESET_WAIT_S = 1.0  # How long `reset` may wait. The daemon answers once its disk has written a file.
+_LOOKUPS_AT_ONCE = 4  # As `BlockCache.begin_lookup` says. Others wait until one of them has ended.
 _MEASURED_MIN = 32  # Tokens of a step. The time of fewer says little about a prefill.
 
 
@@ -58,7 +60,7 @@ class _Request:
     lookup: PendingLookup | None = None  # It holds the lease of what it found.
     found: FoundPrefix | None = None
     asked_at_s: float = 0.0  # When vLLM first asked for the answer of `lookup`; 0 if it has not.
-    found_at_s: float = 0.0
+    looked_up_at_s: float = 0.0  # When the lookup was begun.
     tier: str = ""  # Where its blocks are: "dram", "ssd" or "mixed".
     is_answered: bool = False  # There will be no other answer for this attempt.
     attempt: int = 0  # The preemptions at the last lookup.
@@ -101,6 +103,8 @@ class SchedulerRole:
         self._step: tuple[float, list[tuple[int, int]]] | None = None  # When it began, and what it computes.
         self._requests: dict[str, _Request] = {}
         self._late: list[PendingLookup] = []  # Lookups that still run, and that no request waits for.
+        self._begun: deque[PendingLookup] = deque()  # Without the first ones, if they have ended.
+        self._answered_at_s = 0.0  # When the daemon's last answer to a lookup was seen.
         self._orders = StepOrders()
         self._lines = RateLimitedLog(log)
         self._sessions = SessionUpdates(self._client, self._blocks, self._breaker)
@@ -123,6 +127,8 @@ class SchedulerRole:
     # Requests
 
     def on_new(self, request: Any) -> None:
+        if not self._requests:
+            self._are_workers_away = False  # Without requests no step has reported that the daemon is back.
         generation = self._generation.number
         why = refusal_of(request) if generation is not None else "the key generation is not known yet"
         given = self._parameters_of(request)
@@ -189,8 +195,9 @@ class SchedulerRole:
 
     def _look_up(self, state: _Request) -> None:
         """Begin to look up the request's prefix, if it may be stored."""
-        state.attempt = state.request.num_preemptions
+        state.attempt, state.looked_up_at_s = state.request.num_preemptions, self._clock.now_s()
         state.asked_at_s, state.is_answered, state.has_loaded = 0.0, False, False
+        state.saved_tokens = 0  # Blocks that are not found may have been removed: if they are computed, they are saved.
         state.progress.begins()
         if not self._breaker.allow() or self._are_workers_away:
             state.is_answered = True
@@ -202,16 +209,20 @@ class SchedulerRole:
             state.is_answered = True
             state.progress.looked_up(self._clock.now_s())
             return
+        while self._begun and self._begun[0].wait(0.0):
+            self._begun.popleft()
+        turns = 1 + len(self._begun) / _LOOKUPS_AT_ONCE  # Of a burst, each lookup has its time after those before it.
         with spans.within(spans.of_headers(state.request.trace_headers)):
             state.lookup = self._blocks.begin_lookup(
                 state.builder,
                 self._settings.ticket_s,
-                self._settings.lookup_wait_s * 5,
+                self._settings.lookup_wait_s * 5 * turns,
                 request_id=state.progress.request_id,
                 session_id=state.session_id,
                 adoptions=self._workers,
                 ticket_ttl_s=self._settings.ticket_s,
             )
+        self._begun.append(state.lookup)
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens after `computed_tokens` to load: None if the daemon has not answered yet, and whether between
@@ -233,7 +244,7 @@ class SchedulerRole:
             return None, False
         if state.found is None:
             return 0, False
-        if self._clock.now_s() - state.found_at_s > self._settings.ticket_s / 2:  # It waited for long in vLLM's queue.
+        if self._is_too_old(state):
             self._drop_found(state)
             self._look_up(state)
             return (0, False) if state.is_answered else (None, False)
@@ -247,6 +258,14 @@ class SchedulerRole:
             self._drop_found(state)
             return 0, False
         return tokens, self._mode(state) is LoadMode.BETWEEN_STEPS
+
+    def _is_too_old(self, state: _Request) -> bool:
+        """Whether the ticket may end before the workers adopt it: the request waited for long in vLLM's queue, also
+        before vLLM first asked, or the daemon was restarted.
+        """
+        assert state.found is not None
+        remaining_s, half_s = state.found.lease.remaining_s, self._settings.ticket_s / 2
+        return not remaining_s or (remaining_s < half_s < self._clock.now_s() - state.looked_up_at_s)
 
     def _plan(self, state: _Request, tokens: int, computed_tokens: int) -> Plan:
         """Whether to load these stored tokens. With `auto`: if they are there sooner, by what was measured."""
@@ -277,13 +296,16 @@ class SchedulerRole:
         return LoadMode.BETWEEN_STEPS if state.mode is LoadMode.AUTO else state.mode
 
     def _poll(self, state: _Request) -> bool:
-        """Take the lookup's answer. False if there is none yet, and the time to wait for it is not over."""
+        """Take the lookup's answer. False if there is none yet, and the time to wait for it is not over.
+
+        That time begins again with each answer to another lookup: the daemon answers one after another.
+        """
         now_s, lookup = self._clock.now_s(), state.lookup
         assert lookup is not None
         state.asked_at_s = state.asked_at_s or now_s
         answer = self._answer_of(lookup)
         if answer is None:
-            if now_s - state.asked_at_s < self._settings.lookup_wait_s:
+            if now_s - max(state.asked_at_s, self._answered_at_s) < self._settings.lookup_wait_s:
                 time.sleep(0)  # vLLM asks again at once. Without this its thread would keep the interpreter's lock.
                 return False
             self._stats.count(late_lookups=1)
@@ -295,7 +317,7 @@ class SchedulerRole:
         if isinstance(answer, KVError):
             state.progress.ends_as(Outcome.FAILED_OVER, f"{answer.reason}: {answer.message}")
         elif answer.ticket:
-            state.found, state.found_at_s = answer, now_s
+            state.found = answer
             state.tier = tier_of(answer.lease.residency)
             state.saved_tokens = max(state.saved_tokens, answer.lease.hit_tokens)
             state.progress.found(answer.lease.hit_tokens, state.tier)
@@ -309,10 +331,13 @@ class SchedulerRole:
             found = lookup.poll()
         except KVError as error:
             self._breaker.record(answered(error))
+            if answered(error):
+                self._answered_at_s = self._clock.now_s()
             self._lines.warning("a request is computed: %s: %s", error.reason, error.message, kind=str(error.reason))
             return error
         if found is not None:
             self._breaker.record(True)
+            self._answered_at_s = self._clock.now_s()
         return found
 
     def _end_late_lookups(self) -> None:
@@ -434,7 +459,8 @@ class SchedulerRole:
             computing.append((new_tokens, request.num_computed_tokens))
             if state.began is None or state.began[0] != request.num_preemptions:
                 state.began = request.num_preemptions, request.num_computed_tokens - request.num_in_flight_tokens
-            if state.may_save and (request.num_computed_tokens + new_tokens) // size * size > state.saved_tokens:
+            whole_tokens = (request.num_computed_tokens + new_tokens) // size * size
+            if state.may_save and whole_tokens > state.saved_tokens and not self._are_workers_away:
                 self._orders.saves += self._saves.of_step(state)
         for request_id in kept:
             if request_id not in scheduled.num_scheduled_tokens and (state := self._requests.get(request_id)):

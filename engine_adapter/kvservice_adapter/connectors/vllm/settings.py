@@ -38,7 +38,7 @@ class ConnectorSettings:
     load: LoadMode = LoadMode.AUTO
     save: bool = True
     hints: bool = True  # Whether to report vLLM's queue, and turns that have ended, to the daemon.
-    lookup_wait_s: float = 0.02  # How long a request may wait for the answer of a lookup.
+    lookup_wait_s: float = 0.02  # How long a request may wait while the daemon answers no lookup.
     wait_s: float = 0.1  # How long a step may wait for a daemon that sends nothing.
     layer_wait_s: float = 1.0  # How long a load may wait for each layer while the daemon sends, such as from SSD.
     ticket_s: float = 30.0  # How long a hit stays leased until the workers load it.

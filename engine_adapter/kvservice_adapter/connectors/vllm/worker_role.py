@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
@@ -40,13 +40,6 @@ _CLOSED_S = 2.0  # At vLLM's end: for the last saves.
 _GATHERED_S = 30.0  # For copies out of the pages, from memory to memory.
 
 
-class _Gathered(NamedTuple):
-    """The saves of one step that are copied out together."""
-
-    gathering: Gathering
-    request_of_tip: dict[bytes, str]  # By the key of a chain's last block.
-
-
 class WorkerRole:
     """One rank. All methods are called on vLLM's worker thread."""
 
@@ -73,7 +66,7 @@ class WorkerRole:
         self._stats = TransferStats()
         self._loaders: list[tuple[PageLoadOrder, PrefixLoad, LayerLoader]] = []
         self._between_steps: dict[str, PrefixLoad] = {}  # By request.
-        self._gathering: _Gathered | None = None
+        self._gathering: Gathering | None = None
         self._saver: PageSaver | None = None
         self._orders: StepOrders | None = None
         self._open: dict[str, PageLoadOrder] = {}  # By request: the loads of this step that have not ended.
@@ -123,6 +116,7 @@ class WorkerRole:
                 staging_bytes=self._settings.staging_bytes,
                 on_saved=self._saved,
                 on_dropped=self._save_dropped,
+                on_lost=self._save_lost,
                 memory=self._memory,
             )
         threading.Thread(target=self._attach, name="kvservice-start", daemon=True).start()
@@ -157,27 +151,21 @@ class WorkerRole:
             self._gathering = self._gather([save for save in orders.saves if not save.is_freed])
         finally:  # After an error too, vLLM writes into the freed pages.
             self._wait(freed)
-        self._unanswered_s = 0.0 if freed is None else freed.gathering.unanswered_s
+        self._unanswered_s = 0.0 if freed is None else freed.unanswered_s
 
-    def _gather(self, orders: list[PageSaveOrder]) -> _Gathered | None:
+    def _gather(self, orders: list[PageSaveOrder]) -> Gathering | None:
         if self._saver is None or not orders:
             return None
         saves = [
-            PageSave(order.chain, order.first_token, order.page_ids, spans.of_headers(order.trace_headers))
-            for order in orders
+            PageSave(each.chain, each.first_token, each.page_ids, spans.of_headers(each.trace_headers), each.request_id)
+            for each in orders
         ]
-        gathering = self._saver.gather(saves, self._settings.wait_s / 2)  # The loads of the step have the other half.
-        return _Gathered(gathering, {order.chain.keys[-1]: order.request_id for order in orders})
+        return self._saver.gather(saves, self._settings.wait_s / 2)  # The loads of the step have the other half.
 
-    def _wait(self, gathered: _Gathered | None) -> None:
+    def _wait(self, gathering: Gathering | None) -> None:
         """Until vLLM may write into the pages."""
-        if gathered is None:
-            return
-        if not gathered.gathering.wait(_GATHERED_S):
+        if gathering is not None and not gathering.wait(_GATHERED_S):
             self._lines.warning("blocks were not copied out of vLLM's pages in time: they are not saved")
-            return
-        for save in gathered.gathering.dropped:
-            self._report.dropped_saves.append((gathered.request_of_tip[save.chain.keys[-1]], save.first_token))
 
     def _saved(self, result: SaveResult) -> None:
         """On a thread of the saver's."""
@@ -187,6 +175,11 @@ class WorkerRole:
         """On any thread."""
         with self._lock:
             self._stats.add("dropped_save_blocks", blocks, reason)
+
+    def _save_lost(self, save: PageSave) -> None:
+        """On any thread."""
+        with self._lock:
+            self._report.dropped_saves.append((save.request_id, save.first_token))
 
     def _begin_step(self, orders: StepOrders) -> bool:
         """False if the step of these orders has begun already."""
