@@ -10,9 +10,9 @@ import socket
 import ssl
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, cast
 
 import xxhash
 
@@ -177,7 +177,7 @@ def _receive_records(source: ssl.SSLSocket, into: memoryview, wait_s: float) -> 
     as `SSLSocket.read` if none has come.
     """
     size, end_s = len(into), time.monotonic() + wait_s
-    read = source.read  # `recv_into` calls it, for each record.
+    read = cast(Callable[[int, memoryview], int], source.read)  # `recv_into` calls it, for each record.
     filled = count = read(size, into)
     while count and filled < size and time.monotonic() < end_s:
         try:
