@@ -1,4 +1,4 @@
-"""Builds the optional C extension of `kvservice_api`: `copying.py`, `socket_buffers.py` and `file_parts.py` use it.
+"""Builds the optional C extension of `kvservice_api`: the modules beside its C files use it.
 
 Without a C compiler, or with KVS_PURE_PYTHON=1, the wheel has Python code only and is for every platform. The extension
 uses Python's limited API, so that one file serves Python 3.11 and later.
@@ -18,7 +18,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_SOURCES = ("proto/kvservice_api/copying.c", "proto/kvservice_api/socket_buffers.c", "proto/kvservice_api/file_parts.c")
+_PARTS = ("copying", "socket_buffers", "file_parts", "tls_contexts")
 _NAME = "_copying.abi3.so"
 
 
@@ -38,7 +38,7 @@ class ExtensionBuildHook(BuildHookInterface[Any]):
 
     def _build(self, version: str, build_data: dict[str, Any]) -> str:
         """Why the extension could not be built; empty if it was, or is not wanted. Raises OSError."""
-        sources = [Path(self.root, each) for each in _SOURCES]
+        sources = [Path(self.root, "proto/kvservice_api", f"{each}.c") for each in _PARTS]
         beside = sources[0].with_name(_NAME)
         if version == "editable":
             beside.unlink(missing_ok=True)  # It may be of an older source.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from kvservice_api.errors import TlsFileUnusable
 from kvservice_api.pem_files import PemError, PemFile, file_stamps, load_authorities, load_pair
+from kvservice_api.tls_contexts import new_context
 from kvservice_client.retry import SYSTEM_CLOCK, Clock
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class TlsContents(NamedTuple):
 
     def context(self) -> ssl.SSLContext:
         """For sockets that are not gRPC's. Without a CA it trusts those of the system. Raises PemError."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context = new_context(ssl.PROTOCOL_TLS_CLIENT)
         if self.ca is None:
             context.load_default_certs()
         else:

@@ -14,8 +14,9 @@
 #include "file_parts.h"
 #include "socket_buffers.h"
 #include "stream_copy.h"
+#include "tls_contexts.h"
 
-enum { ARGUMENTS = 4 }; /* A number for the arguments of its functions: copying.py uses no file of another one. */
+enum { ARGUMENTS = 5 }; /* A number for the arguments of its functions: copying.py uses no file of another one. */
 
 int has_avx2;
 
@@ -178,6 +179,8 @@ static PyMethodDef methods[] = {
     {"move_buffers", move_buffers, METH_VARARGS,
      "move_buffers(fd, watched_fd, is_sending, buffers, first, offset, sums, partial, streamed, turn_bytes, wait_s): why it ends,\n"
      "the first buffer that is not complete, how much of it has moved, how many bytes. See kvservice_api/socket_buffers.py."},
+    {"read_ahead", read_ahead, METH_VARARGS,
+     "read_ahead(make, buffer_bytes): the context that `make` returns. See kvservice_api/tls_contexts.py."},
     {"read_parts", read_parts, METH_VARARGS,
      "read_parts(fd, parts, sums): a byte per part, 1 if it was read. See kvservice_api/file_parts.py."},
     {NULL, NULL, 0, NULL},

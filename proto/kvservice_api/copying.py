@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-_ARGUMENTS = 4  # The number of its arguments' form, also in `copying.c`.
+_ARGUMENTS = 5  # The number of its arguments' form, also in `copying.c`.
 
 
 def _extension() -> ModuleType | None:

@@ -10,13 +10,14 @@ import socket
 import ssl
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, cast
 
 import xxhash
 
 from kvservice_api import copying
+from kvservice_api.tcp_links import set_corked
 
 # Why a move has ended. The numbers are also in `socket_buffers.c`.
 MOVED: Final = 0  # All bytes have moved, or those of a turn, or the time is over.
@@ -27,6 +28,7 @@ _PIECE_BYTES = 512 << 10  # By one call of Python, and summed after it.
 _LOW_BYTES = 256 << 10  # Waited for, if so many are missing: each wait costs as much as copying 50 KiB.
 _TLS_BYTES = 256 << 10  # Sent by one call: it returns once all of them are written, and only then they count.
 _RECORDS_BYTES = 256 << 10  # Received by one call on TLS.
+_CORKED_BYTES_MIN = 128 << 10  # Of a message on TLS: two segments of loopback.
 _JOINED_BYTES = 16 << 10  # Smaller buffers are sent together on TLS: a record.
 _BUFFERS_MAX = 512  # In one call; Linux takes 1024.
 _PARTIAL_BYTES = 72  # What `socket_buffers.c` keeps of the checksum of a buffer that is there in part.
@@ -39,7 +41,7 @@ class SocketBuffers:
     are larger than these (`copying.STREAMED_BYTES_MIN`).
     """
 
-    __slots__ = ("_at", "_buffers", "_digest", "_offset", "_partial", "_streamed", "sums")
+    __slots__ = ("_at", "_buffers", "_digest", "_is_corked", "_offset", "_partial", "_streamed", "sums")
 
     def __init__(self, buffers: Sequence[memoryview], *, summed: bool = False, streamed: bool = False) -> None:
         self._buffers = buffers
@@ -48,6 +50,7 @@ class SocketBuffers:
         self.sums = array("Q", bytes(8 * len(buffers) if summed else 0))
         self._partial = bytearray(_PARTIAL_BYTES if summed else 0)
         self._digest: xxhash.xxh3_64 | None = None
+        self._is_corked = False
         self._advance(0)
 
     @property
@@ -83,13 +86,15 @@ class SocketBuffers:
             return self._move(target, turn_bytes, wait_s, watched, is_sending=True)
         try:
             if isinstance(target, ssl.SSLSocket):
-                count = target.send(self._record())
+                count = self._send_records(target)
             else:
                 flags = 0 if watched < 0 else socket.MSG_DONTWAIT
                 count = target.sendmsg(self._next(_PIECE_BYTES), (), flags)
         except (BlockingIOError, TimeoutError):
             return BLOCKED, 0
         self._advance(count)
+        if self._is_corked and self.is_done:
+            set_corked(target, is_corked=False)
         return MOVED, count
 
     def _move(
@@ -123,6 +128,13 @@ class SocketBuffers:
             found.append(each[:size_bytes])
             size_bytes -= len(each)
         return found
+
+    def _send_records(self, target: ssl.SSLSocket) -> int:
+        """TLS writes each record of 16 KiB by itself. Corked, the kernel sends several of them in one segment."""
+        if not self._is_corked and sum(map(len, self._next(_CORKED_BYTES_MIN))) == _CORKED_BYTES_MIN:
+            self._is_corked = True
+            set_corked(target, is_corked=True)
+        return target.send(self._record())
 
     def _record(self) -> memoryview | bytes:
         found = self._buffers[self._at][self._offset :][:_TLS_BYTES]
@@ -162,13 +174,14 @@ class SocketBuffers:
 def _receive_records(source: ssl.SSLSocket, into: memoryview, wait_s: float) -> int:
     """Fill it: TLS reads a record of at most 16 KiB per call. Less if nothing comes in the socket's time limit, and
     after `wait_s`: each record may take the time limit of the socket. Returns the number of bytes, 0 at the end. Raises
-    as `SSLSocket.recv_into` if none has come.
+    as `SSLSocket.read` if none has come.
     """
     size, end_s = len(into), time.monotonic() + wait_s
-    filled = count = source.recv_into(into, size)
+    read = cast(Callable[[int, memoryview], int], source.read)  # `recv_into` calls it, for each record.
+    filled = count = read(size, into)
     while count and filled < size and time.monotonic() < end_s:
         try:
-            count = source.recv_into(into[filled:], size - filled)
+            count = read(size - filled, into[filled:])
         except (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             break
         filled += count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from contextlib import suppress
 from typing import Final
 
 _MIN_RTT_OFFSET, _TCP_INFO_BYTES = 148, 152  # In struct tcp_info: tcpi_min_rtt, u32, us.
@@ -35,3 +36,13 @@ def limit_bytes_ahead(connected: socket.socket, rtt_s: float) -> bool:
         return False
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     return True
+
+
+def set_corked(connected: socket.socket, *, is_corked: bool) -> None:
+    """While it is corked, the kernel sends whole segments only, and the rest after 200 ms. The end sends all.
+
+    On loopback a segment has 64 KiB: without it each smaller write is a segment, which the receiver acknowledges. No
+    effect if it is no TCP socket.
+    """
+    with suppress(OSError):
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, is_corked)

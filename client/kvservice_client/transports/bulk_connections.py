@@ -83,9 +83,23 @@ class BulkConnection:
     @property
     def is_stale(self) -> bool:
         """Whether this idle connection has ended, or the daemon sent what was not requested."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            return not self._is_quiet(self._socket)
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(0))
+
+    def _is_quiet(self, encrypted: ssl.SSLSocket) -> bool:
+        """Whether a read would wait. The socket does not show it: OpenSSL may have read ahead."""
+        self._wait_s = 0.0
+        encrypted.settimeout(self._wait_s)
+        try:
+            encrypted.read(1)
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def receive(self, buffers: SocketBuffers, deadline: Deadline | None = None) -> None:
         """Fill all of them. Raises the deadline's error, whose idle time begins again with each piece that comes;

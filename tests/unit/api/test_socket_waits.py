@@ -102,3 +102,35 @@ def test_with_tls_a_move_ends_after_its_time_although_more_records_have_come(tmp
         received = SocketBuffers([memoryview(bytearray(300))])
         assert received.receive(client, 1, 0.0) == (MOVED, 100)
         assert received.receive(client, 1, LONG_S) == (MOVED, 200)
+
+
+def test_with_tls_only_the_end_of_a_large_message_sends_less_than_a_segment(
+    tcp: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    """Else each record of 16 KiB would be a segment of its own."""
+    of_daemon = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    of_daemon.load_cert_chain(*Authority().issue().write(tmp_path))
+    of_client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    of_client.check_hostname, of_client.verify_mode = False, ssl.CERT_NONE
+    near, far = tcp
+    size = 8 << 20
+    data = memoryview(bytes(size))
+    corked = []
+
+    def send() -> None:
+        with of_daemon.wrap_socket(far.dup(), server_side=True) as daemon:
+            for buffers in (SocketBuffers([data[:100], data[100:]]), SocketBuffers([data[:100]])):
+                while not buffers.is_done:
+                    buffers.send(daemon, 1, 0.0)
+                    corked.append(daemon.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with of_client.wrap_socket(near.dup()) as client:
+        received = SocketBuffers([memoryview(bytearray(size + 100))])
+        while not received.is_done:
+            assert received.receive(client, 1, LONG_S)[0] == MOVED
+    sender.join()
+    *during, at_the_end, of_a_small_one = corked
+    assert all(during) and len(during) > 10
+    assert not at_the_end and not of_a_small_one

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvservice_api.errors import DeadlineExceeded
-from kvservice_api.socket_buffers import BLOCKED
+from kvservice_api.socket_buffers import BLOCKED, SocketBuffers
+from kvservice_api.tls_contexts import new_context
 from kvservice_client.retry import SYSTEM_CLOCK, Deadline
 from kvservice_client.transports import bulk_connections
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections, Endpoint
+from tests.certificates import Authority
 from tests.clock import ClientClock
 
 ENDPOINT = Endpoint("127.0.0.1", 1, 1, None)
@@ -71,6 +76,42 @@ def test_a_connection_knows_its_round_trip_once_it_is_connected() -> None:
         connection.connect(listener.getsockname(), None, Deadline(10.0))
         assert 0 < connection.rtt_s < 10.0
         connection.close()
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("sent", ["nothing", "a byte that was not requested", "the end"])
+def test_an_idle_connection_with_tls_is_stale_if_anything_has_come(sent: str, tmp_path: Path) -> None:
+    """Also if OpenSSL has read it together with the last message, so that the socket is not readable."""
+    of_daemon = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    of_daemon.load_cert_chain(*Authority().issue().write(tmp_path))
+    of_client = new_context(ssl.PROTOCOL_TLS_CLIENT)
+    of_client.check_hostname, of_client.verify_mode = False, ssl.CERT_NONE
+    has_sent, is_over = threading.Event(), threading.Event()
+
+    def serve() -> None:
+        accepted, _ = listener.accept()
+        with of_daemon.wrap_socket(accepted, server_side=True) as daemon:
+            daemon.recv(100)
+            daemon.sendall(b"last")
+            if sent == "a byte that was not requested":
+                daemon.sendall(b"x")
+            if sent == "the end":
+                daemon.shutdown(socket.SHUT_RDWR)
+            has_sent.set()
+            is_over.wait(30.0)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = threading.Thread(target=serve)
+        serving.start()
+        tls: Any = (None, "localhost")
+        connection = BulkConnection(socket.AF_INET, ENDPOINT._replace(tls=tls))
+        connection.connect(listener.getsockname(), of_client, Deadline(10.0))
+        assert has_sent.wait(30.0)
+        connection.receive(SocketBuffers([memoryview(bytearray(4))]), Deadline(10.0))
+        assert connection.is_stale == (sent != "nothing")
+        connection.close()
+        is_over.set()
+        serving.join()
 
 
 @pytest.mark.parametrize(
