@@ -50,6 +50,7 @@ class BulkConnection:
         """Not connected yet."""
         self.endpoint = endpoint
         self.idle_since_s = 0.0
+        self.has_joined = False  # A transfer. Then the daemon knows its caller, and takes calls.
         self.arrived: Callable[[], None] | None = None  # Called when bytes have come that no deadline waits for.
         self.pause_s = _WAIT_S  # After which a call returns with what has come.
         self._socket = socket.socket(family, socket.SOCK_STREAM)
@@ -238,7 +239,7 @@ class BulkConnections:
         not waited for longer than the deadline's idle time, or half of the time that is left. Raises the errors of user
         and deadline.
         """
-        while (found := self._idle_one(endpoint)) is not None:
+        while (found := self.idle_one(endpoint)) is not None:
             user.use(found)
             if not found.is_stale:
                 return found
@@ -346,8 +347,14 @@ class BulkConnections:
                 del self._idle[0]
         connection.close()
 
-    def _idle_one(self, endpoint: Endpoint) -> BulkConnection | None:
-        """The one that was used last. Those that lead elsewhere, or are too old, are closed."""
+    @property
+    def has_idle(self) -> bool:
+        return bool(self._idle)
+
+    def idle_one(self, endpoint: Endpoint) -> BulkConnection | None:
+        """The one that was used last; the caller puts it back or closes it. Those that lead elsewhere, or are too old,
+        are closed.
+        """
         now_s = self._connection.clock.now_s()
         with self._lock:
             useful = [each for each in self._idle if each.endpoint == endpoint and now_s < each.idle_since_s + _IDLE_S]
