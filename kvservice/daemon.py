@@ -111,7 +111,7 @@ class Daemon:
             credentials=certificates.server_credentials() if certificates else None,
             is_traced=settings.tracing.enabled,
         )
-        self.bulk.answer_calls(BulkCalls(block_service, self._server.calls).answer)
+        self.bulk.answer_calls(BulkCalls(block_service, self._server.calls, self._server.loop_budget).answer)
         self.port = self._server.ports[0]
         self._metrics: MetricsServer | None = None
         if server.metrics_address:

@@ -12,16 +12,17 @@ from google.rpc import status_pb2
 from kvservice.rpc.blocks import BlockService
 from kvservice.rpc.calls import DETAILS_KEY, BulkContext, CallCounts, Context, guarded
 from kvservice.store.caller import Caller
+from kvservice.store.tasks import LoopBudget
 from kvservice_api.bulk import CALLS, MessageKind
 from kvservice_api.v1 import blocks_pb2
 
 
 class BulkCalls:
-    def __init__(self, service: BlockService, counts: CallCounts) -> None:
+    def __init__(self, service: BlockService, counts: CallCounts, loop_budget: LoopBudget) -> None:
         methods = blocks_pb2.DESCRIPTOR.services_by_name["BlockService"].methods_by_name
         requests = [message_factory.GetMessageClass(methods[name].input_type) for name in CALLS]
         self._handlers = [
-            guarded(getattr(service, name), counts, request.FromString)
+            guarded(getattr(service, name), counts, loop_budget, request.FromString)
             for name, request in zip(CALLS, requests, strict=True)
         ]
 

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.store import BlockStore
+from kvservice.store.tasks import LoopBudget
 from kvservice_api import spans
 from kvservice_api.errors import (
     INTERNAL,
@@ -137,11 +138,13 @@ class CallCounts:
 def guarded(
     handler: Unary,
     counts: CallCounts,
+    loop_budget: LoopBudget,
     parse: Callable[[bytes], Any] | None = None,
     *,
     span_name: str = "",
 ) -> Unary:
-    """A handler that answers once or writes to its context, its errors turned into statuses, and counted.
+    """A handler that answers once or writes to its context, its errors turned into statuses, and counted. It begins
+    with a slot of `loop_budget`: many calls that come at once would be one long turn of the event loop.
 
     `parse` reads the request of a unary call here, because a parse error inside grpc gives the caller no reason. With
     a `span_name`, calls of clients that record a trace have a span of this name in it.
@@ -155,6 +158,7 @@ def guarded(
         counts.running[method] += 1
         span = spans.of_call(span_name, context.invocation_metadata() or ()) if span_name else None
         try:
+            await loop_budget.slot()
             answer = await handler(request if parse is None else parse(request), context)
             code = "OK"
             return answer
