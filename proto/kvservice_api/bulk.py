@@ -71,6 +71,7 @@ class MessageKind(IntEnum):
     ANSWER = 9  # Daemon: the method's response, serialized.
 
 
+_KINDS: Final = {kind.value: kind for kind in MessageKind}
 _BYTES_MAX: Final = {
     MessageKind.HELLO: HELLO_BYTES,
     MessageKind.END: 0,
@@ -106,10 +107,9 @@ def unpack_header(data: bytes | bytearray | memoryview) -> MessageHeader:
     The sizes of DATA, SUMMED_DATA and COMMIT depend on the transfer: the receiver checks them.
     """
     number, layer, first_block, offset_bytes, size_bytes = _HEADER.unpack_from(data)
-    try:
-        kind = MessageKind(number)
-    except ValueError as error:
-        raise InvalidFrame(f"no message of the bulk port has the kind {number}") from error
+    kind = _KINDS.get(number)
+    if kind is None:
+        raise InvalidFrame(f"no message of the bulk port has the kind {number}")
     if size_bytes > _BYTES_MAX.get(kind, size_bytes) or (kind is MessageKind.COMMIT and size_bytes % 8):
         raise InvalidFrame(f"a message {kind.name} has no {size_bytes} bytes")
     return MessageHeader(kind, layer, first_block, offset_bytes, size_bytes)

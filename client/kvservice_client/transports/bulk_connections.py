@@ -228,8 +228,7 @@ class BulkConnections:
 
     def rtt_s(self, endpoint: Endpoint) -> float | None:
         """The round trip, when a connection there was last put back. None if none was."""
-        with self._lock:
-            known = self._rtt
+        known = self._rtt
         return known[1] if known is not None and known[0] == endpoint else None
 
     def take(self, endpoint: Endpoint, deadline: Deadline, user: User) -> BulkConnection:
@@ -332,13 +331,17 @@ class BulkConnections:
 
     def put_back(self, connection: BulkConnection) -> None:
         """All messages of its transfer were sent and received."""
-        now_s = self._connection.clock.now_s()
-        connection.idle_since_s = now_s
         connection.arrived, connection.pause_s = None, _WAIT_S
         rtt_s = connection.rtt_s
         connection.limit_bytes_ahead(rtt_s)
+        self._rtt = connection.endpoint, rtt_s
+        self.keep(connection)
+
+    def keep(self, connection: BulkConnection) -> None:
+        """It is idle, and as it was when it was taken."""
+        now_s = self._connection.clock.now_s()
+        connection.idle_since_s = now_s
         with self._lock:
-            self._rtt = connection.endpoint, rtt_s
             if not self._is_closed:
                 self._idle.append(connection)
                 connection = self._idle[0]
