@@ -23,6 +23,7 @@ class Calls:
     def __init__(self, answer: Answer, wake: Callable[[BulkConnection], None], tasks: Tasks) -> None:
         self._answer, self._wake, self._tasks = answer, wake, tasks
         self._loop = asyncio.get_running_loop()
+        self.is_stopped = False  # Set on the event loop: no call begins any more.
 
     def talk(self, connection: BulkConnection, header: MessageHeader) -> Steps:
         """The rest of a CALL, and its answer. Raises InvalidFrame, and as `BulkConnection.read` and `wait`."""
@@ -40,11 +41,19 @@ class Calls:
             answers.append(pack_header(kind, len(data)) + data)
             self._wake(connection)
 
-        self._loop.call_soon_threadsafe(lambda: tasks.append(self._tasks.start(work(), "a call on the bulk port")))
+        def start() -> None:
+            if not self.is_stopped:
+                tasks.append(self._tasks.start(work(), "a call on the bulk port"))
+
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(start)
         try:
             while not answers:
                 yield from connection.wait()
         finally:
             if not answers:
-                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                self._loop.call_soon_threadsafe(cancel)
         yield from connection.write(SocketBuffers([memoryview(answers[0])]))

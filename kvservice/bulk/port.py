@@ -132,6 +132,8 @@ class BulkPort:
             return
         await self._tasks.stop()
         self._is_closed = True
+        if self._calls is not None:
+            self._calls.is_stopped = True
         os.eventfd_write(self._ending, 1)
         await on_thread(self._join)
         await self.close_all(list(self._connections.values()))

@@ -31,7 +31,7 @@ from kvservice_api.v1 import admin_pb2, blocks_pb2, devices_pb2, hints_pb2, sess
 _RAW_REQUESTS = {"SaveBlocks", "Exchange"}  # Exchange: a parse error inside grpc gives the client no reason.
 _RAW_RESPONSES = {"LoadBlocks"}
 _CONTROL_BYTES_MAX = 4 << 20  # Keys of a request, mostly.
-_CALLS_A_TURN = 8  # Each takes up to half a millisecond of the event loop until its answer is on its way.
+_CALLS_A_TURN = 8  # Each takes up to half a millisecond of the event loop until gRPC has its answer.
 
 
 class UnixSocket(NamedTuple):
