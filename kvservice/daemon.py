@@ -24,6 +24,7 @@ from kvservice.metrics.server import MetricsServer, health
 from kvservice.rpc.addresses import SocketLock, listen_for_bulk
 from kvservice.rpc.admin import AdminService
 from kvservice.rpc.blocks import BlockService
+from kvservice.rpc.bulk_calls import BulkCalls
 from kvservice.rpc.devices import DeviceService
 from kvservice.rpc.hints import HintService
 from kvservice.rpc.server import Server, UnixSocket
@@ -91,14 +92,15 @@ class Daemon:
             idle_s=server.transfer_idle_s,
             threads=min(_BULK_THREADS_MAX, len(os.sched_getaffinity(0))),
         )
+        block_service = BlockService(
+            self.store,
+            version=__version__,
+            residency_directory=lambda: self.directory.path,
+            cuda_ipc_refused_because=lambda: self.cuda_ipc.refused_because,
+            bulk=self.bulk,
+        )
         self._server = Server(
-            BlockService(
-                self.store,
-                version=__version__,
-                residency_directory=lambda: self.directory.path,
-                cuda_ipc_refused_because=lambda: self.cuda_ipc.refused_because,
-                bulk=self.bulk,
-            ),
+            block_service,
             SessionService(self.store),
             HintService(self.store),
             DeviceService(self.store, self.cuda_ipc),
@@ -109,6 +111,7 @@ class Daemon:
             credentials=certificates.server_credentials() if certificates else None,
             is_traced=settings.tracing.enabled,
         )
+        self.bulk.answer_calls(BulkCalls(block_service, self._server.calls, self._server.loop_budget).answer)
         self.port = self._server.ports[0]
         self._metrics: MetricsServer | None = None
         if server.metrics_address:

@@ -44,6 +44,7 @@ class BulkDaemon:
         self.slices: list[list[bytearray]] = []  # Of the last save: by layer, of each of its blocks.
         self.before_unit: Callable[[int, socket.socket], None] = no_fault
         self.opened: list[pb.OpenTransferRequest] = []
+        self.answer: Callable[[bytes], tuple[MessageKind, bytes]] = lambda opened: (MessageKind.ANSWER, opened)
         self.accepted = 0
         self.boot_epoch = 1
         self.forgets_tickets = False
@@ -105,6 +106,9 @@ class BulkDaemon:
                 assert receive(connection, len(bulk.PREFACE)) == bulk.PREFACE
                 while True:
                     header = bulk.unpack_header(receive(connection, bulk.HEADER_BYTES))
+                    if header.kind is MessageKind.CALL:
+                        self._answer(connection, header)
+                        continue
                     assert header.kind is MessageKind.HELLO
                     ticket, _ = bulk.unpack_hello(receive(connection, header.size_bytes))
                     found = self._tickets.pop(ticket, None)
@@ -113,6 +117,12 @@ class BulkDaemon:
                         return
                     served, number = found
                     (served.load if served.is_load else served.save)(connection, number)
+
+    def _answer(self, connection: socket.socket, header: bulk.MessageHeader) -> None:
+        assert bulk.CALLS[header.layer] == "OpenTransfer"
+        opened = self.open(pb.OpenTransferRequest.FromString(receive(connection, header.size_bytes)))
+        kind, data = self.answer(opened.SerializeToString())
+        send(connection, kind, data)
 
 
 class _Served:

@@ -499,8 +499,7 @@ class BlockCache:
         )
         if lease_ttl_ms:
             request.locate, request.offer_load = self._wanted_with_lease(chain, deadline)
-        call = self._connection.channel.call
-        return session, call(BLOCKS + "LookupPrefix", request, pb.LookupPrefixResponse, deadline)
+        return session, self._transports.call("LookupPrefix", request, pb.LookupPrefixResponse, deadline)
 
     def _wanted_with_lease(self, chain: BlockChain | None, deadline: Deadline) -> tuple[bool, int]:
         """Whether an answer should have the places of its blocks, and for how many connections of the bulk port it

@@ -112,10 +112,15 @@ class Channel:
 
     @property
     def tls(self) -> tuple[TlsContents, str] | None:
-        """What the latest connection uses of the TLS files, and the name that the daemon's certificate must have."""
+        """What a new connection uses of the TLS files, and the name that the daemon's certificate must have.
+
+        Raises as a call if the client is closed.
+        """
         watch = self._tls
         if watch is None or self.host is None:
             return None
+        with self._lock:
+            self._current()
         return watch.latest, watch.files.server_name or self.host
 
     def close(self) -> None:

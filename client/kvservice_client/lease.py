@@ -403,7 +403,7 @@ class Lease:
     def _send_release(self, request: pb.ReleaseLeaseRequest, timeout_s: float) -> None:
         deadline = self._connection.deadline(timeout_s)
         with suppress(KVError):
-            self._connection.channel.call(BLOCKS + "ReleaseLease", request, pb.ReleaseLeaseResponse, deadline)
+            self._transports.call("ReleaseLease", request, pb.ReleaseLeaseResponse, deadline)
 
     def _release_later(self) -> None:
         """End the lease for this client now, and at the daemon without a wait for its answer."""

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Generator
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 
+from kvservice.store.caller import Caller
 from kvservice_api.bulk import HEADER_BYTES, PREFACE, MessageHeader, unpack_header
 from kvservice_api.socket_buffers import BLOCKED, ENDED, SocketBuffers
 from kvservice_api.tcp_links import limit_bytes_ahead, shortest_rtt_s
@@ -46,6 +47,7 @@ class BulkConnection:
         "_is_limited",
         "_others",
         "_socket",
+        "caller",
         "certificate",
         "deadline_s",
         "fd",
@@ -74,6 +76,7 @@ class BulkConnection:
         self.is_pooled = False  # A transfer has ended, and its client may begin another one.
         self.has_joined = self.is_woken = self.is_interrupted = self.is_closed = False
         self.certificate = b""  # SHA-256 of the client's certificate; empty without one.
+        self.caller: Caller | None = None  # That has opened the transfer which was joined last.
         self.turn_bytes = 0  # Since a thread has begun or continued `steps`.
         self.sent_bytes = self.received_bytes = 0
         self.moves: Callable[[int], None] | None = None  # Called after so many bytes of its transfer have moved.

@@ -10,7 +10,7 @@ from kvservice.bulk.connection import FINAL_S, READABLE, BulkConnection, Steps
 from kvservice.bulk.tickets import TicketRefused, TransferTickets
 from kvservice.bulk.transfers import Transfer
 from kvservice.clock import Clock
-from kvservice_api.bulk import HELLO_BYTES, PREFACE, MessageKind, pack_header, unpack_hello
+from kvservice_api.bulk import HELLO_BYTES, PREFACE, MessageHeader, MessageKind, pack_header, unpack_hello
 from kvservice_api.errors import InvalidFrame, KVError, TransferEnded
 from kvservice_api.socket_buffers import SocketBuffers
 from kvservice_api.status import to_status
@@ -27,8 +27,10 @@ class Dialogue:
         clock: Clock,
         context: Callable[[], ssl.SSLContext] | None,
         count: Callable[[str], None],
+        talk_of_call: Callable[[BulkConnection, MessageHeader], Steps],
     ) -> None:
         self._open_tickets, self._clock, self._context, self._count = tickets, clock, context, count
+        self._talk_of_call = talk_of_call
 
     def talk(self, connection: BulkConnection) -> Steps:
         yield READABLE
@@ -41,6 +43,10 @@ class Dialogue:
         hello = bytearray(HELLO_BYTES)
         while True:
             header = yield from connection.read_header()
+            if header.kind is MessageKind.CALL:
+                yield from self._talk_of_call(connection, header)
+                connection.is_pooled, connection.deadline_s = True, self._clock.monotonic_s() + _POOLED_S
+                continue
             if header.kind is not MessageKind.HELLO or header.size_bytes != HELLO_BYTES:
                 raise InvalidFrame(f"a message {header.kind.name} of {header.size_bytes} bytes comes before HELLO")
             yield from connection.read(SocketBuffers([memoryview(hello)]))
@@ -58,7 +64,7 @@ class Dialogue:
                 return
             transfer.join(connection, number)
             connection.has_joined, connection.is_pooled, connection.deadline_s = True, False, math.inf
-            connection.moves = transfer.moves
+            connection.moves, connection.caller = transfer.moves, transfer.caller
             try:
                 yield from transfer.talk(connection)
             finally:

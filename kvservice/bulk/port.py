@@ -20,7 +20,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-from kvservice.bulk.connection import NOW, READABLE, BulkConnection, ConnectionLost
+from kvservice.bulk.calls import Answer, Calls
+from kvservice.bulk.connection import NOW, READABLE, BulkConnection, ConnectionLost, Steps
 from kvservice.bulk.dialogue import Dialogue
 from kvservice.bulk.tickets import TransferTickets
 from kvservice.bulk.transfers import IncomingSave, OutgoingLoad, Transfer
@@ -30,7 +31,7 @@ from kvservice.store.store import BlockStore
 from kvservice.store.tasks import Tasks
 from kvservice.store.types import FilledUpload, SaveHeader, SaveOutcome, Span
 from kvservice.tiers.files import on_thread
-from kvservice_api.bulk import CONNECTIONS_MAX
+from kvservice_api.bulk import CONNECTIONS_MAX, MessageHeader
 from kvservice_api.errors import INTERNAL, BulkUnavailable, InvalidFrame, InvalidRequest, KVError, TransferEnded
 from kvservice_api.layout import Shard
 
@@ -80,10 +81,11 @@ class BulkPort:
     ) -> None:
         self._store, self._clock = store, clock
         self._listener: socket.socket | None = None
+        self._calls: Calls | None = None
         self.port = 0
         self.connections_max, self._idle_s = connections_max, idle_s
         self._open_tickets: TransferTickets[Transfer] = TransferTickets()
-        self._dialogue = Dialogue(self._open_tickets, clock, context, self.count)
+        self._dialogue = Dialogue(self._open_tickets, clock, context, self.count, self._talk_of_call)
         self._tasks = Tasks()
         self._running: set[Transfer] = set()
         self._lock = threading.Lock()
@@ -109,6 +111,15 @@ class BulkPort:
         self.port = bound.getsockname()[1]
         self._epoll.register(bound, select.EPOLLIN | select.EPOLLONESHOT)
 
+    def answer_calls(self, answer: Answer) -> None:
+        """Have it answer calls on connections that have joined a transfer. Without it they are InvalidFrame."""
+        self._calls = Calls(answer, self.wake, self._tasks)
+
+    def _talk_of_call(self, connection: BulkConnection, header: MessageHeader) -> Steps:
+        if self._calls is None:
+            raise InvalidFrame("this port answers no calls")
+        return self._calls.talk(connection, header)
+
     def start(self) -> None:
         if self._listener is not None:
             for thread in self._threads:
@@ -121,6 +132,8 @@ class BulkPort:
             return
         await self._tasks.stop()
         self._is_closed = True
+        if self._calls is not None:
+            self._calls.is_stopped = True
         os.eventfd_write(self._ending, 1)
         await on_thread(self._join)
         await self.close_all(list(self._connections.values()))
@@ -164,7 +177,7 @@ class BulkPort:
         """Raises BulkUnavailable, InvalidRequest; as `Loads.to_send`."""
         self._check(caller, connections)
         send = await self._store.loads.to_send(caller, lease_id, shard, blocks, layers)
-        load = OutgoingLoad(self, self._clock, caller.client, certificate, self._idle_s, connections=connections)
+        load = OutgoingLoad(self, self._clock, caller, certificate, self._idle_s, connections=connections)
         self._run(caller, load, partial(load.run, send))
         return self._opened(load, connections)
 
@@ -185,7 +198,7 @@ class BulkPort:
                 self.ended[load.kind, load.result] += 1  # No call has failed, so nothing else says why.
 
         connections = min(connections, CONNECTIONS_MAX)
-        load = OutgoingLoad(self, self._clock, caller.client, certificate, self._idle_s, begin, connections=connections)
+        load = OutgoingLoad(self, self._clock, caller, certificate, self._idle_s, begin, connections=connections)
         return self._opened(load, connections, is_offer=True)
 
     async def open_save(
@@ -204,7 +217,7 @@ class BulkPort:
         """
         self._check(caller, connections)
         upload = self._store.saves.fill(caller, header, "bulk")
-        save = IncomingSave(self, self._clock, caller.client, certificate, self._idle_s, upload, encode, on_ssd=on_ssd)
+        save = IncomingSave(self, self._clock, caller, certificate, self._idle_s, upload, encode, on_ssd=on_ssd)
         task = self._run(caller, save, save.run)
         try:
             await asyncio.shield(save.opened)

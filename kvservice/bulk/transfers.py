@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvservice.bulk.connection import BulkConnection, Interrupted, Steps
 from kvservice.clock import Clock
+from kvservice.store.caller import Caller
 from kvservice.store.types import DamagedSlice, FilledUpload, LayerSlice, Part, ReceivedBytes, SaveOutcome
 from kvservice_api.bulk import ERROR_BYTES_MAX, UNIT_BYTES, MessageKind, pack_header, unit_bytes
 from kvservice_api.errors import DeadlineExceeded, IncompleteSave, InvalidFrame, KVError, TransferEnded
@@ -47,9 +48,9 @@ class Transfer:
 
     kind: ClassVar[str]
 
-    def __init__(self, port: Wakes, clock: Clock, client_id: bytes, certificate: bytes, idle_s: float) -> None:
+    def __init__(self, port: Wakes, clock: Clock, caller: Caller, certificate: bytes, idle_s: float) -> None:
         self._port, self._clock = port, clock
-        self.client_id, self.certificate = client_id, certificate
+        self.caller, self.client_id, self.certificate = caller, caller.client, certificate
         self._idle_s = idle_s
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
@@ -192,7 +193,7 @@ class OutgoingLoad(Transfer):
         self,
         port: Wakes,
         clock: Clock,
-        client_id: bytes,
+        caller: Caller,
         certificate: bytes,
         idle_s: float,
         begin: Callable[[OutgoingLoad], None] | None = None,
@@ -200,7 +201,7 @@ class OutgoingLoad(Transfer):
         connections: int = 1,
     ) -> None:
         """`begin` starts it on the event loop once a connection has joined; without it, the caller does."""
-        super().__init__(port, clock, client_id, certificate, idle_s)
+        super().__init__(port, clock, caller, certificate, idle_s)
         self._begin = begin
         self.sent_bytes = 0
         self.unit_bytes = unit_bytes(connections)
@@ -337,7 +338,7 @@ class IncomingSave(Transfer):
         self,
         port: Wakes,
         clock: Clock,
-        client_id: bytes,
+        caller: Caller,
         certificate: bytes,
         idle_s: float,
         upload: FilledUpload,
@@ -345,7 +346,7 @@ class IncomingSave(Transfer):
         *,
         on_ssd: bool,
     ) -> None:
-        super().__init__(port, clock, client_id, certificate, idle_s)
+        super().__init__(port, clock, caller, certificate, idle_s)
         self._upload, self._encode, self._on_ssd = upload, encode, on_ssd
         self._received: ReceivedBytes | None = None
         self._commit: NDArray[np.uint64] | None = None

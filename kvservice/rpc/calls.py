@@ -9,6 +9,7 @@ import logging
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -16,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from kvservice.store.caller import DEFAULT_TENANT, Caller
 from kvservice.store.store import BlockStore
+from kvservice.store.tasks import LoopBudget
 from kvservice_api import spans
 from kvservice_api.errors import (
     INTERNAL,
@@ -56,12 +58,20 @@ ALERTED: Mapping[str, tuple[str, ...]] = {
     StorageFailed.reason: tuple(dict.fromkeys((*_TIER_USERS, *_INDEX_WRITERS))),
     TierFull.reason: _TIER_USERS,
 }
-_DETAILS_KEY = "grpc-status-details-bin"
+DETAILS_KEY = "grpc-status-details-bin"
 _LOCAL = "local"
 _ANONYMOUS = "anonymous"
 # Properties of a verified client certificate in gRPC, the most specific first. The whole subject, not its common name
 # alone: certificates of several organisations may share a common name.
 _NAMES = ("peer_spiffe_id", "x509_subject", "x509_subject_alternative_name", "x509_common_name")
+
+
+@dataclass(frozen=True, slots=True)
+class BulkContext:
+    """Stands for the context of a call that has come on the bulk port. Its caller was found out over gRPC before."""
+
+    principal: str
+    certificate: bytes  # SHA-256 of the one that the client has shown; empty if it needs none.
 
 
 class Callers:
@@ -74,7 +84,10 @@ class Callers:
         """The caller of a request that names this client, or none. Raises UnknownClient if it is not attached."""
         if client_id and not self._leases.is_attached(client_id):
             raise UnknownClient("no attached client has this id: attach, then ask again", field="client_id")
-        return Caller(principal(context.peer(), context.auth_context()), DEFAULT_TENANT, client_id)
+        name = (
+            context.principal if isinstance(context, BulkContext) else principal(context.peer(), context.auth_context())
+        )
+        return Caller(name, DEFAULT_TENANT, client_id)
 
 
 def principal(peer: str, auth_context: Mapping[str, Iterable[bytes]]) -> str:
@@ -91,6 +104,8 @@ def principal(peer: str, auth_context: Mapping[str, Iterable[bytes]]) -> str:
 
 def certificate_of(context: Context) -> bytes:
     """SHA-256 of the certificate that the client of this call has shown; empty if it needs none."""
+    if isinstance(context, BulkContext):
+        return context.certificate
     pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.decode())).digest() if pem else b""
 
@@ -123,11 +138,13 @@ class CallCounts:
 def guarded(
     handler: Unary,
     counts: CallCounts,
+    loop_budget: LoopBudget,
     parse: Callable[[bytes], Any] | None = None,
     *,
     span_name: str = "",
 ) -> Unary:
-    """A handler that answers once or writes to its context, its errors turned into statuses, and counted.
+    """A handler that answers once or writes to its context, its errors turned into statuses, and counted. It begins
+    with a slot of `loop_budget`: many calls that come at once would be one long turn of the event loop.
 
     `parse` reads the request of a unary call here, because a parse error inside grpc gives the caller no reason. With
     a `span_name`, calls of clients that record a trace have a span of this name in it.
@@ -141,6 +158,7 @@ def guarded(
         counts.running[method] += 1
         span = spans.of_call(span_name, context.invocation_metadata() or ()) if span_name else None
         try:
+            await loop_budget.slot()
             answer = await handler(request if parse is None else parse(request), context)
             code = "OK"
             return answer
@@ -169,6 +187,6 @@ def guarded(
 
 
 async def _abort(context: Context, error: KVError) -> NoReturn:
-    details = ((_DETAILS_KEY, to_status(error).SerializeToString()),)
+    details = ((DETAILS_KEY, to_status(error).SerializeToString()),)
     await context.abort(grpc_code(error), error.message, details)
     raise AssertionError("abort raises")

@@ -86,8 +86,8 @@ class LoopBudget:
     Work in large numbers, such as the frames of all loads, awaits a slot before each piece.
     """
 
-    def __init__(self) -> None:
-        self._places = asyncio.Semaphore(_AT_ONCE)
+    def __init__(self, at_once: int = _AT_ONCE) -> None:
+        self._places = asyncio.Semaphore(at_once)
 
     async def slot(self) -> None:
         """Returns when the caller has a slot, which ends when the caller awaits."""

@@ -8,10 +8,14 @@ once. Then it carries messages: a header of 24 bytes, little-endian, and `size_b
     a load: HELLO ->  <- DATA or SUMMED_DATA ... <- END    or <- ERROR, instead of any message
     a save: HELLO ->  DATA -> ... COMMIT ->  <- RESULT     or <- ERROR, at any time; on other connections than its first
                                                            there is no COMMIT, and END instead of RESULT
+    a call: CALL ->  <- ANSWER                              or <- ERROR
 
-Both sides set TCP_NODELAY. After END, RESULT, or the ERROR of a load, the connection may carry another HELLO. After
-any other ERROR (of a save, or for a ticket) the daemon closes it. A client gives up a transfer by closing a connection:
-that ends all of it.
+Both sides set TCP_NODELAY. After END, RESULT, ANSWER, or the ERROR of a load or a call, the connection may carry
+another HELLO or a CALL. After any other ERROR (of a save, or for a ticket) the daemon closes it. A client gives up a
+transfer or a call by closing a connection: that ends all of it.
+
+A CALL is of one of `CALLS`: methods of BlockService, as over gRPC. It counts as made by the caller that has opened the
+transfer which the connection has joined last, so a connection begins with HELLO.
 
 The bytes of a transfer are in this order: layer by layer, and within a layer block by block. Layers count from the
 start of the shard, blocks from the request's first block; for a save, from the header's first key, and only blocks that
@@ -44,6 +48,9 @@ CONNECTIONS_MAX: Final = 16  # Of one transfer.
 UNIT_BYTES: Final = 4 << 20
 UNIT_FEW_BYTES: Final = 8 << 20  # On one or two connections.
 ERROR_BYTES_MAX: Final = 64 << 10
+CALLS: Final = ("LookupPrefix", "OpenTransfer", "ReleaseLease")  # A CALL has the method's position here in its `layer`.
+CALL_BYTES_MAX: Final = 64 << 10
+ANSWER_BYTES_MAX: Final = 1 << 20
 RESULT_BYTES_MAX: Final = 1 << 20
 
 _HEADER = struct.Struct("<BxHIQQ")
@@ -60,13 +67,18 @@ class MessageKind(IntEnum):
     RESULT = 5  # Daemon: a serialized SaveBlocksResponse.
     ERROR = 6  # Daemon: a serialized google.rpc.Status.
     SUMMED_DATA = 7  # Daemon: slices, and then the u64 xxh3-64 of each.
+    CALL = 8  # Client: the request of a method, serialized.
+    ANSWER = 9  # Daemon: the method's response, serialized.
 
 
+_KINDS: Final = {kind.value: kind for kind in MessageKind}
 _BYTES_MAX: Final = {
     MessageKind.HELLO: HELLO_BYTES,
     MessageKind.END: 0,
     MessageKind.RESULT: RESULT_BYTES_MAX,
     MessageKind.ERROR: ERROR_BYTES_MAX,
+    MessageKind.CALL: CALL_BYTES_MAX,
+    MessageKind.ANSWER: ANSWER_BYTES_MAX,
 }
 
 
@@ -95,10 +107,9 @@ def unpack_header(data: bytes | bytearray | memoryview) -> MessageHeader:
     The sizes of DATA, SUMMED_DATA and COMMIT depend on the transfer: the receiver checks them.
     """
     number, layer, first_block, offset_bytes, size_bytes = _HEADER.unpack_from(data)
-    try:
-        kind = MessageKind(number)
-    except ValueError as error:
-        raise InvalidFrame(f"no message of the bulk port has the kind {number}") from error
+    kind = _KINDS.get(number)
+    if kind is None:
+        raise InvalidFrame(f"no message of the bulk port has the kind {number}")
     if size_bytes > _BYTES_MAX.get(kind, size_bytes) or (kind is MessageKind.COMMIT and size_bytes % 8):
         raise InvalidFrame(f"a message {kind.name} has no {size_bytes} bytes")
     return MessageHeader(kind, layer, first_block, offset_bytes, size_bytes)

@@ -11,6 +11,7 @@ import numpy as np
 from google.rpc import status_pb2
 
 from kvservice_api.bulk import (
+    CALLS,
     HEADER_BYTES,
     PREFACE,
     MessageHeader,
@@ -68,6 +69,15 @@ class BulkSocket:
             assert header.kind in (MessageKind.DATA, MessageKind.ERROR)
             if header.kind is MessageKind.ERROR:
                 return from_status(status_pb2.Status.FromString(payload))
+
+    def call(self, method: str, request: bytes) -> bytes | KVError:
+        """What the daemon answers."""
+        self.socket.sendall(pack_header(MessageKind.CALL, len(request), layer=CALLS.index(method)) + request)
+        header, payload = self.message()
+        if header.kind is MessageKind.ERROR:
+            return from_status(status_pb2.Status.FromString(payload))
+        assert header.kind is MessageKind.ANSWER
+        return payload
 
     def is_closed(self) -> bool:
         """Wait until the daemon has closed the connection."""

@@ -11,9 +11,10 @@ from contextlib import ExitStack, suppress
 import psutil
 import pytest
 
-from kvservice_api.bulk import PREFACE, TICKET_BYTES, MessageKind, pack_header, pack_hello
-from kvservice_api.errors import IncompleteSave, InvalidFrame, TransferEnded
+from kvservice_api.bulk import CALLS, PREFACE, TICKET_BYTES, MessageKind, pack_header, pack_hello
+from kvservice_api.errors import IncompleteSave, InvalidFrame, InvalidRequest, TransferEnded, UnknownClient
 from kvservice_api.keys import BlockChain
+from kvservice_api.v1 import blocks_pb2
 from tests.daemon import DaemonProcess, until
 from tests.integration.bulk_wire import (
     BulkSocket,
@@ -115,6 +116,8 @@ _GARBAGE: list[tuple[str, bytes]] = [
     ("a HELLO of almost all memory", PREFACE + pack_header(MessageKind.HELLO, 2**63)),
     ("DATA before HELLO", PREFACE + pack_header(MessageKind.DATA, 4) + bytes(4)),
     ("END before HELLO", PREFACE + pack_header(MessageKind.END, 0)),
+    ("a CALL before HELLO", PREFACE + pack_header(MessageKind.CALL, 4) + bytes(4)),
+    ("a CALL of too many bytes", PREFACE + pack_header(MessageKind.CALL, (64 << 10) + 1)),
     ("an ERROR of too many bytes", PREFACE + pack_header(MessageKind.ERROR, 1 << 20)),
 ]
 
@@ -132,6 +135,46 @@ def test_a_client_may_leave_at_each_byte_of_its_first_messages(wire: Wire) -> No
     for end in range(0, len(whole), 5):
         with BulkSocket(wire, whole[:end]):
             pass
+
+
+@pytest.mark.parametrize("method", [len(CALLS), 2**16 - 1])
+def test_a_call_of_no_method_closes_its_connection(
+    daemon: DaemonProcess, wire: Wire, chain: BlockChain, method: int
+) -> None:
+    before = refusals(daemon, "garbage")
+    with joined(wire, chain) as connection:
+        connection.socket.sendall(pack_header(MessageKind.CALL, 4, layer=method) + bytes(4))
+        assert connection.is_closed()
+    assert refusals(daemon, "garbage") == before + 1
+
+
+def test_a_call_that_is_refused_or_malformed_leaves_its_connection_as_it_is(wire: Wire, chain: BlockChain) -> None:
+    with joined(wire, chain) as connection:
+        assert isinstance(connection.call("LookupPrefix", b"\xff\xff"), InvalidRequest)
+        unknown = blocks_pb2.LookupPrefixRequest(client_id=bytes(16), layout_fingerprint=SMALL.fingerprint)
+        assert isinstance(connection.call("LookupPrefix", unknown.SerializeToString()), UnknownClient)
+        foreign = blocks_pb2.ReleaseLeaseRequest(client_id=wire.client_id, lease_id=2**63)
+        assert connection.call("ReleaseLease", foreign.SerializeToString()) == b""
+        (ticket,) = open_load(wire, SMALL, chain)
+        read_load(connection.hello(ticket), Received(SMALL, chain))
+    release_all(wire)
+
+
+def test_a_client_may_leave_at_each_byte_of_a_call(wire: Wire, chain: BlockChain) -> None:
+    request = blocks_pb2.LookupPrefixRequest(client_id=wire.client_id, layout_fingerprint=SMALL.fingerprint)
+    whole = pack_header(MessageKind.CALL, request.ByteSize()) + request.SerializeToString()
+    for end in range(0, len(whole) + 1, 9):
+        with joined(wire, chain) as connection:
+            connection.socket.sendall(whole[:end])
+
+
+def joined(wire: Wire, chain: BlockChain) -> BulkSocket:
+    """A connection that has carried a load."""
+    (ticket,) = open_load(wire, SMALL, chain)
+    connection = BulkSocket(wire).hello(ticket)
+    read_load(connection, Received(SMALL, chain))
+    release_all(wire)
+    return connection
 
 
 Sent = Callable[[BulkSocket, BlockChain], None]
@@ -169,6 +212,7 @@ _WRONG: dict[str, Sent] = {
         pack_header(MessageKind.COMMIT, 2**64 - 8)
     ),
     "a HELLO": lambda connection, _: connection.socket.sendall(pack_hello(bytes(32), bytes(16))),
+    "a CALL": lambda connection, _: connection.socket.sendall(pack_header(MessageKind.CALL, 4) + bytes(4)),
     "a RESULT": lambda connection, _: connection.socket.sendall(pack_header(MessageKind.RESULT, 0)),
 }
 

@@ -11,7 +11,8 @@ import pytest
 from kvservice_api.errors import LeaseExpired
 from kvservice_api.socket_buffers import SocketBuffers
 from kvservice_client import BlockCache, BlockChain, Client, Lease
-from kvservice_client.transports import bulk_transfer
+from kvservice_client.transports import bulk, bulk_messages, bulk_transfer
+from kvservice_client.transports.bulk_connections import BulkConnection
 from tests.daemon import NEVER_S, DaemonProcess, until
 from tests.integration.bulk_wire import BulkSocket, Received, read_load
 from tests.integration.conversations import large_layout, layers_of, new_chain, same
@@ -21,7 +22,12 @@ from tests.integration.wire import Upload, Wire
 
 LAYOUT = large_layout()  # 12 MiB per block.
 
-Calls = list[str]
+
+class Calls(list[str]):
+    """The names of the calls that a client makes; `over_grpc` has those that do not go over the bulk port."""
+
+    def __init__(self) -> None:
+        self.over_grpc: list[str] = []
 
 
 @pytest.fixture
@@ -46,15 +52,23 @@ def chain(request: pytest.FixtureRequest, blocks: BlockCache, monkeypatch: pytes
 
 @pytest.fixture
 def calls(client: Client, chain: BlockChain, monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The names of the RPCs that the client makes from now on."""
+    """Those that the client makes from now on."""
     channel, made = client._connection.channel, Calls()
 
     def recorded(inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(method: str, *others: Any) -> Any:
             made.append(method.rpartition("/")[2])
+            made.over_grpc.append(made[-1])
             return inner(method, *others)
 
         return call
+
+    def recorded_call(connection: BulkConnection, method: str, *others: Any) -> Any:
+        made.append(method)
+        return bulk_messages.call(connection, method, *others)
+
+    for module in (bulk, bulk_transfer):
+        monkeypatch.setattr(module, "call", recorded_call)
 
     for name in ("call", "stream"):
         monkeypatch.setattr(channel, name, recorded(getattr(channel, name)))
@@ -73,11 +87,21 @@ def refused_tickets(lease: Lease) -> None:
     lease._offered._tickets = [bytes(32) for _ in lease._offered._tickets]
 
 
-def test_a_hit_is_looked_up_and_loaded_with_one_call(blocks: BlockCache, chain: BlockChain, calls: Calls) -> None:
+def test_a_hit_is_looked_up_loaded_and_released_without_a_call_over_grpc(
+    blocks: BlockCache, chain: BlockChain, calls: Calls
+) -> None:
     for _ in range(3):
         with blocks.lookup(chain) as lease:
             assert is_loaded(lease, blocks, chain)
     assert calls == ["LookupPrefix", "ReleaseLease"] * 3
+    assert not calls.over_grpc
+
+
+def test_a_save_is_opened_without_a_call_over_grpc(blocks: BlockCache, chain: BlockChain, calls: Calls) -> None:
+    another = new_chain(LAYOUT, LAYOUT.block_tokens)
+    assert blocks.save(another, layers_of(blocks, another)).stored == 1
+    assert calls == ["OpenTransfer"]
+    assert not calls.over_grpc
 
 
 def test_an_adopted_lease_is_loaded_without_a_further_call(

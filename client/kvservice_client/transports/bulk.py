@@ -16,22 +16,28 @@ from typing import TypeVar
 from weakref import ref
 
 import numpy as np
-from google.protobuf.message import DecodeError, Message
-from google.rpc import status_pb2
+from google.protobuf.message import Message
 
-from kvservice_api.bulk import HEADER_BYTES, MessageHeader, MessageKind, pack_header, unit_bytes, unpack_header
+from kvservice_api.bulk import MessageHeader, MessageKind, pack_header, unit_bytes
 from kvservice_api.byte_ranges import ByteRanges
 from kvservice_api.copying import STREAMED_BYTES_MIN
 from kvservice_api.errors import BulkUnavailable, DeadlineExceeded, InvalidFrame, KVError, TransferEnded
 from kvservice_api.malloc import keep_large_buffers
 from kvservice_api.socket_buffers import SocketBuffers
-from kvservice_api.status import from_status
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.buffers import Bytes
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, Mismatch, SaveOrder, SaveResult, Transport
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections
+from kvservice_client.transports.bulk_messages import (
+    answer_of,
+    call,
+    carries_call,
+    parsed,
+    receive_bytes,
+    receive_header,
+)
 from kvservice_client.transports.bulk_transfer import END_S, BulkTransfer, NotNeeded, connections_of
 from kvservice_client.transports.grpc import save_header, save_results
 
@@ -64,6 +70,35 @@ class BulkTransport(Transport):
 
     def close(self) -> None:
         self._pool.close()
+
+    def call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M | None:
+        """A call of `CALLS` on an idle connection. None if it must be made over gRPC: no connection is idle, or it has
+        broken, and then the daemon may have carried the call out. Raises the daemon's errors, and DeadlineExceeded.
+        """
+        connection = self._idle_connection(deadline)
+        if connection is None:
+            return None
+        if not carries_call(connection, request):
+            self._pool.keep(connection)
+            return None
+        try:
+            header, data = call(connection, method, request, deadline)
+        except (OSError, InvalidFrame):
+            connection.close()
+            return None
+        except BaseException:
+            connection.close()
+            raise
+        self._pool.keep(connection)
+        return answer_of(answer, header, data)
+
+    def _idle_connection(self, deadline: Deadline) -> BulkConnection | None:
+        if not self._pool.has_idle:
+            return None
+        try:
+            return self._pool.idle_one(self._pool.endpoint(self._connection.limits(deadline)))
+        except BulkUnavailable:
+            return None
 
     def offered_connections(self, size_bytes: int, deadline: Deadline) -> int:
         """How many connections a load of so many bytes would use; 0 if it would not come by this transport, or before
@@ -218,10 +253,12 @@ class _Arrivals:
         expected = bytearray(sums_bytes)
         buffers = SocketBuffers([*slices, memoryview(expected)], summed=True, streamed=self._streamed)
         connection.receive(buffers, deadline)
-        wrong = np.frombuffer(expected, "<u8") != np.frombuffer(buffers.sums, np.uint64)[:-1]
-        if wrong.any():
-            layer = layers[int(wrong.argmax())]
-            raise Mismatch(f"bytes of layer {layer} that arrived are not what their checksums say")
+        found = buffers.sums[:-1]
+        if found.tobytes() != expected:  # First without NumPy, whose code is not in the caches.
+            wrong = np.frombuffer(expected, "<u8") != np.frombuffer(found, np.uint64)
+            if wrong.any():
+                layer = layers[int(wrong.argmax())]
+                raise Mismatch(f"bytes of layer {layer} that arrived are not what their checksums say")
 
     def receive_first(self, connection: BulkConnection) -> None:
         while self.receive(connection):
@@ -315,7 +352,7 @@ class _Sending:
         header = receive_header(connection, deadline)
         if header.kind is not MessageKind.RESULT:
             raise InvalidFrame(f"a save does not end with the message {header.kind.name}")
-        return _parsed(pb.SaveBlocksResponse, receive_bytes(connection, header.size_bytes, deadline))
+        return parsed(pb.SaveBlocksResponse, receive_bytes(connection, header.size_bytes, deadline))
 
 
 def _units(order: SaveOrder, wanted: Sequence[int], size_bytes: int) -> list[list[tuple[int, int]]]:
@@ -331,31 +368,6 @@ def _units(order: SaveOrder, wanted: Sequence[int], size_bytes: int) -> list[lis
             units[-1].append((layer, block))
             room -= size
     return units
-
-
-def receive_header(connection: BulkConnection, deadline: Deadline | None) -> MessageHeader:
-    """Raises the daemon's error if it is one, InvalidFrame, OSError."""
-    data = memoryview(bytearray(HEADER_BYTES))
-    connection.receive(SocketBuffers([data]), deadline)
-    header = unpack_header(data)
-    if header.kind is MessageKind.ERROR:
-        raise from_status(_parsed(status_pb2.Status, receive_bytes(connection, header.size_bytes, deadline)))
-    return header
-
-
-def receive_bytes(connection: BulkConnection, size: int, deadline: Deadline | None) -> bytes:
-    """Of a message whose size the codec bounds."""
-    data = bytearray(size)
-    connection.receive(SocketBuffers([memoryview(data)]), deadline)
-    return bytes(data)
-
-
-def _parsed(kind: type[M], data: bytes) -> M:
-    """Raises InvalidFrame."""
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        raise InvalidFrame(f"a message of the bulk port is not a {kind.__name__}: {error}") from error
 
 
 def receive_end(connection: BulkConnection) -> None:

@@ -50,6 +50,7 @@ class BulkConnection:
         """Not connected yet."""
         self.endpoint = endpoint
         self.idle_since_s = 0.0
+        self.has_joined = False  # A transfer. Then the daemon knows its caller, and takes calls.
         self.arrived: Callable[[], None] | None = None  # Called when bytes have come that no deadline waits for.
         self.pause_s = _WAIT_S  # After which a call returns with what has come.
         self._socket = socket.socket(family, socket.SOCK_STREAM)
@@ -241,8 +242,7 @@ class BulkConnections:
 
     def rtt_s(self, endpoint: Endpoint) -> float | None:
         """The round trip, when a connection there was last put back. None if none was."""
-        with self._lock:
-            known = self._rtt
+        known = self._rtt
         return known[1] if known is not None and known[0] == endpoint else None
 
     def take(self, endpoint: Endpoint, deadline: Deadline, user: User) -> BulkConnection:
@@ -252,7 +252,7 @@ class BulkConnections:
         not waited for longer than the deadline's idle time, or half of the time that is left. Raises the errors of user
         and deadline.
         """
-        while (found := self._idle_one(endpoint)) is not None:
+        while (found := self.idle_one(endpoint)) is not None:
             user.use(found)
             if not found.is_stale:
                 return found
@@ -345,13 +345,17 @@ class BulkConnections:
 
     def put_back(self, connection: BulkConnection) -> None:
         """All messages of its transfer were sent and received."""
-        now_s = self._connection.clock.now_s()
-        connection.idle_since_s = now_s
         connection.arrived, connection.pause_s = None, _WAIT_S
         rtt_s = connection.rtt_s
         connection.limit_bytes_ahead(rtt_s)
+        self._rtt = connection.endpoint, rtt_s
+        self.keep(connection)
+
+    def keep(self, connection: BulkConnection) -> None:
+        """It is idle, and as it was when it was taken."""
+        now_s = self._connection.clock.now_s()
+        connection.idle_since_s = now_s
         with self._lock:
-            self._rtt = connection.endpoint, rtt_s
             if not self._is_closed:
                 self._idle.append(connection)
                 connection = self._idle[0]
@@ -360,8 +364,14 @@ class BulkConnections:
                 del self._idle[0]
         connection.close()
 
-    def _idle_one(self, endpoint: Endpoint) -> BulkConnection | None:
-        """The one that was used last. Those that lead elsewhere, or are too old, are closed."""
+    @property
+    def has_idle(self) -> bool:
+        return bool(self._idle)
+
+    def idle_one(self, endpoint: Endpoint) -> BulkConnection | None:
+        """The one that was used last; the caller puts it back or closes it. Those that lead elsewhere, or are too old,
+        are closed.
+        """
         now_s = self._connection.clock.now_s()
         with self._lock:
             useful = [each for each in self._idle if each.endpoint == endpoint and now_s < each.idle_since_s + _IDLE_S]

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from types import TracebackType
 from typing import Self
 
-from kvservice_api.bulk import CONNECTIONS_MAX, pack_hello
+from kvservice_api import spans
+from kvservice_api.bulk import CONNECTIONS_MAX
 from kvservice_api.errors import InvalidFrame, KVError, TransferEnded
-from kvservice_api.socket_buffers import SocketBuffers
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import forks
 from kvservice_client.channel import BLOCKS
@@ -19,6 +19,7 @@ from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, NotCarried, OfferRefused
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections, Endpoint
+from kvservice_client.transports.bulk_messages import answer_of, call, carries_call, send_hello
 
 _CONNECTION_BYTES = 8 * 2**20  # Another connection is worth its thread for as many bytes.
 _CONNECTIONS_NEAR, _CONNECTIONS_FAR = 2, 8  # A window of a few MiB does not fill a long link.
@@ -75,10 +76,13 @@ class BulkTransfer:
         deadline = self._deadline
         self._connect()
         request.connections = self.connections(size_bytes)
-        channel = self._connection.channel
-        # As a stream of one answer, because a stream ends when its load is cancelled.
-        with closing(channel.stream(BLOCKS + "OpenTransfer", request, pb.OpenTransferResponse, deadline)) as answers:
-            opened = next(answers, None)
+        if (opened := self._called(request)) is None:
+            channel = self._connection.channel
+            # As a stream of one answer, because a stream ends when its load is cancelled.
+            with closing(
+                channel.stream(BLOCKS + "OpenTransfer", request, pb.OpenTransferResponse, deadline)
+            ) as answers:
+                opened = next(answers, None)
         if opened is None or not opened.tickets:
             raise InvalidFrame("the daemon opened a transfer without a ticket")
         self._fresh_until_s = deadline.clock.now_s() + opened.ttl_ms / 2000
@@ -87,6 +91,13 @@ class BulkTransfer:
             self.release(self.first)
             self._take_first(endpoint)
         return opened
+
+    def _called(self, request: pb.OpenTransferRequest) -> pb.OpenTransferResponse | None:
+        """What it is answered on the first connection; None if it must be sent over gRPC."""
+        if spans.current() is not None or not carries_call(self.first, request):
+            return None
+        with self.answer():
+            return answer_of(pb.OpenTransferResponse, *call(self.first, "OpenTransfer", request, self._deadline))
 
     def connections(self, size_bytes: int) -> int:
         """How many are of use for so many bytes."""
@@ -102,7 +113,7 @@ class BulkTransfer:
     def greet(self, ticket: bytes) -> None:
         """Begin on the first connection."""
         with self.answer():
-            self.first.send(SocketBuffers([memoryview(pack_hello(ticket, self._client_id))]), self._deadline)
+            send_hello(self.first, ticket, self._client_id, self._deadline)
 
     def start(
         self,
@@ -163,7 +174,7 @@ class BulkTransfer:
         """None if there is none: the others carry all."""
         try:
             connection = self._pool.take(self.first.endpoint, self._deadline, self)
-            connection.send(SocketBuffers([memoryview(pack_hello(ticket, self._client_id))]))
+            send_hello(connection, ticket, self._client_id)
         except (OSError, KVError):
             return None
         return connection

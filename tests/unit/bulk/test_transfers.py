@@ -14,9 +14,10 @@ from google.rpc import status_pb2
 
 from kvservice.bulk.port import TICKET_TTL_S, BulkPort, Opened
 from kvservice.bulk.transfers import OutgoingLoad, Transfer
+from kvservice.store.caller import Caller
 from kvservice.store.leases import Client
 from kvservice.store.types import Part, SaveOutcome, Span
-from kvservice_api.bulk import HEADER_BYTES, PREFACE, MessageKind, pack_hello, unpack_header
+from kvservice_api.bulk import CALLS, HEADER_BYTES, PREFACE, MessageKind, pack_header, pack_hello, unpack_header
 from kvservice_api.errors import KVError, LeaseExpired, TransferEnded
 from kvservice_api.layout import Layout, Shard
 from kvservice_api.socket_buffers import SocketBuffers
@@ -212,7 +213,7 @@ class Interrupted:
 async def test_a_connection_that_is_interrupted_first_waits_for_the_final_message(
     port: BulkPort, clock: HandClock
 ) -> None:
-    load = OutgoingLoad(port, clock, b"", b"", IDLE_S)
+    load = OutgoingLoad(port, clock, CALLER, b"", IDLE_S)
     connection: Any = Interrupted(load)
     load.join(connection, 0)
     connection.fd = 1 << 20  # Never open.
@@ -232,7 +233,7 @@ class InAMessage:
 
 
 async def test_the_last_message_of_a_load_that_was_stopped_is_not_its_end(port: BulkPort, clock: HandClock) -> None:
-    load = OutgoingLoad(port, clock, b"", b"", IDLE_S)
+    load = OutgoingLoad(port, clock, CALLER, b"", IDLE_S)
     connection: Any = InAMessage()
     load.join(connection, 0)
     load.put([Part(0, block, 0, [memoryview(b"some")], []) for block in range(2)], is_last=True)
@@ -247,7 +248,7 @@ async def test_the_last_message_of_a_load_that_was_stopped_is_not_its_end(port: 
 
 
 async def test_a_load_counts_as_open_until_its_client_has_taken_the_end(port: BulkPort, clock: HandClock) -> None:
-    load = OutgoingLoad(port, clock, b"", b"", IDLE_S)
+    load = OutgoingLoad(port, clock, CALLER, b"", IDLE_S)
     connection: Any = Interrupted(load)
     connection.fd = 1 << 20
     load.join(connection, 0)
@@ -279,7 +280,7 @@ async def test_a_client_that_reads_little_by_little_is_ended_in_time(
 async def test_a_client_that_waited_for_the_daemon_has_its_whole_time_from_then_on(
     port: BulkPort, clock: HandClock
 ) -> None:
-    load = OutgoingLoad(port, clock, b"", b"", IDLE_S)
+    load = OutgoingLoad(port, clock, CALLER, b"", IDLE_S)
     clock.advance(seconds=IDLE_S + 1)  # For a read from SSD.
     load.put([Part(0, 0, 0, [memoryview(bytes(10))], [])], is_last=True)
     waiting = asyncio.ensure_future(load.until_sent(10))
@@ -290,3 +291,52 @@ async def test_a_client_that_waited_for_the_daemon_has_its_whole_time_from_then_
     clock.advance(seconds=1)
     with pytest.raises(KVError, match="read nothing"):
         await waiting
+
+
+async def test_a_call_is_answered_for_the_caller_that_has_opened_the_last_transfer(
+    port: BulkPort, client: Client, leased: int
+) -> None:
+    async def answer(number: int, request: bytes, caller: Caller, certificate: bytes) -> tuple[MessageKind, bytes]:
+        assert (number, caller, certificate) == (CALLS.index("ReleaseLease"), caller_of(client), b"")
+        return MessageKind.ANSWER, request[::-1]
+
+    port.answer_calls(answer)
+    with await loaded(port, client, leased) as connection:
+        for _ in range(3):
+            send_call(connection, "ReleaseLease", b"abc")
+            header = unpack_header(await receive(connection, HEADER_BYTES))
+            assert header.kind is MessageKind.ANSWER
+            assert await receive(connection, header.size_bytes) == b"cba"
+
+
+async def test_a_call_whose_client_leaves_is_cancelled(port: BulkPort, client: Client, leased: int) -> None:
+    seen = []
+
+    async def answer(*_: object) -> tuple[MessageKind, bytes]:
+        seen.append("begun")
+        try:
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    port.answer_calls(answer)
+    with await loaded(port, client, leased) as connection:
+        send_call(connection, "OpenTransfer", b"")
+        await until(lambda: seen == ["begun"])
+        (of_daemon,) = port._connections.values()
+        assert not of_daemon.is_pooled, "it does not make room for others meanwhile"
+    await until(lambda: seen == ["begun", "cancelled"])
+    await until(lambda: not port.connection_count)
+
+
+async def loaded(port: BulkPort, client: Client, lease_id: int) -> socket.socket:
+    """A connection that has carried a load."""
+    connection = joined(port, client, await open_load(port, client, lease_id))
+    while (header := unpack_header(await receive(connection, HEADER_BYTES))).kind is not MessageKind.END:
+        await receive(connection, header.size_bytes)
+    return connection
+
+
+def send_call(connection: socket.socket, method: str, request: bytes) -> None:
+    connection.send(pack_header(MessageKind.CALL, len(request), layer=CALLS.index(method)) + request)

@@ -267,7 +267,7 @@ class TestTheEndOfALoad:
         released = threading.Event()
 
         def waits() -> bool:
-            return any(frame.f_code.co_name == "put_back" for frame in sys._current_frames().values())
+            return any(frame.f_code.co_name == "keep" for frame in sys._current_frames().values())
 
         def drop(cycle: list[object]) -> None:
             with transport._pool._lock:  # As while another load takes a connection, which may run the collector.

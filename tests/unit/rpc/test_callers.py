@@ -29,6 +29,7 @@ from kvservice.store.operations.policies import Policies
 from kvservice.store.operations.scrub import Scrub
 from kvservice.store.sessions.sessions import Sessions
 from kvservice.store.status import Status
+from kvservice.store.tasks import LoopBudget
 from kvservice.store.tickets import Tickets
 from kvservice.store.transfers.loads import Loads
 from kvservice.store.transfers.saves import Saves
@@ -221,7 +222,7 @@ async def _asked(store: OpenStore, address: str, serving: grpc.ServerCredentials
         return caller.principal.encode()
 
     server = grpc.aio.server()
-    handlers = {"Who": grpc.unary_unary_rpc_method_handler(guarded(who, CallCounts()))}
+    handlers = {"Who": grpc.unary_unary_rpc_method_handler(guarded(who, CallCounts(), LoopBudget()))}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", handlers)])
     port = server.add_insecure_port(address) if serving is None else server.add_secure_port(address, serving)
     await server.start()
