@@ -182,7 +182,7 @@ async def test_many_who_want_a_block_at_one_time_cause_one_read(
         *(opened.load(lease) for _ in range(5)), opened.store.moves.prefetch(CALLER, chain.keys, within_s=0, wait=True)
     )
     assert answers[:5] == [layers_of(images)] * 5
-    assert reads(calls) - before == 3, "one read of each block: its only piece, and the trailer that follows it"
+    assert reads(calls) - before == 1, "of all blocks, which follow one another with their trailers"
     assert opened.counters.promoted_blocks == 3
 
 
