@@ -186,7 +186,7 @@ class Promoter:
         finally:
             if begun:
                 self._tasks.start(self._read_all(begun, space_for), "promotion")
-        if begun:
+        if len(absent):
             for _ in range(2):  # A turn for the task, and one for its reads: what the caller does next takes longer.
                 await asyncio.sleep(0)
         # Without those that have ended during a wait of this call: their image is invalid.
