@@ -1,7 +1,7 @@
 """Parts of a file, read into memory, with the xxh3-64 of ranges of them.
 
-A C extension (`file_parts.c`) reads and sums many parts in one call, without the interpreter's lock. Without it, Python
-does the same with a call per run of neighbours.
+A C extension (`file_parts.c`) reads and sums many parts in one call, without the interpreter's lock, and requests them
+from the kernel together. Without it, Python does the same with a call per run of neighbours, one after another.
 """
 
 from __future__ import annotations

@@ -93,9 +93,8 @@ class KVServiceClient(Client):
             for block in self._view.blocks():  # One byte of each page, as `lmcache_local` does.
                 block[:, ::_PAGE].sum()
             return  # The view is left after its bytes were compared.
-        for _ in lease.load(into=into, timeout_s=_TIMEOUT_S):
+        for _ in lease.load(into=into, timeout_s=_TIMEOUT_S, release=True):
             pass
-        self._leased.close()
 
     def copy_out(self, names: Any, blocks: Sequence[Bytes]) -> None:
         if self._is_view:

@@ -186,9 +186,12 @@ class Promoter:
         finally:
             if begun:
                 self._tasks.start(self._read_all(begun, space_for), "promotion")
-            # Without those that were joined and have ended while this call waited for space: their image is invalid.
-            found = {row: self._pending[row] for row in ordered if row in self._pending}
-            _hurry(found.values(), due_s)
+        if len(absent):
+            for _ in range(2):  # A turn for the task, and one for its reads: what the caller does next takes longer.
+                await asyncio.sleep(0)
+        # Without those that have ended during a wait of this call: their image is invalid.
+        found = {row: self._pending[row] for row in ordered if row in self._pending}
+        _hurry(found.values(), due_s)
         return found
 
     def _should_promote(self, row: int) -> bool:

@@ -11,6 +11,9 @@ from heapq import heappop, heappush
 from kvservice.store.image_check import ImagePiece
 from kvservice.store.mover.pending_promotion import PendingPromotion
 
+# A job of small pieces has so many bytes nevertheless: its thread waits for the interpreter's lock before and after it,
+# which takes as long as a drive needs for half of them.
+_JOB_BYTES_MIN = 1 << 20
 _JOB_PIECES_MAX = 16  # Before and after its read, each piece of a job takes some 50 us of the interpreter's time.
 _LAYER_S = 1e-6  # By so much a layer is less urgent than the one before it.
 
@@ -19,8 +22,8 @@ class ReadOrder:
     """The order for all promotions that read from one drive. Any thread may call it."""
 
     def __init__(self, *, job_bytes: int, jobs_at_once: int) -> None:
-        """A job of several pieces has at most `job_bytes`, and at most 1 / `jobs_at_once` of the pieces that are left
-        of a layer: so the last jobs of a layer are small, and end together.
+        """A job of several pieces has at most `job_bytes`. Above 1 MiB, it has at most 1 / `jobs_at_once` of the pieces
+        that are left of a layer: so the last jobs of a layer are small, and end together.
         """
         self._job_bytes = job_bytes
         self._jobs_at_once = jobs_at_once
@@ -61,14 +64,14 @@ class ReadOrder:
         with self._lock:
             if (first := self._first()) is None:
                 return job
-            pieces_max = min(max(1, self._left[first[:2]] // self._jobs_at_once), _JOB_PIECES_MAX)
+            few, few_bytes = self._left[first[:2]] // self._jobs_at_once, min(_JOB_BYTES_MIN, self._job_bytes)
             size_bytes = 0
             found: tuple[float, int, int, PendingPromotion] | None = first
-            while found is not None and found[:2] == first[:2] and len(job) < pieces_max:
+            while found is not None and found[:2] == first[:2] and len(job) < _JOB_PIECES_MAX:
                 pending = found[3]
                 piece = pending.pieces[pending.next_piece]
                 size_bytes += piece.end - piece.start
-                if job and size_bytes > self._job_bytes:
+                if job and size_bytes > (few_bytes if len(job) >= few else self._job_bytes):
                     break
                 heappop(self._heap)
                 job.append((pending, piece))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,31 @@ def test_more_parts_than_one_system_call_takes_are_read(file: int) -> None:
     parts = [part(2 * number * 500, 500, [(0, 500)]) for number in range(2000)]
     found = read_parts(file, parts)
     assert [each.tolist() for each in found if each is not None] == [sums(each.position, [(0, 500)]) for each in parts]
+
+
+def test_more_parts_that_do_not_follow_one_another_than_the_kernel_takes_at_a_time_are_read(file: int) -> None:
+    """One of them beyond the end of the file."""
+    parts = [part((700 - number) * PAGE, PAGE, [(0, 500)]) for number in range(200)]
+    assert read_parts(file, parts[:1]) == [None]
+    found = read_parts(file, parts)
+    assert found[0] is None
+    for each, its_sums in zip(parts[1:], found[1:], strict=True):
+        assert its_sums is not None
+        assert its_sums.tolist() == sums(each.position, [(0, 500)])
+
+
+def test_many_parts_of_a_file_that_cannot_be_read_are_not_read() -> None:
+    assert read_parts(-1, [part(number * PAGE, PAGE) for number in reversed(range(100))]) == [None] * 100
+
+
+def test_threads_read_parts_at_the_same_time(file: int) -> None:
+    parts = [part((600 - number) * PAGE, PAGE, [(0, PAGE)]) for number in range(100)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: read_parts(file, parts), range(40)))
+    for each in found:
+        assert [some.tolist() for some in each if some is not None] == [
+            sums(each.position, [(0, PAGE)]) for each in parts
+        ]
 
 
 def test_a_part_without_all_of_its_bytes_is_not_read_and_others_are(file: int) -> None:

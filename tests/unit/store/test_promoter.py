@@ -170,6 +170,19 @@ async def test_a_load_takes_the_free_space_and_evicts_for_its_other_blocks(open_
     await opened.settle()
 
 
+async def test_the_first_read_of_a_load_begins_before_the_load_continues(
+    opened: OpenStore, client: Client, calls: FaultyCalls
+) -> None:
+    """What the load does next on the event loop, such as its answer to the client, does not delay it."""
+    chain = some_chain(3)
+    await on_ssd(opened, client, chain)
+    lease = opened.lookup(client, chain.keys)
+    assert lease is not None
+    with calls.held("preadv") as waiting:
+        async with opened.promoter.promoting(lease.rows.tolist()):
+            assert waiting.acquire(timeout=10), "no turn of the event loop is needed"
+
+
 async def test_many_who_want_a_block_at_one_time_cause_one_read(
     opened: OpenStore, client: Client, calls: FaultyCalls
 ) -> None:
@@ -182,7 +195,7 @@ async def test_many_who_want_a_block_at_one_time_cause_one_read(
         *(opened.load(lease) for _ in range(5)), opened.store.moves.prefetch(CALLER, chain.keys, within_s=0, wait=True)
     )
     assert answers[:5] == [layers_of(images)] * 5
-    assert reads(calls) - before == 3, "one read of each block: its only piece, and the trailer that follows it"
+    assert reads(calls) - before == 1, "of all blocks, which follow one another with their trailers"
     assert opened.counters.promoted_blocks == 3
 
 

@@ -35,13 +35,13 @@ def jobs(order: ReadOrder) -> Iterator[list[tuple[PendingPromotion, ImagePiece]]
 def test_the_first_pieces_of_all_blocks_come_before_the_second_ones() -> None:
     some = promotions(3)
 
-    assert list(jobs(order_of(some))) == [[(each, piece)] for piece in PIECES for each in some]
+    assert list(jobs(order_of(some))) == [[(each, piece) for each in some] for piece in PIECES]
 
 
 def test_blocks_that_are_added_later_have_their_first_pieces_read_before_the_second_ones_of_others() -> None:
     """A load reserves space for its blocks in several steps, and reads begin after the first one."""
     some, more = promotions(2), promotions(2)
-    order = order_of(some)
+    order = order_of(some, job_bytes=64 * KIB)
     assert order.next() == [(some[0], PIECES[0])]
 
     order.add(more)
@@ -59,13 +59,21 @@ def test_the_blocks_of_a_load_are_read_before_those_of_a_later_one_also_their_la
     assert found == [*soon, *soon, *later, *later]
 
 
-def test_small_pieces_share_a_job_and_the_last_jobs_of_a_layer_are_small() -> None:
+def test_small_pieces_share_jobs_of_a_mib() -> None:
     order = order_of(promotions(40), promotions(1000, due_s=600.0))
 
     sizes = [len(job) for job in jobs(order) if job[0][1] is PIECES[0]]
 
-    assert sizes[:8] == [5, 4, 3, 3, 3, 2, 2, 2]
-    assert sizes[8:16] == [2, 1, 1, 1, 1, 1, 1, 1]
+    assert sizes[:3] == [16, 16, 8]
+
+
+def test_larger_jobs_become_smaller_towards_the_end_of_a_layer() -> None:
+    order = order_of(promotions(100), job_bytes=4096 * KIB)
+
+    sizes = [len(job) for job in jobs(order) if job[0][1] is PIECES[1]]
+
+    assert sizes[:6] == [12, 11, 9, 8, 7, 6]
+    assert set(sizes[9:-1]) == {4}, "1 MiB"
 
 
 def test_a_job_of_several_pieces_has_no_more_bytes_than_it_may_have() -> None:
@@ -84,7 +92,7 @@ def test_a_job_has_few_pieces_because_each_takes_time_of_the_interpreter() -> No
 
 def test_a_block_that_becomes_urgent_is_read_before_those_with_which_it_began() -> None:
     some = promotions(5)
-    order = order_of(some)
+    order = order_of(some, job_bytes=64 * KIB)
     assert order.next() == [(some[0], PIECES[0])]
 
     order.hurry([some[3]], 0.0)
