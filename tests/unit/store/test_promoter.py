@@ -178,8 +178,10 @@ async def test_the_first_read_of_a_load_begins_before_the_load_continues(
     await on_ssd(opened, client, chain)
     lease = opened.lookup(client, chain.keys)
     assert lease is not None
+    promoter = opened.promoter
+    assert promoter is not None
     with calls.held("preadv") as waiting:
-        async with opened.promoter.promoting(lease.rows.tolist()):
+        async with promoter.promoting(lease.rows.tolist()):
             assert waiting.acquire(timeout=10), "no turn of the event loop is needed"
 
 
