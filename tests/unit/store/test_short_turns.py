@@ -299,13 +299,13 @@ async def test_many_pins_and_times_of_use_are_written_in_short_turns(
     open_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, _, chain, _ = await leased(open_store)
-    put, written = opened.index.put, list[int]()
+    put, written = opened.index.put_again, list[int]()
 
     def counted(tier: TierName, names: Sequence[bytes], *args: Any) -> asyncio.Future[None]:
         written.append(len(names))
         return put(tier, names, *args)
 
-    monkeypatch.setattr(opened.index, "put", counted)
+    monkeypatch.setattr(opened.index, "put_again", counted)
     await opened.store.pins.pin(CALLER, chain.keys, 60_000)
     assert sum(written) == MANY and max(written) <= 128
     written.clear()
