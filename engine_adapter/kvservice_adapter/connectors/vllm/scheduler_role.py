@@ -6,18 +6,17 @@ No method but `reset` waits for the daemon.
 from __future__ import annotations
 
 import logging
-import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from vllm import envs
 
-from kvservice_adapter.breaker import Breaker, answered, probe_of
+from kvservice_adapter.breaker import Breaker, probe_of
 from kvservice_adapter.connectors.vllm.metadata import FailedLoad, PageLoadOrder, StepOrders, StepReport
 from kvservice_adapter.connectors.vllm.model_layout import layout_of
 from kvservice_adapter.connectors.vllm.queue_hints import QueueHints
 from kvservice_adapter.connectors.vllm.request_keys import extra_of_block, refusal_of, salt_of
+from kvservice_adapter.connectors.vllm.request_lookups import RequestLookups
 from kvservice_adapter.connectors.vllm.request_pages import RequestPages
 from kvservice_adapter.connectors.vllm.request_parameters import RequestHints, RequestParameters, parameters_of
 from kvservice_adapter.connectors.vllm.request_progress import RequestProgress, response_id
@@ -27,11 +26,8 @@ from kvservice_adapter.connectors.vllm.settings import ConnectorSettings, LoadMo
 from kvservice_adapter.connectors.vllm.stats import BreakerStats, TransferStats
 from kvservice_adapter.engine.key_generation import KeyGeneration
 from kvservice_adapter.engine.metrics import count_first_token
-from kvservice_adapter.engine.prefix_lookup import tier_of
 from kvservice_adapter.rates import Rates
-from kvservice_api import spans
 from kvservice_api.cost import Kind, Plan, plan
-from kvservice_api.errors import DeadlineExceeded, KVError
 from kvservice_api.keys import ChainBuilder
 from kvservice_client import Client, FoundPrefix, Outcome, PendingLookup, Session
 from kvservice_client.rate_limited_log import RateLimitedLog
@@ -39,7 +35,6 @@ from kvservice_client.rate_limited_log import RateLimitedLog
 log = logging.getLogger(__name__)
 
 _RESET_WAIT_S = 1.0  # How long `reset` may wait. The daemon answers once its disk has written a file.
-_LOOKUPS_AT_ONCE = 4  # As `BlockCache.begin_lookup` says. Others wait until one of them has ended.
 _MEASURED_MIN = 32  # Tokens of a step. The time of fewer says little about a prefill.
 
 
@@ -102,15 +97,20 @@ class SchedulerRole:
         self._rates = Rates(self._clock.now_s)
         self._step: tuple[float, list[tuple[int, int]]] | None = None  # When it began, and what it computes.
         self._requests: dict[str, _Request] = {}
-        self._late: list[PendingLookup] = []  # Lookups that still run, and that no request waits for.
-        self._begun: deque[PendingLookup] = deque()  # Without the first ones, if they have ended.
-        self._answered_at_s = 0.0  # When the daemon's last answer to a lookup was seen.
         self._orders = StepOrders()
         self._lines = RateLimitedLog(log)
         self._sessions = SessionUpdates(self._client, self._blocks, self._breaker)
         self._generation = KeyGeneration(self._blocks, self._clock)  # Begins to attach.
         self._are_workers_away = False
         self._stats = TransferStats()
+        self._lookups = RequestLookups(
+            self._blocks,
+            self._breaker,
+            self._clock,
+            settings,
+            self._workers,
+            lambda name: self._stats.count(**{name: 1}),
+        )
         hints = self._client.hints() if settings.hints else None
         self._queue = QueueHints(hints, lambda error: self.count_error())
         self._has_priorities: bool = vllm_config.scheduler_config.policy == "priority"
@@ -194,35 +194,9 @@ class SchedulerRole:
             state.builder.extend(tokens[known:] if known else list(tokens))
 
     def _look_up(self, state: _Request) -> None:
-        """Begin to look up the request's prefix, if it may be stored."""
-        state.attempt, state.looked_up_at_s = state.request.num_preemptions, self._clock.now_s()
-        state.asked_at_s, state.is_answered, state.has_loaded = 0.0, False, False
-        state.saved_tokens = 0  # Blocks that are not found may have been removed: if they are computed, they are saved.
-        state.progress.begins()
-        if not self._breaker.allow() or self._are_workers_away:
-            state.is_answered = True
-            state.progress.ends_as(Outcome.BREAKER_OPEN)
-            return
-        self._stats.count(lookups=1)
-        local = self._blocks.peek(state.builder)
-        if local is not None and not local.blocks and local.may_have_tail is False:
-            state.is_answered = True
-            state.progress.looked_up(self._clock.now_s())
-            return
-        while self._begun and self._begun[0].wait(0.0):
-            self._begun.popleft()
-        turns = 1 + len(self._begun) / _LOOKUPS_AT_ONCE  # Of a burst, each lookup has its time after those before it.
-        with spans.within(spans.of_headers(state.request.trace_headers)):
-            state.lookup = self._blocks.begin_lookup(
-                state.builder,
-                self._settings.ticket_s,
-                self._settings.lookup_wait_s * 5 * turns,
-                request_id=state.progress.request_id,
-                session_id=state.session_id,
-                adoptions=self._workers,
-                ticket_ttl_s=self._settings.ticket_s,
-            )
-        self._begun.append(state.lookup)
+        """Begin another attempt."""
+        state.attempt, state.has_loaded = state.request.num_preemptions, False
+        self._lookups.begin(state, is_daemon_away=self._are_workers_away)
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens after `computed_tokens` to load: None if the daemon has not answered yet, and whether between
@@ -235,17 +209,17 @@ class SchedulerRole:
         if not state.may_load:
             return 0, False
         if request.num_preemptions != state.attempt:
-            self._drop_found(state)
+            self._lookups.drop(state)
             self._extend(state)
             self._look_up(state)
         if state.has_loaded:
             return 0, False
-        if not state.is_answered and not self._poll(state):
+        if not state.is_answered and not self._lookups.poll(state):
             return None, False
         if state.found is None:
             return 0, False
-        if self._is_too_old(state):
-            self._drop_found(state)
+        if self._lookups.is_too_old(state):
+            self._lookups.drop(state)
             self._look_up(state)
             return (0, False) if state.is_answered else (None, False)
         tokens = min(state.found.lease.hit_tokens, request.num_tokens - 1) - computed_tokens
@@ -255,17 +229,9 @@ class SchedulerRole:
             return 0, False
         if chosen.kind is Kind.RECOMPUTE:
             self._stats.count(computed_hits=1)
-            self._drop_found(state)
+            self._lookups.drop(state)
             return 0, False
         return tokens, self._mode(state) is LoadMode.BETWEEN_STEPS
-
-    def _is_too_old(self, state: _Request) -> bool:
-        """Whether the ticket may end before the workers adopt it: the request waited for long in vLLM's queue, also
-        before vLLM first asked, or the daemon was restarted.
-        """
-        assert state.found is not None
-        remaining_s, half_s = state.found.lease.remaining_s, self._settings.ticket_s / 2
-        return not remaining_s or (remaining_s < half_s < self._clock.now_s() - state.looked_up_at_s)
 
     def _plan(self, state: _Request, tokens: int, computed_tokens: int) -> Plan:
         """Whether to load these stored tokens. With `auto`: if they are there sooner, by what was measured."""
@@ -295,66 +261,6 @@ class SchedulerRole:
             state.mode = LoadMode.BETWEEN_STEPS
         return LoadMode.BETWEEN_STEPS if state.mode is LoadMode.AUTO else state.mode
 
-    def _poll(self, state: _Request) -> bool:
-        """Take the lookup's answer. False if there is none yet, and the time to wait for it is not over.
-
-        That time begins again with each answer to another lookup: the daemon answers one after another.
-        """
-        now_s, lookup = self._clock.now_s(), state.lookup
-        assert lookup is not None
-        state.asked_at_s = state.asked_at_s or now_s
-        answer = self._answer_of(lookup)
-        if answer is None:
-            if now_s - max(state.asked_at_s, self._answered_at_s) < self._settings.lookup_wait_s:
-                time.sleep(0)  # vLLM asks again at once. Without this its thread would keep the interpreter's lock.
-                return False
-            self._stats.count(late_lookups=1)
-            self._late.append(lookup)
-            state.lookup = None
-            answer = DeadlineExceeded(f"the lookup had no answer in {self._settings.lookup_wait_s:g} s")
-        state.is_answered = True
-        state.progress.looked_up(now_s)
-        if isinstance(answer, KVError):
-            state.progress.ends_as(Outcome.FAILED_OVER, f"{answer.reason}: {answer.message}")
-        elif answer.ticket:
-            state.found = answer
-            state.tier = tier_of(answer.lease.residency)
-            state.saved_tokens = max(state.saved_tokens, answer.lease.hit_tokens)
-            state.progress.found(answer.lease.hit_tokens, state.tier)
-            return True
-        self._drop_found(state)
-        return True
-
-    def _answer_of(self, lookup: PendingLookup) -> FoundPrefix | KVError | None:
-        """What a lookup has found, or how it failed. None while it runs."""
-        try:
-            found = lookup.poll()
-        except KVError as error:
-            self._breaker.record(answered(error))
-            if answered(error):
-                self._answered_at_s = self._clock.now_s()
-            self._lines.warning("a request is computed: %s: %s", error.reason, error.message, kind=str(error.reason))
-            return error
-        if found is not None:
-            self._breaker.record(True)
-            self._answered_at_s = self._clock.now_s()
-        return found
-
-    def _end_late_lookups(self) -> None:
-        """No request waits for them any more. How they end says whether the daemon answers."""
-        late, self._late = self._late, []
-        for lookup in late:
-            if self._answer_of(lookup) is None:
-                self._late.append(lookup)
-            else:
-                lookup.cancel(with_ticket=True)
-
-    def _drop_found(self, state: _Request, *, is_ticket_used: bool = False) -> None:
-        """The answer is not used any more: its lease ends, and so does its ticket unless the workers get it."""
-        if state.lookup is not None:
-            state.lookup.cancel(with_ticket=not is_ticket_used)
-        state.lookup = state.found = None
-
     def allocated(self, request: Any, page_ids: tuple[list[int], ...], external_tokens: int) -> None:
         """vLLM has given a request its pages, and expects so many tokens to be loaded into them."""
         state = self._requests.get(request.request_id)
@@ -362,7 +268,7 @@ class SchedulerRole:
             return
         if not external_tokens:
             if state.is_answered:
-                self._drop_found(state)
+                self._lookups.drop(state)
             return
         self._leave_queue(state)
         mode = self._mode(state)
@@ -387,14 +293,14 @@ class SchedulerRole:
         self._stats.count(hits=1, hit_tokens=external_tokens)
         state.has_loaded = True
         state.progress.load_tokens = external_tokens
-        self._drop_found(state, is_ticket_used=True)  # The ticket holds the blocks until the workers have them.
+        self._lookups.drop(state, is_ticket_used=True)  # The ticket holds the blocks until the workers have them.
 
     def finished(self, request: Any, page_ids: tuple[list[int], ...]) -> None:
         """A request has ended; vLLM frees its pages after this."""
         state = self._requests.pop(request.request_id, None)
         if state is None:
             return
-        self._drop_found(state)
+        self._lookups.drop(state)
         if not state.is_reported:
             self._report(state)
         if state.is_loading:
@@ -443,8 +349,7 @@ class SchedulerRole:
 
     def orders_of_step(self, scheduled: Any) -> StepOrders:
         """What the workers do in this step. The next call has other orders."""
-        if self._late:
-            self._end_late_lookups()
+        self._lookups.end_late()
         size, kept = self.layout.block_tokens, self._pages.begin_step()
         computing: list[tuple[int, int]] = []
         for request_id, new_tokens in scheduled.num_scheduled_tokens.items():
@@ -528,7 +433,7 @@ class SchedulerRole:
         If it does not, nothing is looked up or saved until it has begun one. Requests that run keep what they have.
         """
         for state in self._requests.values():  # vLLM may compute them again, with other weights.
-            self._drop_found(state)
+            self._lookups.drop(state)
             state.may_load = state.may_save = False
             if not state.has_loaded:
                 state.progress.ends_as(Outcome.MISS, "the prefix cache was reset")
