@@ -183,13 +183,18 @@ class SsdTier:
 
     def reserve(self, size_bytes: int) -> Extent:
         """Space in the file with the most free space. Where writes to some files fail and others work, it is in one
-        that works, also if space must be freed there; now and then in any, because a write that succeeds ends that.
+        that works, also if space must be freed there; now and then in another, because a write that succeeds ends that.
         """
         self._reserved += 1
         files = [number for number, file in self._files.items() if file.space.capacity_bytes]
         working = [number for number in files if not self._files[number].refusing_because]
         usable = working if working and self._reserved % _TRIED_AGAIN_EVERY else files
-        for number in sorted(usable, key=lambda number: self._files[number].space.used_bytes):
+
+        def rank(number: int) -> tuple[bool, int]:
+            file = self._files[number]
+            return not file.refusing_because, file.space.used_bytes
+
+        for number in sorted(usable, key=rank):
             space = self._files[number].space
             if space.largest_free_bytes >= extent_size(size_bytes):
                 return Extent(number, space.reserve(size_bytes), extent_size(size_bytes))

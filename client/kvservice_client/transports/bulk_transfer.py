@@ -76,7 +76,8 @@ class BulkTransfer:
         deadline = self._deadline
         self._connect()
         request.connections = self.connections(size_bytes)
-        if (opened := self._called(request)) is None:
+        is_called = (opened := self._called(request)) is not None
+        if not is_called:
             channel = self._connection.channel
             # As a stream of one answer, because a stream ends when its load is cancelled.
             with closing(
@@ -86,10 +87,11 @@ class BulkTransfer:
         if opened is None or not opened.tickets:
             raise InvalidFrame("the daemon opened a transfer without a ticket")
         self._fresh_until_s = deadline.clock.now_s() + opened.ttl_ms / 2000
-        endpoint = self._pool.endpoint(self._connection.limits(deadline))
-        if endpoint != self.first.endpoint:  # The TLS files have changed, and the ticket is bound to them.
-            self.release(self.first)
-            self._take_first(endpoint)
+        if not is_called:  # Else the ticket is bound to the certificate of the first connection.
+            endpoint = self._pool.endpoint(self._connection.limits(deadline))
+            if endpoint != self.first.endpoint:  # The TLS files have changed, and the ticket is bound to them.
+                self.release(self.first)
+                self._take_first(endpoint)
         return opened
 
     def _called(self, request: pb.OpenTransferRequest) -> pb.OpenTransferResponse | None:

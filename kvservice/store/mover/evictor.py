@@ -85,6 +85,8 @@ class Evictor:
         self._locks = {tier: asyncio.Lock() for tier in lifecycle.tiers}
         self._waiting = dict.fromkeys(lifecycle.tiers, 0)
         self._trimming = dict.fromkeys(lifecycle.tiers, False)
+        self._index_locks = {tier: asyncio.Lock() for tier in lifecycle.tiers}
+        self._rooms = dict.fromkeys(lifecycle.tiers, 0)  # How often `make_room_in_index` has evicted some block.
         self._taken = {tier: asyncio.Event() for tier in lifecycle.tiers}
 
     def start(self, cleaner: Cleaner | None) -> None:
@@ -171,19 +173,29 @@ class Evictor:
     async def make_room_in_index(self, tier: TierName, count: int) -> bool:
         """Evict a small part of a tier whose index is full, `count` blocks at least if there are as many. Returns
         whether some block was evicted. Raises StorageFailed.
+
+        One caller evicts, and all that have called before its end go by that: a full index refuses many puts at once.
         """
+        made = self._rooms[tier]
         missing = max(_TRIM_BLOCKS_MIN, int(np.count_nonzero(self._blocks.resident(tier))) // _TRIM_PART, count)
-        evicted = 0
         with contextlib.suppress(TimeoutError):
-            async with self._clock.timeout(self._wait_s):
-                while evicted < missing:
-                    async with self._locks[tier]:
-                        chosen = await self._choose(tier, self._lifecycle.tiers[tier].capacity_bytes)
-                        await self._evict(chosen, tier, SpaceFor.INDEX)
-                    if not chosen and (evicted or not await self._one_is_copied(tier)):
-                        break
-                    evicted += len(chosen)
-        return evicted > 0
+            async with self._clock.timeout(self._wait_s), self._index_locks[tier]:
+                if self._rooms[tier] == made:
+                    await self._evict_from_index(tier, missing)
+        return self._rooms[tier] != made
+
+    async def _evict_from_index(self, tier: TierName, missing: int) -> None:
+        evicted = 0
+        try:
+            while evicted < missing:
+                async with self._locks[tier]:
+                    chosen = await self._choose(tier, self._lifecycle.tiers[tier].capacity_bytes)
+                    await self._evict(chosen, tier, SpaceFor.INDEX)
+                if not chosen and (evicted or not await self._one_is_copied(tier)):
+                    return
+                evicted += len(chosen)
+        finally:  # Also when its time is over.
+            self._rooms[tier] += evicted > 0
 
     async def _trim(self, tier: TierName) -> None:
         try:

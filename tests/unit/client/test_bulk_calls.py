@@ -117,3 +117,16 @@ def test_a_transfer_whose_call_breaks_is_carried_by_the_next_transport(
     daemon.answer = broken
     with pytest.raises(NotCarried, match="broke"):
         next(transport.load(order_of(ODD, [96]), whole()))
+
+
+def test_a_transfer_stays_on_the_connection_that_opened_it_although_the_tls_files_change(
+    daemon: BulkDaemon, transport: BulkTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(opened: bytes) -> tuple[MessageKind, bytes]:
+        monkeypatch.setattr(transport._connection.channel, "host", "localhost")  # Another endpoint, as for other files.
+        return MessageKind.ANSWER, opened
+
+    daemon.answer = changed
+    order = order_of(ODD, [96])
+    assert all(map(np.array_equal, transport.load(order, whole()), content(order)))
+    assert daemon.accepted == 1, "the daemon has bound the ticket to the certificate of this connection"

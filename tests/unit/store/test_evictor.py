@@ -289,3 +289,16 @@ async def test_neither_tier_is_ever_over_its_capacity(open_store: Callable[..., 
     watching.cancel()
     assert all(most.values())
     await opened.settle()
+
+
+async def test_all_that_find_the_index_full_at_the_same_time_go_by_one_eviction(open_store: Callable[..., Any]) -> None:
+    opened: OpenStore = await open_store(dram_bytes=1000 * BLOCK + HEADER, ssd_bytes=0)
+    client = opened.store.leases.attach(CALLER, "test")
+    keys = await saved(opened, client, 900, on_ssd=False)
+
+    made = await asyncio.gather(*(opened.evictor.make_room_in_index(TierName.DRAM, 1) for _ in range(8)))
+    assert made == [True] * 8
+    assert in_dram(opened, keys) == 900 - 256
+
+    assert await opened.evictor.make_room_in_index(TierName.DRAM, 1), "a later call evicts more"
+    assert in_dram(opened, keys) == 900 - 2 * 256

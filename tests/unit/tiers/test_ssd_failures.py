@@ -38,6 +38,23 @@ async def test_a_failed_write_says_why_and_the_tier_recovers_by_itself(
     assert await content(tier, extent, len(data)) == data
 
 
+async def test_a_drive_that_failed_is_tried_again_although_it_is_the_fuller_one(
+    open_tier: OpenTier, calls: FaultyCalls
+) -> None:
+    tier = open_tier(files=2)
+    failed = tier.reserve(64 * KIB)
+    calls.failing["pwritev"] = errno.EIO
+    with pytest.raises(StorageFailed):
+        await tier.write(failed, 0, noise(PAGE))
+    calls.failing.clear()
+
+    for _ in range(64):
+        extent = tier.reserve(PAGE)
+        await tier.write(extent, 0, noise(PAGE))
+        tier.release(extent)
+    assert not [file.refusing_because for file in tier._files.values() if file.refusing_because]
+
+
 async def test_a_failed_read_says_why_and_the_next_one_may_succeed(tier: SsdTier, calls: FaultyCalls) -> None:
     data = noise(64 * KIB)
     extent = await stored(tier, data)
