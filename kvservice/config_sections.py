@@ -257,7 +257,8 @@ class IndexSettings(Section):
     durable_map_bytes: Size = setting(
         ByteSize(0),
         "Size of the index of blocks on SSD, part of `ssd.capacity_bytes`. 0 means 1/64 of that, at least 4 MiB and "
-        "at most 1 GiB. Old blocks leave SSD when the map is full; a tenth of it is kept for sessions and layouts.",
+        "at most 1 GiB. When the map is full, old blocks leave SSD, and until then saves with SSD durability are "
+        "refused; a tenth of it is kept for sessions and layouts.",
         unit="bytes",
     )
     volatile_map_bytes: Size = setting(

@@ -16,6 +16,7 @@ from kvservice_api.socket_buffers import SocketBuffers
 from kvservice_api.status import to_status
 
 _POOLED_S = 60.0  # From one transfer to the next.
+_CALL_S = 60.0  # For one call: with its request and its answer.
 
 
 class Dialogue:
@@ -44,6 +45,7 @@ class Dialogue:
         while True:
             header = yield from connection.read_header()
             if header.kind is MessageKind.CALL:
+                connection.deadline_s = self._clock.monotonic_s() + _CALL_S
                 yield from self._talk_of_call(connection, header)
                 connection.is_pooled, connection.deadline_s = True, self._clock.monotonic_s() + _POOLED_S
                 continue

@@ -72,6 +72,17 @@ def test_where_only_the_flushes_of_one_drive_fail_the_blocks_on_it_are_refused_a
     assert "could not flush" in str(refused[0]) and "ssd-000.kv" in str(refused[0])
 
 
+def test_where_only_the_flushes_of_one_drive_fail_the_other_blocks_of_a_save_are_stored(
+    client: Client, faults: Faults
+) -> None:
+    faults.set("fdatasync", "EIO ssd-000.kv")
+    first = save(client, SMALL, new_chain(SMALL, 20), Durability.SSD)
+    assert 0 < len(first.refused) < 20, "those on the other drive are stored"
+
+    for _ in range(3):  # One block of 64 is written to the drive that fails.
+        assert len(save(client, SMALL, new_chain(SMALL, 128), Durability.SSD).refused) <= 3
+
+
 def test_where_the_drive_that_works_is_full_old_blocks_make_room_for_new_ones(client: Client, faults: Faults) -> None:
     break_drive(faults, "ssd-000.kv")
 

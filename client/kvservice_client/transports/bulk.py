@@ -73,7 +73,8 @@ class BulkTransport(Transport):
 
     def call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M | None:
         """A call of `CALLS` on an idle connection. None if it must be made over gRPC: no connection is idle, or it has
-        broken, and then the daemon may have carried the call out. Raises the daemon's errors, and DeadlineExceeded.
+        broken, or half of the time has passed; then the daemon may have carried the call out. Raises the daemon's
+        errors.
         """
         connection = self._idle_connection(deadline)
         if connection is None:
@@ -82,9 +83,13 @@ class BulkTransport(Transport):
             self._pool.keep(connection)
             return None
         try:
-            header, data = call(connection, method, request, deadline)
+            header, data = call(connection, method, request, Deadline(deadline.remaining_s / 2, deadline.clock))
         except (OSError, InvalidFrame):
             connection.close()
+            return None
+        except DeadlineExceeded:  # The path to the port may be cut off, and with it the other idle connections.
+            connection.close()
+            self._pool.close_idle()
             return None
         except BaseException:
             connection.close()

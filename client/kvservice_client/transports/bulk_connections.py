@@ -226,6 +226,13 @@ class BulkConnections:
         for each in used:
             each.shut_down()
 
+    def close_idle(self) -> None:
+        """The next transfers make connections of their own."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for each in idle:
+            each.close()
+
     def endpoint(self, limits: pb.GetCapabilitiesResponse) -> Endpoint:
         """Raises BulkUnavailable if the daemon has no bulk port, or it could not be reached recently."""
         channel = self._connection.channel

@@ -393,7 +393,9 @@ class WriteBehind:
             batch, self._copied, self._copied_bytes = self._copied, [], 0
             self._some_copied.clear()
             self._enough_copied.clear()
-            self._tasks.start(self._record_batch(batch), "record written blocks")
+            for drive in {copied.extent.segment for copied in batch}:  # One that is not flushed fails its own blocks.
+                part = [copied for copied in batch if copied.extent.segment == drive]
+                self._tasks.start(self._record_batch(part), "record written blocks")
 
     async def _record_batch(self, batch: list[_Copied]) -> None:
         try:
