@@ -21,6 +21,7 @@ from tests.integration.wire import Upload, Wire, refused
 _BLOCKS = 192  # 36 MiB for each reader.
 # One frame that is being built, one that waits for its turn, one in gRPC's buffers, and their overhead.
 _FRAMES_PER_READER_MAX = 4
+_FRAME_BYTES = 2 * MIB
 _LATE_S = 0.02
 _ROUNDS = 10
 
@@ -94,7 +95,7 @@ def keeps_time(daemon: DaemonProcess, *works: Callable[[], object]) -> None:
 def test_slow_readers_cost_bounded_memory_and_no_heartbeat_comes_late(
     new_daemon: Callable[..., DaemonProcess], readers: int
 ) -> None:
-    daemon = new_daemon(ssd__capacity_bytes=0, server__metrics_address="127.0.0.1:0")
+    daemon = new_daemon(ssd__capacity_bytes=0, server__metrics_address="127.0.0.1:0", server__frame_bytes=_FRAME_BYTES)
     with Wire(daemon.address) as wire:
         wire.attach("quick")
         wire.open_layout(LARGE)
@@ -107,7 +108,7 @@ def test_slow_readers_cost_bounded_memory_and_no_heartbeat_comes_late(
         def read_slowly() -> None:
             with slow_readers(daemon, "read slowly", readers):
                 assert wire.status().leases == wire.status().clients - 1 == readers
-                assert private_bytes(daemon) - own_bytes < readers * _FRAMES_PER_READER_MAX * MIB
+                assert private_bytes(daemon) - own_bytes < readers * _FRAMES_PER_READER_MAX * _FRAME_BYTES
                 assert wire.has(LARGE, chain[:64])  # A client that reads is served meanwhile.
             until(lambda: wire.state() == before)
 
