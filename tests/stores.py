@@ -499,3 +499,13 @@ async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end_s, "it never came true"
         await asyncio.sleep(0.001)
+
+
+async def on_ssd(opened: OpenStore, client: Client, chain: BlockChain, **more: Any) -> list[bytes]:
+    """Saves blocks that are only on SSD. Returns the images."""
+    layout = more.get("layout", LAYOUT)
+    images = some_images(chain, shard=Shard.whole(layout), layout=layout)
+    outcome = await opened.save(client, chain, images, shard=Shard.whole(layout), on_ssd=True, **more)
+    assert not outcome.refused
+    await opened.store.moves.evict(CALLER, chain.keys, TierName.DRAM)
+    return images

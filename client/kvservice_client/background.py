@@ -11,7 +11,7 @@ from kvservice_client import forks
 
 log = logging.getLogger(__name__)
 
-_THREADS_MAX = 4
+THREADS_MAX = 4
 
 Work = Callable[[], object]
 
@@ -40,7 +40,7 @@ class Background:
         with self._changed:
             self._queue.append(work)
             self._changed.notify()
-            if len(self._queue) > self._idle and len(self._threads) < _THREADS_MAX:
+            if len(self._queue) > self._idle and len(self._threads) < THREADS_MAX:
                 self._start_thread()
 
     def submit_once(self, name: Hashable, work: Work) -> None:
@@ -68,7 +68,7 @@ class Background:
         """Wait until the threads of a closed object have ended, at most that long."""
         for thread in list(self._threads):
             if thread is not threading.current_thread():
-                thread.join(timeout_s / _THREADS_MAX)
+                thread.join(timeout_s / THREADS_MAX)
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._run, name="kvservice-background", daemon=True)

@@ -21,7 +21,7 @@ from tests.integration.wire import Upload, Wire, refused
 _BLOCKS = 192  # 36 MiB for each reader.
 # One frame that is being built, one that waits for its turn, one in gRPC's buffers, and their overhead.
 _FRAMES_PER_READER_MAX = 4
-_FRAME_BYTES = 2 * MIB
+_FRAME_BYTES = MIB
 _LATE_S = 0.02
 _ROUNDS = 10
 

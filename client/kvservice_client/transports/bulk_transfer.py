@@ -95,7 +95,7 @@ class BulkTransfer:
         return opened
 
     def _called(self, request: pb.OpenTransferRequest) -> pb.OpenTransferResponse | None:
-        """What it is answered on the first connection; None if it must be sent over gRPC."""
+        """The answer, asked for on the first connection. None if the request must be sent over gRPC."""
         if spans.current() is not None or not carries_call(self.first, request):
             return None
         with self.answer():

@@ -25,11 +25,6 @@ TRACE = {"traceparent": f"00-{1:032x}-{2:016x}-01"}
 
 
 @pytest.fixture
-def calls() -> FaultyCalls:
-    return FaultyCalls()
-
-
-@pytest.fixture
 async def opened(open_store: Callable[..., Any], calls: FaultyCalls) -> OpenStore:
     store: OpenStore = await open_store(calls=calls, dram_bytes=8 * MIB, ssd_bytes=8 * MIB, limits=ONE_AT_A_TIME)
     await store.store.layouts.open(CALLER, DEEP)

@@ -16,13 +16,12 @@ from kvservice_api import spans
 from kvservice_api.errors import DeadlineExceeded, KVError
 from kvservice_api.keys import ChainBuilder
 from kvservice_client import FoundPrefix, Outcome, PendingLookup
+from kvservice_client.background import THREADS_MAX
 from kvservice_client.block_cache import BlockCache
 from kvservice_client.rate_limited_log import RateLimitedLog
 from kvservice_client.retry import Clock
 
 log = logging.getLogger(__name__)
-
-_LOOKUPS_AT_ONCE = 4  # As `BlockCache.begin_lookup` says. Others wait until one of them has ended.
 
 
 class LookedUpRequest(Protocol):
@@ -78,7 +77,7 @@ class RequestLookups:
             return
         while self._begun and self._begun[0].wait(0.0):
             self._begun.popleft()
-        turns = 1 + len(self._begun) / _LOOKUPS_AT_ONCE  # Of a burst, each lookup has its time after those before it.
+        turns = 1 + len(self._begun) / THREADS_MAX  # Of a burst, each lookup has its time after those before it.
         with spans.within(spans.of_headers(state.request.trace_headers)):
             state.lookup = self._blocks.begin_lookup(
                 state.builder,
