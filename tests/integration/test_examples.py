@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvservice_api import cost
 from tests.daemon import DaemonProcess
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +22,7 @@ def run_here(name: str, *arguments: str) -> str | int | None:
     """Runs the example in this process, which has torch already. Returns its exit code, or its last words."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *arguments])
+        patch.setattr(cost, "_LEARN_S_MIN", 0.0)  # Else a process that is warm computes a short history again.
         try:
             runpy.run_module(f"examples.{name}", run_name="__main__")
         except SystemExit as ended:
