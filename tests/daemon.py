@@ -42,7 +42,7 @@ def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> float:
 class DaemonProcess:
     """``kvservice serve`` on a store. Can be killed, and started again on the same store, arena and port.
 
-    A context manager: entering starts the daemon; leaving kills it and removes its shared memory.
+    A context manager: entering starts the daemon; leaving kills it and removes its store and its shared memory.
     """
 
     def __init__(
@@ -188,10 +188,12 @@ class DaemonProcess:
         return self.wait_for_end(timeout_s)
 
     def remove(self) -> None:
-        """Kill the daemon, if it runs, and remove its shared memory."""
+        """Kill the daemon, if it runs, and remove its store and its shared memory."""
         if self._process is not None:
             self.kill()
-        shutil.rmtree(self.shared_memory, ignore_errors=True)
+        # pytest keeps the folders of fixtures of a whole file, and of tests that fail: a quarter of a gigabyte each.
+        for folder in (self.store, self.shared_memory):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def client(self, name: str = "test", **options: Any) -> Client:
         """A client of this daemon. Close it, or use it as a context manager.
