@@ -102,7 +102,11 @@ def test_a_system_that_delivers_other_bytes_than_were_put_is_refused() -> None:
 def test_an_interrupted_run_ends_its_servers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.peers", "--group", "same-host", "--only", "shm"]
     command += ["--directory", str(tmp_path), "--results", str(tmp_path / "results.json")]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+
+    def heed_interrupts() -> None:  # A process that is started in the background, as tests may be, ignores SIGINT.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=heed_interrupts) as process:
         until(lambda: bool(list(SHARED_MEMORY.glob(f"kvbench-{process.pid}-shm/*/arena"))))  # A daemon has begun.
         process.send_signal(signal.SIGINT)
         assert process.wait(60) != 0
