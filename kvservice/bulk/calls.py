@@ -1,9 +1,10 @@
-"""Calls on connections of the bulk port: a worker thread reads the request, and the event loop answers it."""
+"""Calls on connections of the bulk port: the event loop reads the request and answers it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from kvservice.bulk.connection import BulkConnection, Steps
 from kvservice.store.caller import Caller
@@ -18,10 +19,10 @@ Answer = Callable[[int, bytes, Caller, bytes], Awaitable[tuple[MessageKind, byte
 
 
 class Calls:
-    """Of all connections of a port. `wake` has a worker continue a connection."""
+    """Of all connections of a port. `proceed` continues a connection, on the event loop."""
 
-    def __init__(self, answer: Answer, wake: Callable[[BulkConnection], None], tasks: Tasks) -> None:
-        self._answer, self._wake, self._tasks = answer, wake, tasks
+    def __init__(self, answer: Answer, proceed: Callable[[BulkConnection], Any], tasks: Tasks) -> None:
+        self._answer, self._proceed, self._tasks = answer, proceed, tasks
         self._loop = asyncio.get_running_loop()
         self.is_stopped = False  # Set on the event loop: no call begins any more.
 
@@ -34,26 +35,17 @@ class Calls:
         yield from connection.read(SocketBuffers([memoryview(request)]))
         connection.is_pooled = False  # Until it is answered, it does not make room for another one.
         answers: list[bytes] = []
-        tasks: list[asyncio.Task[None]] = []
 
         async def work() -> None:
             kind, data = await self._answer(header.layer, bytes(request), caller, connection.certificate)
             answers.append(pack_header(kind, len(data)) + data)
-            self._wake(connection)
+            self._proceed(connection)
 
-        def start() -> None:
-            if not self.is_stopped:
-                tasks.append(self._tasks.start(work(), "a call on the bulk port"))
-
-        def cancel() -> None:
-            for task in tasks:
-                task.cancel()
-
-        self._loop.call_soon_threadsafe(start)
+        task = None if self.is_stopped else self._tasks.start(work(), "a call on the bulk port")
         try:
             while not answers:
                 yield from connection.wait()
         finally:
-            if not answers:
-                self._loop.call_soon_threadsafe(cancel)
+            if task is not None and not answers:  # The connection is closed, on any thread.
+                self._loop.call_soon_threadsafe(task.cancel)
         yield from connection.write(SocketBuffers([memoryview(answers[0])]))

@@ -1,7 +1,8 @@
 """One connection of the bulk port: reads and writes that never block a thread.
 
 What is said on a connection is a generator. It yields what it waits for, and is continued by whichever worker thread
-finds that this has come. It runs on one thread at a time, which holds the connection's `lock`.
+finds that this has come; between two transfers by the event loop. It runs on one thread at a time, which holds the
+connection's `lock`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class BulkConnection:
         "is_closed",
         "is_counted",
         "is_interrupted",
+        "is_on_loop",
         "is_pooled",
         "is_woken",
         "lock",
@@ -74,6 +76,7 @@ class BulkConnection:
         self.since_s, self.deadline_s = now_s, deadline_s
         self.is_counted = False  # By the reason for which it will be closed.
         self.is_pooled = False  # A transfer has ended, and its client may begin another one.
+        self.is_on_loop = False  # The event loop continues it, and no worker. Changes with the lock.
         self.has_joined = self.is_woken = self.is_interrupted = self.is_closed = False
         self.certificate = b""  # SHA-256 of the client's certificate; empty without one.
         self.caller: Caller | None = None  # That has opened the transfer which was joined last.
@@ -167,6 +170,19 @@ class BulkConnection:
                 yield wanted
             elif self.turn_bytes >= QUANTUM_BYTES:
                 yield NOW
+
+    def rest(self, deadline_s: float) -> Steps:
+        """Between two transfers: the event loop continues it once more has come."""
+        self.is_pooled = self.is_on_loop = True
+        self.deadline_s = deadline_s
+        has_more = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+        yield NOW if has_more else READABLE
+
+    def leave_loop(self) -> Steps:
+        """A worker continues it."""
+        if self.is_on_loop:
+            self.is_on_loop = False
+            yield NOW
 
     def wait(self) -> Steps:
         """Until another thread wakes it. Raises ConnectionLost."""

@@ -47,7 +47,7 @@ class Dialogue:
             if header.kind is MessageKind.CALL:
                 connection.deadline_s = self._clock.monotonic_s() + _CALL_S
                 yield from self._talk_of_call(connection, header)
-                connection.is_pooled, connection.deadline_s = True, self._clock.monotonic_s() + _POOLED_S
+                yield from connection.rest(self._clock.monotonic_s() + _POOLED_S)
                 continue
             if header.kind is not MessageKind.HELLO or header.size_bytes != HELLO_BYTES:
                 raise InvalidFrame(f"a message {header.kind.name} of {header.size_bytes} bytes comes before HELLO")
@@ -60,6 +60,7 @@ class Dialogue:
             except TicketRefused as refusal:
                 self._count(refusal.reason)
                 connection.is_counted = True
+                yield from connection.leave_loop()
                 yield from self._refuse(
                     connection, TransferEnded("no transfer waits for this ticket", refused="ticket")
                 )
@@ -68,6 +69,7 @@ class Dialogue:
             connection.has_joined, connection.is_pooled, connection.deadline_s = True, False, math.inf
             connection.moves, connection.caller = transfer.moves, transfer.caller
             try:
+                yield from connection.leave_loop()
                 yield from transfer.talk(connection)
             finally:
                 connection.moves = None
@@ -76,7 +78,7 @@ class Dialogue:
             if transfer.closes_connections:
                 yield from self._linger(connection)
                 return
-            connection.is_pooled, connection.deadline_s = True, self._clock.monotonic_s() + _POOLED_S
+            yield from connection.rest(self._clock.monotonic_s() + _POOLED_S)
 
     def _refuse(self, connection: BulkConnection, error: KVError) -> Steps:
         data = to_status(error).SerializeToString()

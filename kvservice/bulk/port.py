@@ -1,7 +1,8 @@
 """The bulk port of a daemon: its listener, its worker threads, its connections, and how transfers begin and end.
 
 A few threads share one epoll: whichever is free continues the next connection that can move, for about 1 MiB, and then
-queues it again behind the others. So no client occupies a thread, and no byte passes the event loop.
+queues it again behind the others. So no client occupies a thread, and no block passes the event loop. Between two
+transfers the event loop continues a connection, by an epoll of its own: then calls come, which it answers anyway.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _FRESH_S = 1.0  # A connection that has not said HELLO for longer makes room for
 _LOOK_EVERY_S = 0.5
 _BACKLOG = 128
 _ACCEPTED_A_TURN = 16
+_CONTINUED_A_TURN = 8  # Of the event loop, which has other work too.
 REASONS = (
     "full",
     "garbage",
@@ -102,6 +104,8 @@ class BulkPort:
         self._epoll = select.epoll()
         self._ending = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._ending, select.EPOLLIN)
+        self._loop = asyncio.get_running_loop()
+        self._loop_epoll = select.epoll()  # Of the connections that the event loop continues.
 
     def listen(self, bound: socket.socket) -> None:
         """Accept connections there, once this is started."""
@@ -113,7 +117,7 @@ class BulkPort:
 
     def answer_calls(self, answer: Answer) -> None:
         """Have it answer calls on connections that have joined a transfer. Without it they are InvalidFrame."""
-        self._calls = Calls(answer, self.wake, self._tasks)
+        self._calls = Calls(answer, partial(self._turn, events=NOW, on_loop=True), self._tasks)
 
     def _talk_of_call(self, connection: BulkConnection, header: MessageHeader) -> Steps:
         if self._calls is None:
@@ -125,6 +129,7 @@ class BulkPort:
             for thread in self._threads:
                 thread.start()
             self._tasks.start(self._watch(), "bulk connections")
+            self._loop.add_reader(self._loop_epoll.fileno(), self._continue_on_loop)
 
     async def close(self) -> None:
         """End all transfers, close all connections, and stop the threads. Idempotent."""
@@ -134,6 +139,7 @@ class BulkPort:
         self._is_closed = True
         if self._calls is not None:
             self._calls.is_stopped = True
+        self._loop.remove_reader(self._loop_epoll.fileno())
         os.eventfd_write(self._ending, 1)
         await on_thread(self._join)
         await self.close_all(list(self._connections.values()))
@@ -141,6 +147,7 @@ class BulkPort:
             self._listener.close()
             self._listener = None
         self._epoll.close()
+        self._loop_epoll.close()
         os.close(self._ending)
 
     def _join(self) -> None:
@@ -295,8 +302,10 @@ class BulkPort:
                 return self._turn(connection, events)
         return []
 
-    def _turn(self, connection: BulkConnection, events: int) -> list[tuple[int, int]]:
-        """Continue it as long as it can move and no other can. Returns the other that can, and its events."""
+    def _turn(self, connection: BulkConnection, events: int, *, on_loop: bool = False) -> list[tuple[int, int]]:
+        """Continue it as long as it can move and no other can. Returns the other that can, and its events. The event
+        loop continues it once.
+        """
         connection.is_woken = True  # First: the thread that has the lock checks it after the release.
         if not connection.lock.acquire(blocking=False):
             return []
@@ -307,11 +316,13 @@ class BulkPort:
             connection.is_woken = False
             assert connection.steps is not None
             wanted = NOW
-            while wanted == NOW and not others:
+            while wanted == NOW and not others and connection.is_on_loop == on_loop:
                 connection.turn_bytes = 0
                 wanted = connection.steps.send(events)
                 if connection.turn_bytes and connection.moves is not None:
                     connection.moves(connection.turn_bytes)
+                if on_loop:
+                    break
                 if wanted == NOW:
                     others, events = self._epoll.poll(0, 1), NOW
             self._arm(connection, wanted)
@@ -326,10 +337,21 @@ class BulkPort:
         return others
 
     def _arm(self, connection: BulkConnection, events: int) -> None:
-        self._epoll.modify(connection.fd, events | select.EPOLLONESHOT)
+        if not connection.is_on_loop:
+            self._epoll.modify(connection.fd, events | select.EPOLLONESHOT)
+            return
+        try:
+            self._loop_epoll.modify(connection.fd, events | select.EPOLLONESHOT)
+        except FileNotFoundError:  # For the first time.
+            self._loop_epoll.register(connection.fd, events | select.EPOLLONESHOT)
+
+    def _continue_on_loop(self) -> None:
+        for fd, events in self._loop_epoll.poll(0, _CONTINUED_A_TURN):
+            if (connection := self._connections.get(fd)) is not None:
+                self._turn(connection, events, on_loop=True)
 
     def wake(self, connection: BulkConnection) -> None:
-        """A worker continues it soon. Any thread."""
+        """It is continued soon. Any thread."""
         connection.is_woken = True
         with suppress(OSError, ValueError):  # It was closed meanwhile, or the port.
             self._arm(connection, NOW)
@@ -438,6 +460,8 @@ class BulkPort:
             return True
         finally:
             connection.lock.release()
+            if connection.is_woken:  # While this thread had the lock.
+                self.wake(connection)
 
     # On the event loop
 

@@ -185,7 +185,7 @@ class Interrupted:
 
     def __init__(self, transfer: Transfer) -> None:
         self._transfer = transfer
-        self.deadline_s, self.written = 0.0, b""
+        self.deadline_s, self.written, self.is_on_loop = 0.0, b"", False
         self.reader = threading.Thread(target=self._finish)
 
     @property
