@@ -25,7 +25,7 @@ from kvservice.bulk.calls import Answer, Calls
 from kvservice.bulk.connection import NOW, READABLE, BulkConnection, ConnectionLost, Steps
 from kvservice.bulk.dialogue import Dialogue
 from kvservice.bulk.tickets import TransferTickets
-from kvservice.bulk.transfers import IncomingSave, OutgoingLoad, Transfer
+from kvservice.bulk.transfers import CallsOnly, IncomingSave, OutgoingLoad, Transfer
 from kvservice.clock import Clock
 from kvservice.store.caller import Caller
 from kvservice.store.store import BlockStore
@@ -232,6 +232,15 @@ class BulkPort:
             task.cancel()
             raise
         return self._opened(save, connections), upload
+
+    def open_calls(self, caller: Caller, certificate: bytes, connections: int) -> Opened:
+        """A transfer without blocks, for connections that carry calls. Raises BulkUnavailable, InvalidRequest,
+        UnknownClient.
+        """
+        self._check(caller, connections)
+        self._store.leases.client(caller)
+        calls = CallsOnly(self, self._clock, caller, certificate, self._idle_s)
+        return self._opened(calls, connections, is_offer=True)
 
     def supersede(self, caller: Caller, keys: Sequence[bytes]) -> None:
         """End the client's saves of any of these blocks that it has opened and not joined: it has another way now."""

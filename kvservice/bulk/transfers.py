@@ -184,6 +184,19 @@ class Transfer:
         self.end(pack_header(MessageKind.ERROR, len(data)) + data, is_error=True)
 
 
+class CallsOnly(Transfer):
+    """A transfer without blocks: it ends at once, and its connections carry calls from then on."""
+
+    kind = "calls"
+
+    def __init__(self, port: Wakes, clock: Clock, caller: Caller, certificate: bytes, idle_s: float) -> None:
+        super().__init__(port, clock, caller, certificate, idle_s)
+        self.end(_END)
+
+    def talk(self, connection: BulkConnection) -> Steps:
+        yield from self.finish(connection)
+
+
 class OutgoingLoad(Transfer):
     """A load: the parts that the store queues, for whichever connection can take one. `PartSender` for the store."""
 

@@ -200,8 +200,12 @@ class BlockService:
                 request.connections,
             )
             return pb.OpenTransferResponse(tickets=opened.tickets, ttl_ms=round(opened.ttl_s * 1000))
+        if request.WhichOneof("transfer") == "calls":
+            caller = self._callers.of(context, request.calls.client_id)
+            opened = self._bulk.open_calls(caller, certificate, request.connections)
+            return pb.OpenTransferResponse(tickets=opened.tickets, ttl_ms=round(opened.ttl_s * 1000))
         if request.WhichOneof("transfer") != "save":
-            raise InvalidRequest("a transfer is a load or a save", field="transfer")
+            raise InvalidRequest("a transfer is a load, a save or calls", field="transfer")
         caller = self._callers.of(context, request.save.client_id)
         header, on_ssd = save_header(request.save)
         opened, upload = await self._bulk.open_save(

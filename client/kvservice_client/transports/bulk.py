@@ -29,11 +29,9 @@ from kvservice_client.buffers import Bytes
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, Mismatch, SaveOrder, SaveResult, Transport
+from kvservice_client.transports.bulk_calls import BulkCalls
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections
 from kvservice_client.transports.bulk_messages import (
-    answer_of,
-    call,
-    carries_call,
     parsed,
     receive_bytes,
     receive_header,
@@ -60,6 +58,7 @@ class BulkTransport(Transport):
         self._connection = connection
         itself = ref(self)  # Without a cycle: a client that is dropped ends at once.
         self._pool = BulkConnections(connection, lambda: (made := itself()) is not None and not made.bytes_min)
+        self.calls = BulkCalls(connection, self._pool)
 
     def check_offered(self, deadline: Deadline) -> None:
         self._pool.endpoint(self._connection.limits(deadline))
@@ -70,40 +69,6 @@ class BulkTransport(Transport):
 
     def close(self) -> None:
         self._pool.close()
-
-    def call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M | None:
-        """A call of `CALLS` on an idle connection. None if it must be made over gRPC: no connection is idle, or it has
-        broken, or half of the time has passed; then the daemon may have carried the call out. Raises the daemon's
-        errors.
-        """
-        connection = self._idle_connection(deadline)
-        if connection is None:
-            return None
-        if not carries_call(connection, request):
-            self._pool.keep(connection)
-            return None
-        try:
-            header, data = call(connection, method, request, Deadline(deadline.remaining_s / 2, deadline.clock))
-        except (OSError, InvalidFrame):
-            connection.close()
-            return None
-        except DeadlineExceeded:  # The path to the port may be cut off, and with it the other idle connections.
-            connection.close()
-            self._pool.close_idle()
-            return None
-        except BaseException:
-            connection.close()
-            raise
-        self._pool.keep(connection)
-        return answer_of(answer, header, data)
-
-    def _idle_connection(self, deadline: Deadline) -> BulkConnection | None:
-        if not self._pool.has_idle:
-            return None
-        try:
-            return self._pool.idle_one(self._pool.endpoint(self._connection.limits(deadline)))
-        except BulkUnavailable:
-            return None
 
     def offered_connections(self, size_bytes: int, deadline: Deadline) -> int:
         """How many connections a load of so many bytes would use; 0 if it would not come by this transport, or before

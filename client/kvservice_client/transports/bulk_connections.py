@@ -272,7 +272,7 @@ class BulkConnections:
         """Make a connection within a second, and close it. Raises BulkUnavailable, and logs nothing."""
         endpoint = self.endpoint(limits)
         try:
-            self._connected(endpoint).close()
+            self.connected(endpoint).close()
         except (OSError, ValueError) as error:
             raise BulkUnavailable(_why_unreachable(endpoint, error)) from error
 
@@ -314,7 +314,7 @@ class BulkConnections:
     def _attempt(self, attempt: _Attempt) -> None:
         made = error = None
         try:
-            made = self._connected(attempt.endpoint)
+            made = self.connected(attempt.endpoint)
         except (OSError, ValueError) as failure:  # ValueError: of a name that no name server takes.
             error = self._is_unreachable(attempt.endpoint, failure)
         with attempt.changed:
@@ -326,8 +326,8 @@ class BulkConnections:
         if made is not None and not is_awaited:
             self.put_back(made)
 
-    def _connected(self, endpoint: Endpoint) -> BulkConnection:
-        """A new connection. Raises OSError."""
+    def connected(self, endpoint: Endpoint) -> BulkConnection:
+        """A new connection, made within a second. Raises OSError; ValueError for a name that no name server takes."""
         context, addresses = self._tls_context(endpoint), self._addresses(endpoint)
         limit = Deadline(CONNECT_S, self._connection.clock)
         failure = OSError("its name has no address")
@@ -374,6 +374,11 @@ class BulkConnections:
     @property
     def has_idle(self) -> bool:
         return bool(self._idle)
+
+    @property
+    def count(self) -> int:
+        """Of connections, idle or used."""
+        return len(self._all)
 
     def idle_one(self, endpoint: Endpoint) -> BulkConnection | None:
         """The one that was used last; the caller puts it back or closes it. Those that lead elsewhere, or are too old,

@@ -138,7 +138,7 @@ class OrderedTransports:
     def __init__(self, connection: Connection, wanted: str = "auto", bytes_per_s: float = 0.0) -> None:
         """`wanted` names the transport that must be offered, or is "auto". `bytes_per_s` > 0 limits all transports."""
         made = [make(connection) for make in TRANSPORTS]
-        self._required = wanted
+        self._required, self._made = wanted, made
         self._transports = [each for each in made if wanted in ("auto", each.name) or each is made[-1]]
         for each in self._transports:
             if each.name == wanted:
@@ -146,6 +146,9 @@ class OrderedTransports:
         # Slow checks, once.
         self._readers = [each for each in self._transports if isinstance(each, InPlaceReader)]
         self._bulk = next((each for each in self._transports if isinstance(each, BulkTransport)), None)
+        # Calls go there too where shared memory carries all bytes.
+        bulk = next((each for each in made if isinstance(each, BulkTransport)), None)
+        self._calls = bulk.calls if bulk is not None and wanted != made[-1].name else None
         self._connection = connection
         self.meter = Meter()
         self._log = RateLimitedLog(log)
@@ -155,7 +158,7 @@ class OrderedTransports:
         self.stats = self.meter.stats
 
     def close(self) -> None:
-        for transport in self._transports:
+        for transport in self._made:
             transport.close()
 
     def check_bulk(self, deadline: Deadline) -> None:
@@ -187,8 +190,8 @@ class OrderedTransports:
         there. It may run twice. Calls of a trace go over gRPC, which carries its context. Raises as `Channel.call`.
         """
         found = None
-        if self._bulk is not None and spans.current() is None:
-            found = self._bulk.call(method, request, answer, deadline)
+        if self._calls is not None and spans.current() is None:
+            found = self._calls.call(method, request, answer, deadline)
         return self._connection.channel.call(BLOCKS + method, request, answer, deadline) if found is None else found
 
     def prepare(self, deadline: Deadline) -> None:

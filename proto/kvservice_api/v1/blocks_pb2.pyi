@@ -336,14 +336,22 @@ class RefusedBlock(_message.Message):
     def __init__(self, block: _Optional[int] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class OpenTransferRequest(_message.Message):
-    __slots__ = ("load", "save", "connections")
+    __slots__ = ("load", "save", "calls", "connections")
     LOAD_FIELD_NUMBER: _ClassVar[int]
     SAVE_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     load: LoadBlocksRequest
     save: SaveHeader
+    calls: CallsHeader
     connections: int
-    def __init__(self, load: _Optional[_Union[LoadBlocksRequest, _Mapping]] = ..., save: _Optional[_Union[SaveHeader, _Mapping]] = ..., connections: _Optional[int] = ...) -> None: ...
+    def __init__(self, load: _Optional[_Union[LoadBlocksRequest, _Mapping]] = ..., save: _Optional[_Union[SaveHeader, _Mapping]] = ..., calls: _Optional[_Union[CallsHeader, _Mapping]] = ..., connections: _Optional[int] = ...) -> None: ...
+
+class CallsHeader(_message.Message):
+    __slots__ = ("client_id",)
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    client_id: bytes
+    def __init__(self, client_id: _Optional[bytes] = ...) -> None: ...
 
 class OpenTransferResponse(_message.Message):
     __slots__ = ("tickets", "ttl_ms", "blocks", "refused")

@@ -268,7 +268,7 @@ class BlockServiceServicer(object):
         space from this call on; both end if no connection has brought a ticket within `ttl_ms`, if a connection of theirs
         is lost, or with the client's Attach stream. As in a save, the call waits for blocks that another client uploads.
         Errors:
-        * INVALID_ARGUMENT INVALID_REQUEST: neither a load nor a save, a number of connections that is 0 or over 16; as for
+        * INVALID_ARGUMENT INVALID_REQUEST: no load, save or calls, a number of connections that is 0 or over 16; as for
         LoadBlocks and SaveBlocks.
         * FAILED_PRECONDITION BULK_UNAVAILABLE: this daemon has no bulk port; use LoadBlocks or SaveBlocks.
         * FAILED_PRECONDITION LEASE_EXPIRED, PERMISSION_DENIED LEASE_NOT_YOURS: as for LoadBlocks.

@@ -8,11 +8,13 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
+from kvservice.bulk.connection import BulkConnection
 from kvservice.bulk.port import BulkPort
 from kvservice.store.types import Span
 from kvservice_api.bulk import PREFACE, pack_hello
@@ -222,6 +224,20 @@ async def test_a_connection_that_can_move_while_turns_are_awaited_has_its_turn_a
         lock: Any = LockWithAHeldTurn(lambda: client.sendall(b"GET / HTTP/1.1"))
         connection.lock = lock
         await port.pass_turns([connection])
+        await until(lambda: port.refused["garbage"] == 1)
+
+
+async def test_a_connection_that_can_move_while_it_is_looked_at_has_its_turn_afterwards(port: BulkPort) -> None:
+    with await connected(port) as client:
+        (connection,) = port._connections.values()
+
+        def keep_it(connection: BulkConnection) -> None:
+            client.sendall(b"GET / HTTP/1.1")
+            end_s = time.monotonic() + 30.0
+            while not connection.is_woken:  # A worker finds that it can move, and that another thread has it.
+                assert time.monotonic() < end_s
+
+        assert not port._close_if(connection, keep_it)
         await until(lambda: port.refused["garbage"] == 1)
 
 

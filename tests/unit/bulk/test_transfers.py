@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from google.rpc import status_pb2
 
+from kvservice.bulk.connection import BulkConnection
 from kvservice.bulk.port import TICKET_TTL_S, BulkPort, Opened
 from kvservice.bulk.transfers import OutgoingLoad, Transfer
 from kvservice.store.caller import Caller
@@ -309,6 +310,42 @@ async def test_a_call_is_answered_for_the_caller_that_has_opened_the_last_transf
             assert await receive(connection, header.size_bytes) == b"cba"
 
 
+async def test_between_two_transfers_the_event_loop_continues_a_connection(
+    port: BulkPort, client: Client, leased: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that passes a worker takes a third longer. The bytes of a transfer are left to the workers."""
+    threads: dict[str, list[threading.Thread]] = {"read_header": [], "talk": []}
+
+    def record(kind: type, name: str) -> None:
+        original = getattr(kind, name)
+
+        def recorded(*arguments: Any) -> Any:
+            if name == "talk":  # Before its first step: the others may wait on another thread.
+                threads[name].append(threading.current_thread())
+            result = yield from original(*arguments)
+            if name == "read_header":
+                threads[name].append(threading.current_thread())
+            return result
+
+        monkeypatch.setattr(kind, name, recorded)
+
+    async def answer(number: int, request: bytes, *_: object) -> tuple[MessageKind, bytes]:
+        return MessageKind.ANSWER, request
+
+    record(BulkConnection, "read_header")
+    record(OutgoingLoad, "talk")
+    port.answer_calls(answer)
+    with await loaded(port, client, leased) as connection:
+        for _ in range(3):
+            send_call(connection, "ReleaseLease", b"abc")
+            await receive(connection, HEADER_BYTES + 3)
+        connection.send(pack_hello((await open_load(port, client, leased)).tickets[0], client.client_id))
+        await received_end(connection)
+    first, *later = [thread is threading.main_thread() for thread in threads["read_header"]]
+    assert not first and later == [True] * 4
+    assert len(threads["talk"]) == 2 and threading.main_thread() not in threads["talk"]
+
+
 async def test_a_call_whose_client_leaves_is_cancelled(port: BulkPort, client: Client, leased: int) -> None:
     seen = []
 
@@ -333,9 +370,13 @@ async def test_a_call_whose_client_leaves_is_cancelled(port: BulkPort, client: C
 async def loaded(port: BulkPort, client: Client, lease_id: int) -> socket.socket:
     """A connection that has carried a load."""
     connection = joined(port, client, await open_load(port, client, lease_id))
+    await received_end(connection)
+    return connection
+
+
+async def received_end(connection: socket.socket) -> None:
     while (header := unpack_header(await receive(connection, HEADER_BYTES))).kind is not MessageKind.END:
         await receive(connection, header.size_bytes)
-    return connection
 
 
 def send_call(connection: socket.socket, method: str, request: bytes) -> None:

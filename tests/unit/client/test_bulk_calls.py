@@ -39,7 +39,7 @@ def transport(daemon: BulkDaemon) -> Iterator[BulkTransport]:
 
 
 def called(transport: BulkTransport, request: pb.OpenTransferRequest = OPEN, seconds: float = SOON_S) -> object:
-    return transport.call("OpenTransfer", request, pb.OpenTransferResponse, Deadline(seconds))
+    return transport.calls.call("OpenTransfer", request, pb.OpenTransferResponse, Deadline(seconds))
 
 
 def test_a_call_is_answered_on_the_connection_that_is_idle(daemon: BulkDaemon, transport: BulkTransport) -> None:
@@ -95,7 +95,7 @@ def test_a_call_without_an_answer_leaves_half_of_its_time_to_grpc_and_no_connect
     daemon: BulkDaemon, transport: BulkTransport
 ) -> None:
     """The path to the port may be cut off: the next call would wait on another connection."""
-    transport._pool.keep(transport._pool._connected(transport._pool._idle[0].endpoint))
+    transport._pool.keep(transport._pool.connected(transport._pool._idle[0].endpoint))
     transport._pool._idle.reverse()
     released = threading.Event()
 
@@ -105,7 +105,7 @@ def test_a_call_without_an_answer_leaves_half_of_its_time_to_grpc_and_no_connect
 
     daemon.answer = late
     deadline = Deadline(1.0)
-    assert transport.call("OpenTransfer", OPEN, pb.OpenTransferResponse, deadline) is None
+    assert transport.calls.call("OpenTransfer", OPEN, pb.OpenTransferResponse, deadline) is None
     assert deadline.remaining_s > 0.0, "for gRPC"
     assert not transport._pool.has_idle
     released.set()

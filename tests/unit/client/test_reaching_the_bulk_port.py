@@ -120,7 +120,7 @@ class TestThePort:
         with BulkDaemon() as daemon:
             client = daemon.connection()
             pool = BulkConnections(client, lambda: False)
-            connected = pool._connected
+            connected = pool.connected
 
             def late(endpoint: Endpoint) -> BulkConnection:
                 assert has_given_up.wait(SOON_S)
@@ -140,7 +140,7 @@ class TestThePort:
                             until(lambda: bool(pool._idle))
 
             user = SimpleNamespace(changed=Changed(), is_over=False, check_not_over=lambda: None)
-            monkeypatch.setattr(pool, "_connected", late)
+            monkeypatch.setattr(pool, "connected", late)
             deadline = Deadline(0.1, ClientClock())  # It stands still.
             with pytest.raises(BulkUnavailable, match="not ready"):
                 pool.take(pool.endpoint(client.limits(deadline)), deadline, cast(User, user))
@@ -203,7 +203,7 @@ class TestThePort:
         with BulkDaemon(units_of(order, layers), context=context) as daemon:
             transport = BulkTransport(daemon.connection(tls=(TlsFiles(ca).read(), "127.0.0.1")))
             pool = transport._pool
-            pool.put_back(pool._connected(pool.endpoint(transport._connection.limits(whole()))))
+            pool.put_back(pool.connected(pool.endpoint(transport._connection.limits(whole()))))
             until(lambda: len(daemon._connections) == 2)  # The second is made after the handshake.
             assert all(map(np.array_equal, transport.load(order, whole()), layers))
             assert daemon.accepted == 1
