@@ -29,7 +29,7 @@ from kvservice_client.buffers import Bytes
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
 from kvservice_client.transports.base import LoadOrder, Mismatch, SaveOrder, SaveResult, Transport
-from kvservice_client.transports.bulk_calls import BulkCalls
+from kvservice_client.transports.bulk_caller import BulkCaller
 from kvservice_client.transports.bulk_connections import BulkConnection, BulkConnections
 from kvservice_client.transports.bulk_messages import (
     parsed,
@@ -58,7 +58,7 @@ class BulkTransport(Transport):
         self._connection = connection
         itself = ref(self)  # Without a cycle: a client that is dropped ends at once.
         self._pool = BulkConnections(connection, lambda: (made := itself()) is not None and not made.bytes_min)
-        self.calls = BulkCalls(connection, self._pool)
+        self.calls = BulkCaller(connection, self._pool)
 
     def check_offered(self, deadline: Deadline) -> None:
         self._pool.endpoint(self._connection.limits(deadline))

@@ -25,7 +25,7 @@ _CALLS_WITHOUT = 3
 _CONNECTIONS_MAX = 4  # Are made for calls. Where more calls run at once, gRPC carries the others.
 
 
-class BulkCalls:
+class BulkCaller:
     """Of one client. Thread-safe, and re-entrant: the garbage collector may end a lease at any place."""
 
     def __init__(self, connection: Connection, pool: BulkConnections) -> None:
