@@ -23,6 +23,7 @@ from kvservice_api.errors import ChecksumMismatch, KVError, TransferEnded
 from kvservice_api.image import checksum
 from kvservice_api.status import to_status
 from kvservice_api.v1 import blocks_pb2 as pb
+from kvservice_client.background import Background
 from kvservice_client.connection import Connection
 from kvservice_client.retry import SYSTEM_CLOCK, Clock, Deadline, Watchdog
 
@@ -193,7 +194,9 @@ class _Client:
         self._daemon = daemon
         self.clock = clock
         self.watchdog = Watchdog(clock)
-        self.channel = self
+        self.channel = self.attach_stream = self
+        self.latest = None  # It is not attached, so no connection is made for calls.
+        self.background = Background()
         self.host = "127.0.0.1"
         self.tls = tls
 

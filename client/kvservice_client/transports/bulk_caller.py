@@ -13,15 +13,13 @@ from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client.channel import BLOCKS
 from kvservice_client.connection import Connection
 from kvservice_client.retry import Deadline
-from kvservice_client.transports.bulk_connections import CONNECT_S, RETRY_S, BulkConnection, BulkConnections
+from kvservice_client.transports.bulk_connections import RETRY_S, BulkConnection, BulkConnections
 from kvservice_client.transports.bulk_messages import answer_of, call, carries_call, receive_header, send_hello
 
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 
-# So many calls without a connection until one is made for them: a program that makes a few calls needs none.
-_CALLS_WITHOUT = 3
 _CONNECTIONS_MAX = 4  # Are made for calls. Where more calls run at once, gRPC carries the others.
 
 
@@ -30,12 +28,12 @@ class BulkCaller:
 
     def __init__(self, connection: Connection, pool: BulkConnections) -> None:
         self._connection, self._pool = connection, pool
-        self._without = 0  # Calls since a connection was last made for them.
         self._retry_at_s = 0.0
 
     def call(self, method: str, request: Message, answer: type[M], deadline: Deadline) -> M | None:
         """A call of `CALLS`. None if it must be made over gRPC: no connection is idle, or it has broken, or half of the
-        time has passed; then the daemon may have carried the call out. Raises the daemon's errors.
+        time has passed; then the daemon may have carried the call out. Where none is idle, one is made for later calls,
+        in the background. Raises the daemon's errors.
         """
         connection = self._idle(deadline)
         if connection is None:
@@ -66,8 +64,7 @@ class BulkCaller:
                 return None
             if found is not None:
                 return found
-        self._without += 1
-        if self._without > _CALLS_WITHOUT and self._pool.count < _CONNECTIONS_MAX:
+        if self._pool.count < _CONNECTIONS_MAX and self._connection.clock.now_s() >= self._retry_at_s:
             self._connection.background.submit_once(self, self._connect)
         return None
 
@@ -75,10 +72,10 @@ class BulkCaller:
         """Make one more connection, and have it join a transfer without blocks."""
         clock = self._connection.clock
         attached = self._connection.attach_stream.latest
-        if attached is None or clock.now_s() < self._retry_at_s:
+        if attached is None:
             return
-        self._without, self._retry_at_s = 0, clock.now_s() + RETRY_S
-        deadline, made = Deadline(CONNECT_S, clock), None
+        self._retry_at_s = clock.now_s() + RETRY_S
+        deadline, made = self._connection.deadline(None), None
         try:
             limits = self._connection.limits(deadline)
             made = self._pool.connected(self._pool.endpoint(limits))

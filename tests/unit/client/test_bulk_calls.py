@@ -63,7 +63,7 @@ def test_an_error_of_the_daemon_is_raised_and_the_connection_is_kept(
 def test_without_an_idle_connection_a_call_is_left_to_grpc(daemon: BulkDaemon) -> None:
     transport = BulkTransport(daemon.connection())
     assert called(transport) is None
-    assert not daemon.accepted, "no connection is made for a call"
+    assert not daemon.accepted
 
 
 def test_a_connection_that_has_joined_no_transfer_carries_no_call(daemon: BulkDaemon, transport: BulkTransport) -> None:
