@@ -381,7 +381,7 @@ class Lease:
             client_id=self._attachment.client_id, lease_id=self._lease_id, ttl_ms=ttl_ms, adoptions=adoptions
         )
         deadline = self._connection.deadline(timeout_s)
-        return self._connection.channel.call(BLOCKS + "ExportLease", request, pb.ExportLeaseResponse, deadline).ticket
+        return self._transports.call("ExportLease", request, pb.ExportLeaseResponse, deadline).ticket
 
     def release(self, timeout_s: float | None = None) -> None:
         """End the lease. If the daemon does not answer, there is no error: the lease then ends at its time.
