@@ -190,8 +190,8 @@ SAVES = (
 BULK = (
     gauge(
         "bulk_connections",
-        "Connections of the bulk port that are open: those that carry a load or a save, and idle ones of clients that "
-        "keep them for the next.",
+        "Connections of the bulk port that are open: those that carry a load or a save, and idle ones that clients "
+        "keep for the next one and for their calls.",
         "Near `server.bulk_connections_max`, new ones are refused, and clients use gRPC.",
         lambda from_: from_.bulk.connection_count,
     ),
@@ -199,7 +199,7 @@ BULK = (
         "bulk_connections_accepted_total",
         "counter",
         "Connections that the bulk port has accepted.",
-        "Many more than loads and saves: a program that is no client connects, or clients do not keep connections.",
+        "Many more than loads, saves and lookups: a program that is no client connects, or clients do not keep connections.",
         (),
         lambda from_: {(): from_.bulk.accepted},
     ),
