@@ -69,8 +69,8 @@ class ServerSettings(Section):
     bulk_connections_max: int = setting(
         256,
         "Connections of the bulk transport open at one time. A client with a round trip of 1 ms or more opens up to 8, "
-        "so 32 such clients can use all 256; others open 1 or 2, and up to 4 for calls that they make at one time. Each "
-        "takes one of the daemon's open files.",
+        "so 32 such clients can use all 256; others open 1 or 2, and up to 4 for calls that they make at one time. "
+        "Each takes one of the daemon's open files.",
         unit="connections",
         ge=1,
         le=100_000,

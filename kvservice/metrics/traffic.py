@@ -199,7 +199,8 @@ BULK = (
         "bulk_connections_accepted_total",
         "counter",
         "Connections that the bulk port has accepted.",
-        "Many more than loads, saves and lookups: a program that is no client connects, or clients do not keep connections.",
+        "Many more than loads, saves and lookups: a program that is no client connects, or clients do not keep "
+        "connections.",
         (),
         lambda from_: {(): from_.bulk.accepted},
     ),
