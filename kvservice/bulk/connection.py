@@ -175,6 +175,7 @@ class BulkConnection:
         """Between two transfers: the event loop continues it once more has come."""
         self.is_pooled = self.is_on_loop = True
         self.deadline_s = deadline_s
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)  # A transfer may have waited for many bytes.
         has_more = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
         yield NOW if has_more else READABLE
 

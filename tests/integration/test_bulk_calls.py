@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvservice_api.bulk import HEADER_BYTES, MessageKind, pack_header
 from kvservice_api.errors import InvalidRequest, TransferEnded, UnknownClient
 from kvservice_api.v1 import blocks_pb2
 from kvservice_client import BlockCache, Client
@@ -17,7 +18,7 @@ from kvservice_client.channel import Channel
 from kvservice_client.transports.bulk_connections import RETRY_S, BulkConnections
 from tests.clock import ClientClock
 from tests.daemon import DaemonProcess, until
-from tests.integration.bulk_wire import BulkSocket
+from tests.integration.bulk_wire import BulkSocket, checksums_of, open_save
 from tests.integration.known_blocks import SMALL, layers_of, new_chain, save
 from tests.integration.wire import Wire, refused
 
@@ -144,6 +145,24 @@ def test_a_transfer_without_blocks_ends_at_once_and_then_come_calls(wire: Wire) 
             answer = connection.call("LookupPrefix", request.SerializeToString())
             assert isinstance(answer, bytes)
             assert blocks_pb2.LookupPrefixResponse.FromString(answer).hit_blocks == 0
+
+
+def test_a_call_is_answered_after_a_save_that_has_waited_for_many_bytes(wire: Wire) -> None:
+    chain = new_chain(SMALL, 8)
+    opened = open_save(wire, SMALL, chain)
+    with BulkSocket(wire) as connection:
+        connection.hello(opened.tickets[0])
+        for layer, slices in enumerate(layers_of(SMALL, chain)):
+            connection.put(layer, 0, b"".join(each.tobytes() for each in slices))
+        checksums = checksums_of(SMALL, chain, opened.blocks)
+        connection.socket.sendall(pack_header(MessageKind.COMMIT, len(checksums)))
+        for _ in range(MANY):  # Meanwhile the daemon begins to wait for all of the checksums.
+            wire.capabilities()
+        connection.socket.sendall(checksums)
+        assert connection.result().stored == len(chain)
+        request = blocks_pb2.ReleaseLeaseRequest(client_id=wire.client_id, lease_id=1).SerializeToString()
+        assert len(request) + HEADER_BYTES < len(checksums)
+        assert isinstance(connection.call("ReleaseLease", request), bytes)
 
 
 def test_a_ticket_for_calls_is_for_its_client(wire: Wire, daemon: DaemonProcess) -> None:

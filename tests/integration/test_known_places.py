@@ -14,7 +14,8 @@ from kvservice_api.copying import copy_slices
 from kvservice_api.errors import ChecksumMismatch, LeaseExpired
 from kvservice_api.v1 import blocks_pb2 as pb
 from kvservice_client import BlockCache, BlockChain, Client, Durability, Layout, Lease, Shard, View
-from kvservice_client.transports import shm
+from kvservice_client.transports import bulk_caller, bulk_messages, shm
+from kvservice_client.transports.bulk_connections import BulkConnection
 from tests.daemon import NEVER_S, DaemonProcess, until
 from tests.integration.known_blocks import SMALL, layers_of, new_chain, save
 from tests.integration.media import arena, flip_bit_of
@@ -25,7 +26,7 @@ Calls = list[str]
 @pytest.fixture
 def client(daemon: DaemonProcess) -> Iterator[Client]:
     with daemon.client(transport="shm", timeout_s=NEVER_S) as client:
-        client.open_layout(SMALL).ping()
+        client.open_layout(SMALL).lookup(new_chain(SMALL, 1))
         yield client
 
 
@@ -54,6 +55,12 @@ def calls(client: Client, monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         return call
 
+    def recorded_call(connection: BulkConnection, method: str, *others: Any) -> Any:
+        made.append(method)
+        return bulk_messages.call(connection, method, *others)
+
+    until(lambda: client._transports._calls._pool.has_idle)  # Made with the first call, for the later ones.
+    monkeypatch.setattr(bulk_caller, "call", recorded_call)
     for name in ("call", "stream"):
         monkeypatch.setattr(channel, name, recorded(getattr(channel, name)))
     return made

@@ -11,7 +11,7 @@ import pytest
 from kvservice_api.errors import LeaseExpired
 from kvservice_api.socket_buffers import SocketBuffers
 from kvservice_client import BlockCache, BlockChain, Client, Lease
-from kvservice_client.transports import bulk, bulk_messages, bulk_transfer
+from kvservice_client.transports import bulk_caller, bulk_messages, bulk_transfer
 from kvservice_client.transports.bulk_connections import BulkConnection
 from tests.daemon import NEVER_S, DaemonProcess, until
 from tests.integration.bulk_wire import BulkSocket, Received, read_load
@@ -67,7 +67,7 @@ def calls(client: Client, chain: BlockChain, monkeypatch: pytest.MonkeyPatch) ->
         made.append(method)
         return bulk_messages.call(connection, method, *others)
 
-    for module in (bulk, bulk_transfer):
+    for module in (bulk_caller, bulk_transfer):
         monkeypatch.setattr(module, "call", recorded_call)
 
     for name in ("call", "stream"):

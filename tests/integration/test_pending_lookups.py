@@ -185,7 +185,7 @@ class TestADaemonThatIsStopped:
             begun = [blocks.begin_lookup(STORED, timeout_s=NEVER_S) for _ in range(20)]
             assert [each.poll() for each in begun] == [None] * 20
             assert not begun[0].wait(0.0)
-            assert sum(thread.name == "kvservice-background" for thread in threading.enumerate()) == 4
+            assert len(client._connection.background._threads) == 4
         assert {result(each).lease.hit_blocks for each in begun} == {3}
 
     @pytest.mark.parametrize("is_attached", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -65,7 +66,7 @@ class BulkCaller:
             if found is not None:
                 return found
         if self._pool.count < _CONNECTIONS_MAX and self._connection.clock.now_s() >= self._retry_at_s:
-            self._connection.background.submit_once(self, self._connect)
+            self._connection.background.submit_once(BulkCaller, self._connect)
         return None
 
     def _connect(self) -> None:
@@ -77,17 +78,25 @@ class BulkCaller:
         self._retry_at_s = clock.now_s() + RETRY_S
         deadline, made = self._connection.deadline(None), None
         try:
-            limits = self._connection.limits(deadline)
-            made = self._pool.connected(self._pool.endpoint(limits))
-            request = pb.OpenTransferRequest(calls=pb.CallsHeader(client_id=attached.client_id), connections=1)
-            opened = self._connection.channel.call(BLOCKS + "OpenTransfer", request, pb.OpenTransferResponse, deadline)
-            send_hello(made, opened.tickets[0], attached.client_id, deadline)
-            if receive_header(made, deadline).kind is not MessageKind.END:
-                raise InvalidFrame("a transfer without blocks does not end at once")
-        except (OSError, ValueError, LookupError, KVError) as error:  # As `BulkConnections.connected`, and no ticket.
-            log.debug("gRPC carries the calls for %.0f s: %s", RETRY_S, error)
+            made = self._pool.connected(self._pool.endpoint(self._connection.limits(deadline)))
+            self._join(made, attached.client_id, deadline)
+        except BaseException as error:
             if made is not None:
                 made.close()
+            if not isinstance(error, (OSError, ValueError, KVError)):
+                raise
+            log.debug("gRPC carries the calls for %.0f s: %s", RETRY_S, error)
             return
         self._retry_at_s = 0.0
         self._pool.put_back(made)
+
+    def _join(self, made: BulkConnection, client_id: bytes, deadline: Deadline) -> None:
+        request = pb.OpenTransferRequest(calls=pb.CallsHeader(client_id=client_id), connections=1)
+        answers = self._connection.channel.stream(BLOCKS + "OpenTransfer", request, pb.OpenTransferResponse, deadline)
+        with closing(answers):
+            opened = next(answers, None)
+        if opened is None or not opened.tickets:
+            raise InvalidFrame("the daemon opened a transfer without a ticket")
+        send_hello(made, opened.tickets[0], client_id, deadline)
+        if receive_header(made, deadline).kind is not MessageKind.END:
+            raise InvalidFrame("a transfer without blocks does not end at once")

@@ -155,6 +155,8 @@ class BulkConnection:
         with suppress(OSError):
             self._socket.close()
 
+    __del__ = close  # Of a client that is dropped.
+
 
 class User(Protocol):
     """What uses connections. `changed` is notified when it needs none any more."""
