@@ -36,6 +36,9 @@ class SocketOfBusyHosts:
         struct.pack_into("=I", info, 148, self._min_rtt_us)  # tcpi_min_rtt.
         return bytes(info[:size])
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize(("min_rtt_us", "rtt_s"), [(50, 50e-6), (5000, 5e-3), (2**32 - 1, 0.0)])
 def test_a_link_is_as_long_as_its_shortest_round_trip_however_busy_its_hosts_are(min_rtt_us: int, rtt_s: float) -> None:
