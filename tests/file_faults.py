@@ -95,3 +95,16 @@ class FaultyCalls(FileCalls):
 
     def _reported(self, count: int) -> int:
         return count if self.most_bytes is None else min(count, self.most_bytes)
+
+
+class HeldReads(FileCalls):
+    """Reads after a place wait for the gate, except those of trailers."""
+
+    def __init__(self) -> None:
+        self.held_from = 1 << 62
+        self.gate = threading.Event()
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset >= self.held_from and len(buffers[0]) > 64 << 10:
+            self.gate.wait()
+        return super().preadv(fd, buffers, offset)

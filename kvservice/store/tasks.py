@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from kvservice.tiers.files import ended
@@ -34,12 +34,17 @@ async def all_of(work: Iterable[Awaitable[T]]) -> list[T]:
             return [await each for each in running]
         return [await failed]  # Raises.
     finally:
-        for each in running:
-            each.cancel()
-        for each in running:
-            await ended(each)
-            if not each.cancelled():
-                each.exception()  # Another error was raised before it.
+        await cancel(running)
+
+
+async def cancel(running: Collection[asyncio.Future[Any]]) -> None:
+    """Cancel those that still run. Returns once all have ended."""
+    for each in running:
+        each.cancel()
+    for each in running:
+        await ended(each)
+        if not each.cancelled():
+            each.exception()  # Another error was raised before it.
 
 
 class Tasks:

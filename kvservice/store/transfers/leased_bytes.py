@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from kvservice.store.block_lifecycle import BlockLifecycle
 from kvservice.store.leases import Lease
 from kvservice.store.mover.pending_promotion import PendingPromotion
 from kvservice.store.mover.promoter import Promoter
-from kvservice.store.tasks import LoopBudget, all_of
+from kvservice.store.tasks import LoopBudget, all_of, cancel
 from kvservice.store.transfers.coverage import HeadRun, cover
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import on_thread
@@ -83,6 +83,30 @@ class _Source:
     def is_at_hand(self) -> bool:
         """Whether all of it is in DRAM."""
         return self.image is not None and self.pending is None
+
+
+class _Units:
+    """Whole slices of one layer, block after block, in parts of `_VERIFIED_BYTES` or little more."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self._parts: list[Part] = []
+        self._size = _VERIFIED_BYTES
+
+    def add(self, block: int, runs: list[memoryview], unverified: list[LayerSlice]) -> None:
+        if self._size >= _VERIFIED_BYTES:
+            self._parts.append(Part(self.layer, block, 0, [], []))
+            self._size = 0
+        self._parts[-1].runs.extend(runs)
+        self._parts[-1].unverified.extend(unverified)
+        self._size += sum(map(len, runs))
+
+    def take(self, *, is_end: bool) -> list[Part]:
+        """The parts that are complete and were not taken before. At the end the last one is complete, however small."""
+        if not is_end and self._size < _VERIFIED_BYTES:
+            return []
+        parts, self._parts, self._size = self._parts, [], _VERIFIED_BYTES
+        return parts
 
 
 class ScratchBudget:
@@ -340,16 +364,21 @@ class LeasedBytes:
 
         A part has `unit_bytes` or little more for the client to verify. Otherwise `_VERIFIED_BYTES` of one layer.
         """
-        if self._all_at_hand is None and not any(self._plans):
-            self._all_at_hand = await self._with_checksums()
-        if self._all_at_hand is None:
+        if not await self.are_at_hand():
             return await self._verified_units(layers.start), layers.start + 1
+        assert self._all_at_hand is not None
         first = layers.start
         layer_bytes = self._layer_bytes(first)
         end, left_bytes = first + 1, min(run_bytes, unit_bytes) - layer_bytes
         while end < layers.stop and (left_bytes := left_bytes - self._layer_bytes(end)) >= 0:
             end += 1
         return await self._summed_units(self._all_at_hand, range(first, end), unit_bytes), end
+
+    async def are_at_hand(self) -> bool:
+        """Whether all blocks are in DRAM, each as the one shard that is wanted."""
+        if self._all_at_hand is None and not any(self._plans):
+            self._all_at_hand = await self._with_checksums()
+        return self._all_at_hand is not None
 
     async def _summed_units(
         self, blocks: list[tuple[_Source, list[int]]], layers: range, unit_bytes: int
@@ -375,20 +404,44 @@ class LeasedBytes:
         return units
 
     async def _verified_units(self, layer: int) -> list[Part]:
-        units: list[Part] = []
-        size = _VERIFIED_BYTES
         slices = await self._slices(layer + self._shard.layer_begin)
+        units = _Units(layer)
         for block in range(len(self._row_of_block)):
             await self._yield_to_loop(block)
-            rows = self._rows_of(block)
-            if size >= _VERIFIED_BYTES:
-                units.append(unit := Part(layer, block, 0, [], []))
-                size = 0
-            unit.unverified.extend(slices[row] for row in rows if row in slices and slices[row].expected is not None)
-            runs = self._runs(block, layer, slices)
-            unit.runs.extend(runs)
-            size += sum(map(len, runs))
-        return units
+            self._add_block(units, block, slices)
+        return units.take(is_end=True)
+
+    def _add_block(self, units: _Units, block: int, slices: dict[int, LayerSlice]) -> None:
+        verify = [slices[row] for row in self._rows_of(block) if row in slices and slices[row].expected is not None]
+        units.add(block, self._runs(block, units.layer, slices), verify)
+
+    async def arriving_units(self, layer: int) -> AsyncGenerator[Part, None]:
+        """As `units` of one layer, each once its own slices are at hand. Close it before this object."""
+        units = _Units(layer)
+        model_layer = layer + self._shard.layer_begin
+        for start in range(0, len(self._row_of_block), _ROWS_A_TURN):
+            blocks = range(start, min(start + _ROWS_A_TURN, len(self._row_of_block)))
+            await self._shared.loop_budget.slot()
+            slices: dict[int, LayerSlice] = {}
+            coming: dict[int, asyncio.Future[LayerSlice]] = {}
+            for source in (self._sources[row] for block in blocks for row in self._rows_of(block)):
+                if not source.shard.layer_begin <= model_layer < source.shard.layer_end:
+                    continue
+                if source.is_at_hand:
+                    slices[source.row] = self._slice(source, model_layer - source.shard.layer_begin)
+                else:
+                    work = self._fetch_slice(source, model_layer - source.shard.layer_begin)
+                    coming[source.row] = asyncio.ensure_future(work)
+            try:
+                for block in blocks:
+                    for row in self._rows_of(block):
+                        if row in coming:
+                            slices[row] = await coming[row]
+                    self._add_block(units, block, slices)
+                    for unit in units.take(is_end=block + 1 == len(self._row_of_block)):
+                        yield unit
+            finally:
+                await cancel(coming.values())
 
     def _layer_bytes(self, layer: int) -> int:
         """Of all blocks together."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -185,10 +186,14 @@ class Reads:
             while layer < layers.stop:
                 times.layer_begins(layer)
                 # The first layer alone, because it is waited for. Later ones wait for no more than was sent before.
-                units, layer = await read.units(range(layer, layers.stop), put_bytes, sender.unit_bytes)
+                if put_bytes or await read.are_at_hand():
+                    units, layer = await read.units(range(layer, layers.stop), put_bytes, sender.unit_bytes)
+                    units_bytes = _size_bytes(units)
+                    sender.put(units, is_last=layer == layers.stop)
+                else:
+                    units_bytes = await self._send_first(read, layer, sender)
+                    layer += 1
                 times.layers_ready(layer)
-                units_bytes = sum(len(run) for unit in units for run in unit.runs)
-                sender.put(units, is_last=layer == layers.stop)
                 put_bytes += units_bytes
                 if first_layer is None:
                     first_layer = asyncio.ensure_future(sender.until_sent(put_bytes))
@@ -217,6 +222,15 @@ class Reads:
                     await ended(first_layer)
                 await self._end(read)
 
+    async def _send_first(self, read: LeasedBytes, layer: int, sender: PartSender) -> int:
+        """A first layer of which slices are still read: each part is sent while later ones come. Returns its size."""
+        size_bytes = 0
+        async with aclosing(read.arriving_units(layer)) as units:
+            async for unit in units:
+                size_bytes += _size_bytes([unit])
+                sender.put([unit], is_last=False)
+        return size_bytes
+
     def _begin(self, lease: Lease, blocks: range, path: Literal["stream", "bulk"]) -> tuple[LeasedBytes, LoadTimes]:
         """The rows are held until `_end`."""
         shared = self.shared
@@ -233,3 +247,7 @@ class Reads:
 
     def _tokens(self, lease: Lease, blocks: range) -> int:
         return int(self.shared.lifecycle.blocks.token_count[lease.rows[blocks.start : blocks.stop]].sum())
+
+
+def _size_bytes(units: Sequence[Part]) -> int:
+    return sum(len(run) for unit in units for run in unit.runs)

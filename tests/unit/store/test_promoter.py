@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -15,12 +14,11 @@ import pytest
 from kvservice.blocks import TierName
 from kvservice.index.records import Records
 from kvservice.store.leases import Client
-from kvservice.tiers.files import FileCalls
 from kvservice_api.errors import IndexFull, TierFull
 from kvservice_api.image import block_geometry
 from kvservice_api.layout import Layout, Shard
 from tests.clock import HandClock
-from tests.file_faults import FaultyCalls
+from tests.file_faults import FaultyCalls, HeldReads
 from tests.stores import (
     CALLER,
     KIB,
@@ -257,19 +255,6 @@ async def test_what_dram_has_no_room_for_is_read_where_it_lies(open_store: Calla
     assert await asyncio.wait_for(opened.load(lease), 30) == layers_of(images)
     assert opened.counters.read_through_bytes > 0
     assert opened.hits(other.keys) == 3
-
-
-class HeldReads(FileCalls):
-    """Reads after a place wait for the gate, except those of trailers."""
-
-    def __init__(self) -> None:
-        self.held_from = 1 << 62
-        self.gate = threading.Event()
-
-    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        if offset >= self.held_from and len(buffers[0]) > 64 * KIB:
-            self.gate.wait()
-        return super().preadv(fd, buffers, offset)
 
 
 async def test_a_layer_that_is_there_does_not_wait_for_the_next_one(open_store: Callable[..., Any]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
+from kvservice.blocks import TierName
 from kvservice.store.leases import Client
 from kvservice.store.types import Part, Span
 from kvservice_api.bulk import UNIT_BYTES
 from kvservice_api.errors import LeaseExpired
+from kvservice_api.image import PAGE_BYTES, block_geometry
 from kvservice_api.layout import Layout, Shard
-from tests.stores import CALLER, OpenStore, caller_of, some_chain, some_images
+from tests.file_faults import HeldReads
+from tests.stores import CALLER, OpenStore, caller_of, layers_of, on_ssd, some_chain, some_images, until
 
 
 class Sent:
@@ -87,3 +92,32 @@ async def test_layers_are_sent_alone_first_and_then_several_at_once(
 def starts(sent: list[float]) -> set[int]:
     """The numbers of the slices with which parts of so many layers begin."""
     return {int(2 * sum(sent[:part])) for part in range(len(sent))}
+
+
+WIDE = Layout(model_id="wide", dtype="float32", layers=2, kv_heads=2, k_head_dim=4096, v_head_dim=4096, block_tokens=16)
+
+
+async def test_a_part_of_the_first_layer_is_sent_while_later_blocks_of_it_are_read(
+    open_store: Callable[..., Any],
+) -> None:
+    """A slice is a part here."""
+    size = block_geometry(WIDE, Shard.whole(WIDE), 16).image_bytes
+    calls = HeldReads()
+    opened: OpenStore = await open_store(calls=calls, dram_bytes=8 * size, ssd_bytes=8 * size)
+    await opened.store.layouts.open(CALLER, WIDE)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(2, layout=WIDE)
+    images = await on_ssd(opened, client, chain, layout=WIDE)
+    lease = opened.lookup(client, chain.keys, shard=Shard.whole(WIDE), layout=WIDE)
+    assert lease is not None
+    first, second = [opened.extents(TierName.SSD)[row].offset_bytes for row in lease.rows.tolist()]
+    assert first < second
+    calls.held_from = PAGE_BYTES + second  # After the file's header.
+    sent = Sent()
+    send = await opened.store.loads.to_send(caller_of(client), lease.lease_id, None, Span(), Span())
+    load = asyncio.ensure_future(send(sent))
+    await until(lambda: bool(sent.parts))
+    assert [(part.layer, part.first_block) for part in sent.parts] == [(0, 0)]
+    calls.gate.set()
+    await load
+    received = b"".join(bytes(run) for part in sent.parts for run in part.runs)
+    assert received == b"".join(layers_of(images, shard=Shard.whole(WIDE)))
