@@ -59,7 +59,9 @@ def calls(client: Client, monkeypatch: pytest.MonkeyPatch) -> Calls:
         made.append(method)
         return bulk_messages.call(connection, method, *others)
 
-    until(lambda: client._transports._calls._pool.has_idle)  # Made with the first call, for the later ones.
+    on_the_port = client._transports._calls
+    assert on_the_port is not None
+    until(lambda: on_the_port._pool.has_idle)  # Made with the first call, for the later ones.
     monkeypatch.setattr(bulk_caller, "call", recorded_call)
     for name in ("call", "stream"):
         monkeypatch.setattr(channel, name, recorded(getattr(channel, name)))
