@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Self
@@ -36,6 +37,8 @@ class BulkSocket:
     def __init__(self, wire: Wire, preface: bytes = PREFACE, timeout_s: float = 30.0) -> None:
         self.wire = wire
         self.socket = socket.create_connection(("127.0.0.1", wire.capabilities().bulk_port), timeout_s)
+        if wire.bulk_tls is not None:
+            self.socket = wire.bulk_tls.wrap_socket(self.socket, server_hostname="localhost")
         self.socket.sendall(preface)
         self.checksums: list[int] = []  # Of the slices of the last message, if the client is to verify them.
 
@@ -86,7 +89,7 @@ class BulkSocket:
                 pass
         except TimeoutError:
             return False
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             pass
         return True
 

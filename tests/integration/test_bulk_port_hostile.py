@@ -1,20 +1,28 @@
-"""Hostile use of the bulk port: refused in bounded time, counted by its reason, and without harm to anything else."""
+"""Hostile use of the bulk port: refused in bounded time, counted by its reason, and without harm to anything else.
+
+Each test uses a plain port and one with TLS. gRPC is reached by the UNIX socket, which is never encrypted.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import socket
+import ssl
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import psutil
 import pytest
+from google.protobuf.message import Message
 
 from kvservice_api.bulk import CALLS, PREFACE, TICKET_BYTES, MessageKind, pack_header, pack_hello
-from kvservice_api.errors import IncompleteSave, InvalidFrame, InvalidRequest, TransferEnded, UnknownClient
+from kvservice_api.errors import IncompleteSave, InvalidFrame, InvalidRequest, KVError, TransferEnded, UnknownClient
 from kvservice_api.keys import BlockChain
 from kvservice_api.v1 import blocks_pb2
+from tests.certificates import Authority
 from tests.daemon import DaemonProcess, until
 from tests.integration.bulk_wire import (
     BulkSocket,
@@ -30,23 +38,41 @@ from tests.integration.wire import Wire, unharmed
 _CONNECTIONS_MAX = 24
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    process = DaemonProcess(
-        tmp_path_factory.mktemp("daemon"),
-        server__metrics_address="127.0.0.1:0",
-        server__bulk_connections_max=_CONNECTIONS_MAX,
-        server__transfer_idle_s=2,
-    ).start()
-    yield process
-    process.remove()
+@pytest.fixture(scope="module", params=["plain", "TLS"])
+def daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    folder, authority = tmp_path_factory.mktemp("d"), Authority()
+    settings: dict[str, Any] = {
+        "server__metrics_address": "127.0.0.1:0",
+        "server__bulk_connections_max": _CONNECTIONS_MAX,
+        "server__transfer_idle_s": 2,
+    }
+    context = None
+    if request.param == "TLS":
+        settings["tls__certificate"], settings["tls__key"] = authority.issue().write(folder)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=authority.certificate.decode())
+    with pytest.MonkeyPatch.context() as patch, DaemonProcess(folder, **settings) as process:
+        patch.setattr(Wire, "bulk_tls", context)
+        yield process
+
+
+@pytest.fixture
+def wire(daemon: DaemonProcess) -> Iterator[Wire]:
+    with Wire(address_of(daemon)) as wire:
+        wire.attach()
+        wire.open_layout(SMALL)
+        yield wire
+
+
+def address_of(daemon: DaemonProcess) -> str:
+    return f"unix:{daemon.socket_path}"
 
 
 @pytest.fixture(autouse=True)
 def chain(daemon: DaemonProcess) -> Iterator[BlockChain]:
     """Stored blocks. After each test no socket, block, lease or space is left over, and they can be loaded."""
     process = psutil.Process(daemon.process.pid)
-    with unharmed(daemon.address) as chain, Wire(daemon.address) as watcher:
+    with unharmed(address_of(daemon)) as chain, Wire(address_of(daemon)) as watcher:
         watcher.attach()
         port = watcher.capabilities().bulk_port
         yield chain
@@ -75,7 +101,8 @@ def transfers_running(daemon: DaemonProcess) -> float:
 
 def samples(daemon: DaemonProcess) -> list[tuple[str, float]]:
     port = daemon.wait_for_log("serving")["metrics_port"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+    scheme, context = ("http", None) if Wire.bulk_tls is None else ("https", Wire.bulk_tls)
+    with urllib.request.urlopen(f"{scheme}://127.0.0.1:{port}/metrics", context=context) as answer:
         lines = answer.read().decode().splitlines()
     return [(name, float(value)) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")]
 
@@ -166,6 +193,56 @@ def test_a_client_may_leave_at_each_byte_of_a_call(wire: Wire, chain: BlockChain
     for end in range(0, len(whole) + 1, 9):
         with joined(wire, chain) as connection:
             connection.socket.sendall(whole[:end])
+
+
+def test_random_and_changed_calls_do_no_harm(daemon: DaemonProcess, wire: Wire, chain: BlockChain) -> None:
+    choose = random.Random(33)
+    requests: list[Message] = [
+        blocks_pb2.LookupPrefixRequest(
+            client_id=wire.client_id, layout_fingerprint=SMALL.fingerprint, keys=chain.packed_keys, locate=True
+        ),
+        blocks_pb2.OpenTransferRequest(calls=blocks_pb2.CallsHeader(client_id=wire.client_id), connections=1),
+        blocks_pb2.ReleaseLeaseRequest(client_id=wire.client_id, lease_id=1),
+        blocks_pb2.ExportLeaseRequest(client_id=wire.client_id, lease_id=1, ttl_ms=1000, adoptions=1),
+        blocks_pb2.AdoptLeaseRequest(
+            client_id=wire.client_id, ticket=bytes(32), layout_fingerprint=SMALL.fingerprint, lease_ttl_ms=1000
+        ),
+    ]
+    assert len(requests) == len(CALLS)
+    with joined(wire, chain) as connection:
+        for _ in range(400):
+            method = choose.randrange(len(CALLS))
+            request = bytearray(choose.choice([requests[method], choose.choice(requests)]).SerializeToString())
+            for _ in range(choose.randrange(4)):
+                request[choose.randrange(len(request))] = choose.randrange(256)
+            if choose.random() < 0.2:
+                request = bytearray(choose.randbytes(choose.randrange(300)))
+            answer = connection.call(CALLS[method], bytes(request))
+            assert isinstance(answer, bytes | KVError)
+    release_all(wire)
+    wire.attach()  # The tickets of exports end with the client.
+    assert not daemon.logged("a handler failed")
+
+
+def test_bytes_beside_tls_end_their_connection_alone(daemon: DaemonProcess, wire: Wire, chain: BlockChain) -> None:
+    """Within a handshake, instead of the next record, and in the middle of a call."""
+    if wire.bulk_tls is None:
+        pytest.skip("a port with TLS only")
+    request = pack_header(MessageKind.CALL, 100)
+    for before in (b"", request, request + bytes(50)):
+        with joined(wire, chain) as connection:
+            connection.socket.sendall(before)
+            with socket.socket(fileno=os.dup(connection.socket.fileno())) as beneath:
+                beneath.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))  # A record that the key did not make.
+            assert connection.is_closed()
+    refused = refusals(daemon, "handshake")
+    port = wire.capabilities().bulk_port
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n", bytes(64), PREFACE, b"\x16\x03\x01\x00\x04\x01\x00\x00\x00"):
+        with socket.create_connection(("127.0.0.1", port), 30.0) as plain, suppress(ConnectionError):
+            plain.sendall(garbage)
+            while plain.recv(4096):
+                pass
+    assert refusals(daemon, "handshake") == refused + 4
 
 
 def joined(wire: Wire, chain: BlockChain) -> BulkSocket:
@@ -275,7 +352,7 @@ def test_a_client_that_sends_nothing_more_is_ended_in_time(wire: Wire) -> None:
 
 
 def test_a_save_ends_with_the_attachment_of_its_client_while_bytes_arrive(daemon: DaemonProcess, wire: Wire) -> None:
-    with Wire(daemon.address) as leaving:
+    with Wire(address_of(daemon)) as leaving:
         leaving.attach()
         opened = open_save(leaving, SMALL, new_chain(SMALL, 200))
         connection = BulkSocket(wire)
@@ -297,7 +374,7 @@ def test_thousands_of_idle_connections_keep_no_client_out(daemon: DaemonProcess,
         assert connections(daemon) <= _CONNECTIONS_MAX
 
         def is_let_in() -> bool:  # Once the idle ones are a second old.
-            with suppress(ConnectionError), BulkSocket(wire) as connection:
+            with suppress(ConnectionError, ssl.SSLError), BulkSocket(wire) as connection:
                 return isinstance(connection.hello(bytes(TICKET_BYTES)).error(), TransferEnded)
             return False
 

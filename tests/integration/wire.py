@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -79,6 +80,8 @@ def unharmed(address: str) -> Iterator[BlockChain]:
 
 class Wire:
     """One connection. A context manager: leaving it ends the attachment."""
+
+    bulk_tls: ssl.SSLContext | None = None  # For connections to the bulk port; None if they are plain.
 
     def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         self.called: list[str] = []  # Full names of the RPCs, in order.

@@ -6,10 +6,12 @@ import asyncio
 import math
 import os
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from kvservice.bulk.port import BulkPort
 from kvservice.store.types import Span
 from kvservice_api.bulk import PREFACE, pack_hello
 from kvservice_api.errors import BulkUnavailable
+from tests.certificates import Authority
 from tests.clock import HandClock, passes
 from tests.stores import CALLER, OpenStore, caller_of, some_chain, some_images, until
 
@@ -35,8 +38,8 @@ async def port(clock: HandClock) -> AsyncIterator[BulkPort]:
     await port.close()
 
 
-def new_port(clock: HandClock, store: Any) -> BulkPort:
-    port = BulkPort(store, clock, None, connections_max=3, idle_s=60.0, threads=2)
+def new_port(clock: HandClock, store: Any, tls: ssl.SSLContext | None = None) -> BulkPort:
+    port = BulkPort(store, clock, None if tls is None else lambda: tls, connections_max=3, idle_s=60.0, threads=2)
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     port.listen(bound)
@@ -73,6 +76,21 @@ async def test_a_connection_that_does_not_say_hello_in_time_is_closed(
         await until(lambda: passes(clock) and not port.connection_count)
         assert await is_closed(client)
         assert port.refused["timeout"] == 1
+
+
+@pytest.mark.parametrize("data", [b"", b"\x16\x03\x01\x02\x00\x01"], ids=["nothing", "a part of a ClientHello"])
+async def test_a_handshake_that_does_not_end_in_time_is_closed(clock: HandClock, tmp_path: Path, data: bytes) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*Authority().issue().write(tmp_path))
+    port = new_port(clock, None, context)
+    with await connected(port, data) as client:
+        clock.advance(seconds=9.0)
+        await asyncio.sleep(0)
+        assert port.connection_count == 1
+        await until(lambda: passes(clock) and not port.connection_count)
+        assert await is_closed(client)
+        assert port.refused["timeout"] == 1
+    await port.close()
 
 
 @pytest.mark.parametrize(("rtt_s", "is_limited"), [(5e-6, True), (50e-6, False), (0.0, False)])
