@@ -19,7 +19,7 @@ class LateBeat:
     at_s: float  # By the monotonic clock.
     late_s: float
     own_s: float  # Without the time for which the loop's thread waited for a processor.
-    paused_s: float  # For which the host gave this machine no processor meanwhile.
+    paused_s: float  # For which the host did not run the processor of the loop's thread meanwhile.
 
     @property
     def charged_s(self) -> float:
@@ -33,6 +33,7 @@ def late_beats(log: Iterable[dict[str, Any]], pauses: Sequence[Pause], begin_s: 
     for line in log:
         if line["event"] == "the event loop was late" and begin_s <= line["at_s"] <= end_s:
             late_s = line["late_ms"] / 1000
-            paused = paused_s(pauses, line["at_s"] - late_s, line["at_s"])
+            of_its_processor = (each for each in pauses if each.processor == line["processor"])
+            paused = paused_s(of_its_processor, line["at_s"] - late_s, line["at_s"])
             beats.append(LateBeat(line["at_s"], late_s, line["own_ms"] / 1000, paused))
     return beats

@@ -280,8 +280,8 @@ def page(measured: dict[str, Measured], seconds: float, rounds: int, huge_blocks
         f"{_BLOCKS} MiB again and again for {seconds:g} s, in turns with one client alone; medians of {rounds} rounds. "
         f"The huge load is one of {huge_blocks} MiB, from a daemon of its own; the small ones beside it are those that "
         f"overlap with it. Memory is without the arenas, and may grow by two frames of a MiB per client. A stall is "
-        f"the delay of a heartbeat without the time in which the host of this machine gave it no processor; its own "
-        f"part is that without waits for a processor too, so the longest of each need not be the same.\n\n"
+        f"the delay of a heartbeat without the time in which the host did not run the processor of the loop's thread; "
+        f"its own part is that without waits for a processor too, so the longest of each need not be the same.\n\n"
         f"{table(measured)}"
     )
 

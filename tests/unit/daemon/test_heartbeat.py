@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 
 import pytest
 
@@ -57,6 +58,7 @@ def test_the_log_says_when_a_beat_was_late(caplog: pytest.LogCaptureFixture) -> 
     assert line.at_s == clock.monotonic_s()  # type: ignore[attr-defined]
     assert line.own_ms == line.late_ms == pytest.approx(12)  # type: ignore[attr-defined]
     assert heartbeat.own_latest_ms == heartbeat.latest_ms == line.late_ms  # type: ignore[attr-defined]
+    assert line.processor in os.sched_getaffinity(0)  # type: ignore[attr-defined]
 
 
 async def test_it_beats_until_it_is_cancelled() -> None:

@@ -19,7 +19,6 @@ TOOLS = ("generate_docs.py", "generate_monitoring.py", "generate_protobuf.py", "
         "tests.files_run",
         "benchmarks.client.shm_profile",
         "benchmarks.clients.memory",
-        "benchmarks.host_pauses",
         "benchmarks.placement.shadow_cost",
         "benchmarks.queue.reporting",
     ],
