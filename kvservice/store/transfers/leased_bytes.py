@@ -424,7 +424,8 @@ class LeasedBytes:
             await self._shared.loop_budget.slot()
             slices: dict[int, LayerSlice] = {}
             coming: dict[int, asyncio.Future[LayerSlice]] = {}
-            for source in (self._sources[row] for block in blocks for row in self._rows_of(block)):
+            rows = dict.fromkeys(row for block in blocks for row in self._rows_of(block))  # A lease may have one twice.
+            for source in (self._sources[row] for row in rows):
                 if not source.shard.layer_begin <= model_layer < source.shard.layer_end:
                     continue
                 if source.is_at_hand:

@@ -121,3 +121,29 @@ async def test_a_part_of_the_first_layer_is_sent_while_later_blocks_of_it_are_re
     await load
     received = b"".join(bytes(run) for part in sent.parts for run in part.runs)
     assert received == b"".join(layers_of(images, shard=Shard.whole(WIDE)))
+
+
+async def test_a_load_that_ends_while_a_block_comes_that_it_has_twice_leaves_no_read_behind(
+    open_store: Callable[..., Any],
+) -> None:
+    size = block_geometry(WIDE, Shard.whole(WIDE), 16).image_bytes
+    calls = HeldReads()
+    opened: OpenStore = await open_store(calls=calls, dram_bytes=8 * size, ssd_bytes=8 * size)
+    await opened.store.layouts.open(CALLER, WIDE)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(1, layout=WIDE)
+    await on_ssd(opened, client, chain, layout=WIDE)
+    lease = opened.lookup(client, [*chain.keys, *chain.keys], shard=Shard.whole(WIDE), layout=WIDE)
+    assert lease is not None and len(lease.rows) == 2
+    calls.held_from = 0
+    send = await opened.store.loads.to_send(caller_of(client), lease.lease_id, None, Span(), Span())
+    load = asyncio.ensure_future(send(Sent()))
+    await until(lambda: reads_of_slices() > 0)
+    load.cancel()
+    await asyncio.wait({load})
+    assert reads_of_slices() == 0
+    calls.gate.set()
+
+
+def reads_of_slices() -> int:
+    """Running tasks of loads that wait for a slice."""
+    return sum("_fetch_slice" in repr(task.get_coro()) for task in asyncio.all_tasks())
