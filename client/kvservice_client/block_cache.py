@@ -245,7 +245,8 @@ class BlockCache:
             request.client_id = attachment.client_id
             request.lease_ttl_ms = min(ttl_ms, limits.max_lease_ttl_ms)
             request.locate, request.offer_load = self._wanted_with_lease(None, deadline)
-            adopted = self._transports.call("AdoptLease", request, pb.AdoptLeaseResponse, deadline)
+            call = self._connection.channel.call  # Not on the bulk port: a second call would use the ticket up.
+            adopted = call(BLOCKS + "AdoptLease", request, pb.AdoptLeaseResponse, deadline)
             answer = pb.LookupPrefixResponse(
                 hit_blocks=len(adopted.token_counts),
                 lease_id=adopted.lease_id,

@@ -66,10 +66,13 @@ class Dialogue:
                 )
                 return
             transfer.join(connection, number)
-            connection.has_joined, connection.is_pooled, connection.deadline_s = True, False, math.inf
+            connection.has_joined, connection.is_pooled = True, False
             connection.moves, connection.caller = transfer.moves, transfer.caller
             try:
+                # A client that leaves answers unread keeps a worker from continuing it: until then it has an end.
+                connection.deadline_s = self._clock.monotonic_s() + _POOLED_S
                 yield from connection.leave_loop()
+                connection.deadline_s = math.inf
                 yield from transfer.talk(connection)
             finally:
                 connection.moves = None

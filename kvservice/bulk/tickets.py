@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from kvservice_api.bulk import TICKET_BYTES
 
 _REMEMBERED = 4096  # Tickets that have ended, kept only to count refusals by their reason.
-_OFFERS_MAX = 1024  # Offers of transfers with open tickets. Many of them are never taken up.
+_OFFERS_MAX = 1024  # Offers of transfers of one kind with open tickets. Many of them are never taken up.
 
 
 class HasCaller(Protocol):
@@ -53,7 +53,8 @@ class TransferTickets(Generic[T]):
     def __init__(self) -> None:
         self._open: dict[bytes, _Ticket[T]] = {}
         self._ended: OrderedDict[bytes, str] = OrderedDict()
-        self._offers: deque[list[bytes]] = deque()  # Digests of the tickets of each, the oldest first.
+        # Digests of the tickets of each, by the kind of its transfer, the oldest first.
+        self._offers: defaultdict[type, deque[list[bytes]]] = defaultdict(deque)
         self._lock = threading.Lock()
 
     @property
@@ -61,7 +62,7 @@ class TransferTickets(Generic[T]):
         return len(self._open)
 
     def issue(self, transfer: T, count: int, expires_s: float, *, is_offer: bool = False) -> list[bytes]:
-        """Tickets for a transfer. Those of an offer end before their time if many more are made."""
+        """Tickets for a transfer. Those of an offer end before their time if many more of its kind are made."""
         tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(count)]
         digests = [_digest(ticket) for ticket in tickets]
         issue = _Issue(transfer, expires_s)
@@ -69,9 +70,10 @@ class TransferTickets(Generic[T]):
             for number, digest in enumerate(digests):
                 self._open[digest] = _Ticket(issue, number)
             if is_offer:
-                self._offers.append(digests)
-                if len(self._offers) > _OFFERS_MAX:
-                    for digest in self._open.keys() & self._offers.popleft():
+                offers = self._offers[type(transfer)]
+                offers.append(digests)
+                if len(offers) > _OFFERS_MAX:
+                    for digest in self._open.keys() & offers.popleft():
                         self._end(digest, "expired")
         return tickets
 

@@ -164,8 +164,10 @@ class Transfer:
         with self._lock:
             if self._final is not None:
                 return
+            ends_s = self._clock.monotonic_s() + self._idle_s
             for connection in self._connections:
                 connection.is_interrupted = True  # First: it looks at the message without the lock.
+                connection.deadline_s = ends_s  # Its socket may be full, so that no worker continues it.
             self._final, self._is_error = message, is_error
             connections = list(self._connections)
         for connection in connections:

@@ -49,7 +49,7 @@ UNIT_BYTES: Final = 4 << 20
 UNIT_FEW_BYTES: Final = 8 << 20  # On one or two connections.
 ERROR_BYTES_MAX: Final = 64 << 10
 # A CALL has the method's position here in its `layer`. Each may run twice: its answer may be lost.
-CALLS: Final = ("LookupPrefix", "OpenTransfer", "ReleaseLease", "ExportLease", "AdoptLease")
+CALLS: Final = ("LookupPrefix", "OpenTransfer", "ReleaseLease", "ExportLease")
 CALL_BYTES_MAX: Final = 64 << 10
 ANSWER_BYTES_MAX: Final = 1 << 20
 RESULT_BYTES_MAX: Final = 1 << 20

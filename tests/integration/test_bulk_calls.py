@@ -66,8 +66,10 @@ def test_a_client_of_shared_memory_soon_makes_its_calls_there(client: Client, ov
         with blocks.lookup(chain) as lease:
             assert [layer.data.tobytes() for layer in lease.load()] == stored
     with blocks.lookup(chain) as lease:
-        blocks.adopt(lease.export(ttl_s=30, adoptions=1)).release()
+        ticket = lease.export(ttl_s=30, adoptions=1)
     assert not over_grpc
+    blocks.adopt(ticket).release()
+    assert over_grpc == ["AdoptLease"], "it must not be made twice"
     assert set(client.stats().loaded_bytes) == {"shm"}
 
 

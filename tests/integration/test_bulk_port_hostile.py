@@ -204,9 +204,6 @@ def test_random_and_changed_calls_do_no_harm(daemon: DaemonProcess, wire: Wire, 
         blocks_pb2.OpenTransferRequest(calls=blocks_pb2.CallsHeader(client_id=wire.client_id), connections=1),
         blocks_pb2.ReleaseLeaseRequest(client_id=wire.client_id, lease_id=1),
         blocks_pb2.ExportLeaseRequest(client_id=wire.client_id, lease_id=1, ttl_ms=1000, adoptions=1),
-        blocks_pb2.AdoptLeaseRequest(
-            client_id=wire.client_id, ticket=bytes(32), layout_fingerprint=SMALL.fingerprint, lease_ttl_ms=1000
-        ),
     ]
     assert len(requests) == len(CALLS)
     with joined(wire, chain) as connection:

@@ -93,3 +93,15 @@ def test_offers_are_few_and_push_out_no_ticket_that_was_asked_for() -> None:
     assert [why(tickets, each, by=owner) for each in first] == ["used", "expired"]
     for each in asked_for, second, last:
         use(tickets, each[0], by=owner)
+
+
+class OtherOwner(Owner):
+    """A transfer of another kind."""
+
+
+def test_offers_of_another_kind_do_not_end_an_offer() -> None:
+    tickets, owner, other = TransferTickets[Owner](), Owner(), OtherOwner()
+    (offered,) = tickets.issue(owner, 1, 10.0, is_offer=True)
+    for _ in range(1100):
+        tickets.issue(other, 1, 10.0, is_offer=True)
+    assert use(tickets, offered, by=owner) == (owner, 0)

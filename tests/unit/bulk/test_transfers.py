@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -344,6 +345,34 @@ async def test_between_two_transfers_the_event_loop_continues_a_connection(
     first, *later = [thread is threading.main_thread() for thread in threads["read_header"]]
     assert not first and later == [True] * 4
     assert len(threads["talk"]) == 2 and threading.main_thread() not in threads["talk"]
+
+
+async def test_a_client_that_leaves_answers_unread_and_opens_a_transfer_is_closed(
+    port: BulkPort, client: Client, leased: int, clock: HandClock
+) -> None:
+    """Its socket is full, so no worker continues the connection."""
+
+    async def answer(*_: object) -> tuple[MessageKind, bytes]:
+        return MessageKind.ANSWER, bytes(2048)
+
+    port.answer_calls(answer)
+    with await loaded(port, client, leased) as connection:
+        (of_daemon,) = port._connections.values()
+        poll = select.poll()
+        poll.register(of_daemon.fd, select.POLLOUT)
+        await until(lambda: of_daemon.is_pooled)
+        while True:
+            sent = of_daemon.sent_bytes
+            send_call(connection, "ReleaseLease", b"abc")
+            await until(lambda sent=sent: of_daemon.sent_bytes > sent)  # type: ignore[misc]
+            await asyncio.sleep(0.02)  # What the kernel has acknowledged by itself makes room again.
+            if not poll.poll(0):
+                break
+        assert of_daemon.is_pooled
+        opened = port.open_calls(caller_of(client), b"", 1)
+        connection.send(pack_hello(opened.tickets[0], client.client_id))
+        await until(lambda: not of_daemon.is_pooled)
+        await until(lambda: passes(clock) and not port.connection_count)
 
 
 async def test_a_call_whose_client_leaves_is_cancelled(port: BulkPort, client: Client, leased: int) -> None:
