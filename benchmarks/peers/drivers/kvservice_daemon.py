@@ -7,6 +7,7 @@ as it has not done so since the put, else between put and get, by a view that is
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.client.wire import until_allocated
-from benchmarks.peers.drivers.loop import Bytes, Client, Memory, Servers, System, accepts, free_port, main
+from benchmarks.peers.drivers.loop import Bytes, Client, Memory, Servers, System, main
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout
 from kvservice_client import client as kvservice
@@ -35,20 +36,18 @@ class KVService(System):
     """
 
     def start(self, servers: Servers) -> None:
-        port = free_port()
-        while accepts(port + 1):  # The daemon's bulk transport listens there.
-            port = free_port()
-        self.address = f"127.0.0.1:{port}"
         dram_bytes = 2 * self.bytes_max + (256 << 20)
-        servers.run(
+        serving = servers.run_until_logged(
             [
                 *(sys.executable, "-m", "kvservice", "serve", f"--store.path={servers.folder / 'store'}"),
                 *(f"--dram.path={self.options['dram_path']}", f"--dram.capacity_bytes={dram_bytes}"),
                 f"--ssd.capacity_bytes={dram_bytes if self.options.get('ssd') else 0}",
-                *(f"--server.address={self.address}", "--server.unix_socket=off", "--server.metrics_address="),
+                *("--server.address=127.0.0.1:0", "--server.unix_socket=off", "--server.metrics_address="),
+                "--log.format=json",
             ],
-            port=port,
+            '"serving"',
         )
+        self.address = f"127.0.0.1:{json.loads(serving)['port']}"
 
     def client(self, memory: Memory, number: int) -> Client:
         return KVServiceClient(self.address, memory, self.options)

@@ -94,8 +94,25 @@ class Servers:
         self.folder = folder
         self._running: list[subprocess.Popen[bytes]] = []
 
-    def run(self, command: Sequence[str | Path], *, port: int | None = None, env: dict[str, str] | None = None) -> int:
-        """Start a program and wait until it accepts connections on `port`. Returns its process id."""
+    def run(self, command: Sequence[str | Path], *, port: int, env: dict[str, str] | None = None) -> int:
+        """Start a program and wait until something accepts connections on `port`. Returns its process id."""
+        return self._start(command, env, lambda log: accepts(port))
+
+    def run_until_logged(self, command: Sequence[str | Path], text: str) -> str:
+        """Start a program and wait for a line with `text` in what it prints. Returns that line."""
+        found: list[str] = []
+
+        def is_ready(log: Path) -> bool:
+            lines = log.read_text(errors="replace").splitlines(keepends=True)
+            found.extend(line for line in lines if text in line and line.endswith("\n"))
+            return bool(found)
+
+        self._start(command, None, is_ready)
+        return found[0]
+
+    def _start(
+        self, command: Sequence[str | Path], env: dict[str, str] | None, is_ready: Callable[[Path], bool]
+    ) -> int:
         log = self.folder / f"{Path(command[0]).name}-{len(self._running)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -109,7 +126,7 @@ class Servers:
             )
         self._running.append(process)
         deadline = time.monotonic() + _SERVER_START_S
-        while port is not None and not accepts(port):
+        while not is_ready(log):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{Path(command[0]).name} did not start: {log.read_text(errors='replace')[-800:]}")
             time.sleep(0.05)
