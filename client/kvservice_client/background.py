@@ -66,7 +66,9 @@ class Background:
 
     def join(self, timeout_s: float) -> None:
         """Wait until the threads of a closed object have ended, at most that long."""
-        for thread in list(self._threads):
+        with self._changed:  # Each of them has started then.
+            threads = list(self._threads)
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(timeout_s / THREADS_MAX)
 

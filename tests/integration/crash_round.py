@@ -25,7 +25,7 @@ from kvservice.index.block_index import BlockIndex
 from kvservice_api.errors import DaemonUnavailable
 from kvservice_api.keys import KEY_BYTES
 from kvservice_client import BlockChain, Client, Durability, Layout, Tier
-from tests.daemon import MIB, DaemonProcess
+from tests.daemon import MIB, DaemonProcess, until
 from tests.integration.known_blocks import LARGE, SMALL, compare, new_chain, save, verify
 from tests.marks import Replay, read_marks
 
@@ -194,7 +194,9 @@ class CrashStore:
     """A store whose daemon is killed in each round. Create it, call `round` repeatedly, then `remove`."""
 
     def __init__(self, folder: Path, *, dram_bytes: int, evicts_from_ssd: bool) -> None:
-        """`evicts_from_ssd` is for a DRAM tier that holds everything, so that evicted SSD copies are not lost."""
+        """`evicts_from_ssd` is for a DRAM tier that holds everything, so that evicted SSD copies are not lost. In any
+        other the policy evicts in each round, before its kill.
+        """
         folder.mkdir()
         self._daemon = DaemonProcess(
             folder,
@@ -254,11 +256,16 @@ class CrashStore:
 
     def _kill(self, workload: Workload, skip: int, target: str) -> None:
         workload.wait_for_acknowledged(BLOCKS_MIN)
-        asked = workload.done["evicted dram"]
         with self._daemon.client("status") as client:
-            counters = client.admin.status().counters
-        assert not counters["lost_unwritten_blocks"], "the policy lost a block: it is no longer known what must survive"
-        workload.evicted_by_policy = max(0, int(counters["evicted_dram_blocks"]) - asked)
+
+            def has_evicted() -> bool:
+                asked = workload.done["evicted dram"]
+                counters = client.admin.status().counters
+                assert not counters["lost_unwritten_blocks"], "the policy lost a block: what must survive is not known"
+                workload.evicted_by_policy = max(0, int(counters["evicted_dram_blocks"]) - asked)
+                return self._evicts_from_ssd or workload.evicted_by_policy > 0
+
+            until(has_evicted)
         self._marks.write(f"armed {skip} {target}\n".encode())
         self._marks.close()
         assert self._daemon.wait_for_end() == -signal.SIGKILL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -104,3 +105,29 @@ def test_threads_end_at_the_close_and_work_that_is_queued_or_comes_later_still_r
     assert not background._threads
     background.submit(done.release)
     assert done.acquire(timeout=SOON_S)
+
+
+def test_a_join_waits_for_a_thread_that_another_one_just_starts(
+    background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting, go = threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def start_late(thread: threading.Thread) -> None:
+        if thread.name == "kvservice-background":
+            starting.set()
+            assert go.wait(SOON_S)
+        start(thread)
+
+    with ThreadPoolExecutor(2) as others:
+        monkeypatch.setattr(threading.Thread, "start", start_late)
+        submitted = others.submit(background.submit, lambda: None)
+        assert starting.wait(SOON_S)
+        monkeypatch.setattr(threading.Thread, "start", start)
+        joined = others.submit(background.join, SOON_S)
+        with pytest.raises(TimeoutError):
+            joined.result(0.05)
+        go.set()
+        submitted.result(SOON_S)
+        background.close()
+        joined.result(SOON_S)
