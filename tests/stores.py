@@ -55,6 +55,7 @@ from kvservice.tiers.base import Tier
 from kvservice.tiers.dram import DramTier
 from kvservice.tiers.files import FileCalls
 from kvservice.tiers.ssd import SsdTier
+from kvservice_api.bulk import UNIT_BYTES
 from kvservice_api.frames import Frame
 from kvservice_api.image import block_geometry, checksum
 from kvservice_api.keys import BlockChain, block_chain
@@ -472,6 +473,32 @@ def layers_of(images: Iterable[bytes], *, shard: Shard = WHOLE) -> list[bytes]:
     """The bytes that a load of these blocks returns: layer by layer, all blocks of each."""
     images = list(images)
     return [b"".join(layer_of(image, layer, shard=shard) for image in images) for layer in range(shard.layers)]
+
+
+class Sent:
+    """A `PartSender` that sends all parts at once."""
+
+    def __init__(self, unit_bytes: int = UNIT_BYTES) -> None:
+        self.unit_bytes = unit_bytes
+        self.parts: list[Part] = []
+        self.sent_bytes = 0
+
+    def when_joined(self, call: Callable[[], None] | None) -> None:
+        if call is not None:
+            call()
+
+    def put(self, parts: Sequence[Part], *, is_last: bool) -> None:
+        self.parts += parts
+        self.sent_bytes += sum(len(run) for part in parts for run in part.runs)
+
+    async def until_sent(self, size_bytes: int) -> None:
+        assert self.sent_bytes >= size_bytes
+
+    async def until_taken(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
 
 
 def frames_of(

@@ -78,7 +78,8 @@ class Cold:
 
     def _load(self) -> tuple[float, float]:
         """Seconds to the first layer and to the last."""
-        self._client.evict(self._chain, tier="dram")
+        while self._client.evict(self._chain, tier="dram").held:  # By the end of the load before.
+            time.sleep(0.001)
         with self._cache.lookup(self._chain, lease_ttl_s=120) as lease:
             if lease.hit_blocks != len(self._chain) or any(run.dram for run in lease.residency):
                 raise TierFull("the blocks are not only on SSD: its tier is too small, or write-behind too slow")
@@ -99,7 +100,8 @@ class _LayerAlone:
         self._offsets = [PAGE_BYTES + block * image_bytes for block in range(blocks)]
         self._slice_bytes = -(-slice_bytes // PAGE_BYTES) * PAGE_BYTES
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        self._memory = mmap.mmap(-1, self._slice_bytes * blocks)
+        self._memory = mmap.mmap(-1, self._slice_bytes * blocks, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory.madvise(mmap.MADV_HUGEPAGE)  # As the daemon's: into scattered small pages a drive reads slower.
         self._memory.write(bytes(len(self._memory)))  # Faulted in, as the daemon's.
         self._pool = ThreadPoolExecutor(self._threads)
 

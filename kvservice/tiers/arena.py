@@ -298,9 +298,8 @@ class Arena:
 
     def _join_pages(self, start: int, end: int) -> None:
         """Collapse these bytes to huge pages, where they fill whole ones. Their content does not change."""
-        first = -(-(PAGE_BYTES + start) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        if start == 0:
-            first = 0  # Offsets in the file, with the header.
+        # Offsets in the file, with the header. The first one was not filled by the bytes before these.
+        first = (PAGE_BYTES + start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
         for offset in range(first, PAGE_BYTES + end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
             if self._stopping.is_set() or self._refusals == _REFUSALS_MAX:
                 return

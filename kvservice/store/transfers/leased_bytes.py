@@ -11,7 +11,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn, TypeVar
 
@@ -85,27 +85,39 @@ class _Source:
         return self.image is not None and self.pending is None
 
 
-class _Units:
-    """Whole slices of one layer, block after block, in parts of `_VERIFIED_BYTES` or little more."""
+class _Cutter:
+    """Cuts one layer into parts, block after block: of whole slices, with `part_bytes` or little more; or also inside
+    of slices, with `part_bytes` each.
+    """
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, part_bytes: int, *, cuts_slices: bool) -> None:
         self.layer = layer
+        self._part_bytes, self._cuts_slices = part_bytes, cuts_slices
         self._parts: list[Part] = []
-        self._size = _VERIFIED_BYTES
+        self._size = part_bytes  # Of the last part; as if it were full, if there is none.
 
     def add(self, block: int, runs: list[memoryview], unverified: list[LayerSlice]) -> None:
-        if self._size >= _VERIFIED_BYTES:
-            self._parts.append(Part(self.layer, block, 0, [], []))
-            self._size = 0
-        self._parts[-1].runs.extend(runs)
-        self._parts[-1].unverified.extend(unverified)
-        self._size += sum(map(len, runs))
+        taken_bytes = 0
+        for run in runs:
+            left = run
+            while len(left):
+                if self._size >= self._part_bytes and (self._cuts_slices or not taken_bytes):
+                    self._parts.append(Part(self.layer, block, taken_bytes, [], []))
+                    self._size = 0
+                taken = left[: self._part_bytes - self._size] if self._cuts_slices else left
+                self._parts[-1].runs.append(taken)
+                self._parts[-1].unverified.extend(unverified)
+                unverified = []  # A slice is verified once, before its first byte is sent.
+                left = left[len(taken) :]
+                self._size += len(taken)
+                taken_bytes += len(taken)
 
     def take(self, *, is_end: bool) -> list[Part]:
         """The parts that are complete and were not taken before. At the end the last one is complete, however small."""
-        if not is_end and self._size < _VERIFIED_BYTES:
-            return []
-        parts, self._parts, self._size = self._parts, [], _VERIFIED_BYTES
+        if not is_end and self._size < self._part_bytes:
+            parts, self._parts = self._parts[:-1], self._parts[-1:]
+        else:
+            parts, self._parts, self._size = self._parts, [], self._part_bytes
         return parts
 
 
@@ -295,25 +307,6 @@ class LeasedBytes:
         self._shared.counters.tier_read_bytes[source.tier] += len(into)
         return result
 
-    async def parts(self, layer: int, bytes_max: int) -> list[Part]:
-        """One requested layer, cut into parts of at most `bytes_max`; `layer` counts from the shard's first."""
-        return await self._cut(layer, await self._slices(layer + self._shard.layer_begin), bytes_max)
-
-    async def _slices(self, layer: int) -> dict[int, LayerSlice]:
-        """A layer of every row that has it; `layer` counts from the model's first."""
-        slices: dict[int, LayerSlice] = {}
-        coming: list[_Source] = []
-        for count, source in enumerate(self._sources.values()):
-            await self._yield_to_loop(count)
-            if not source.shard.layer_begin <= layer < source.shard.layer_end:
-                continue
-            if source.is_at_hand:
-                slices[source.row] = self._slice(source, layer - source.shard.layer_begin)
-            else:
-                coming.append(source)
-        fetched = await _gather(lambda source: self._fetch_slice(source, layer - source.shard.layer_begin), coming)
-        return slices | {found.row: found for found in fetched}
-
     def _slice(self, source: _Source, layer: int) -> LayerSlice:
         """The slice of a block in DRAM. Not a coroutine, because a load calls it thousands of times."""
         begin, end = source.geometry.slice_range(layer)
@@ -335,28 +328,15 @@ class LeasedBytes:
         self._shared.counters.read_through_bytes += end - begin
         return LayerSlice(source.row, layer, pages[begin - start : end - start], int(source.trailer.checksums[layer]))
 
-    async def _cut(self, layer: int, slices: dict[int, LayerSlice], bytes_max: int) -> list[Part]:
-        parts: list[Part] = []
-        current = Part(layer, 0, 0, [], [])
-        room = bytes_max
-        for block in range(len(self._row_of_block)):
-            await self._yield_to_loop(block)
-            verify = [slices[row] for row in self._rows_of(block) if row in slices and slices[row].expected is not None]
-            sent = 0
-            for run in self._runs(block, layer, slices):
-                while len(run):
-                    if not room:
-                        parts.append(current)
-                        current, room = Part(layer, block, sent, [], []), bytes_max
-                    taken = run[:room]
-                    current.runs.append(taken)
-                    current.unverified.extend(verify)
-                    verify = []  # Verify a slice once, before its first byte is sent.
-                    run = run[len(taken) :]
-                    room -= len(taken)
-                    sent += len(taken)
-        parts.append(current)
-        return parts
+    def parts(self, layer: int, part_bytes: int) -> AsyncGenerator[Part, None]:
+        """One requested layer, cut into parts of `part_bytes`, each once its own slices are at hand. Close it before
+        this object. `layer` counts from the shard's first.
+        """
+        return self._arriving(_Cutter(layer, part_bytes, cuts_slices=True))
+
+    def arriving_units(self, layer: int) -> AsyncGenerator[Part, None]:
+        """As `parts`, of whole slices: what is verified right before it is sent."""
+        return self._arriving(_Cutter(layer, _VERIFIED_BYTES, cuts_slices=False))
 
     async def units(self, layers: range, run_bytes: int, unit_bytes: int) -> tuple[list[Part], int]:
         """The first of these layers, in parts of whole slices; or as many whole layers as have at most `run_bytes`
@@ -365,12 +345,12 @@ class LeasedBytes:
         A part has `unit_bytes` or little more for the client to verify. Otherwise `_VERIFIED_BYTES` of one layer.
         """
         if not await self.are_at_hand():
-            return await self._verified_units(layers.start), layers.start + 1
+            return await listed(self.arriving_units(layers.start)), layers.start + 1
         assert self._all_at_hand is not None
         first = layers.start
-        layer_bytes = self._layer_bytes(first)
+        layer_bytes = self.layer_bytes(first)
         end, left_bytes = first + 1, min(run_bytes, unit_bytes) - layer_bytes
-        while end < layers.stop and (left_bytes := left_bytes - self._layer_bytes(end)) >= 0:
+        while end < layers.stop and (left_bytes := left_bytes - self.layer_bytes(end)) >= 0:
             end += 1
         return await self._summed_units(self._all_at_hand, range(first, end), unit_bytes), end
 
@@ -403,22 +383,8 @@ class LeasedBytes:
                 size += end - begin
         return units
 
-    async def _verified_units(self, layer: int) -> list[Part]:
-        slices = await self._slices(layer + self._shard.layer_begin)
-        units = _Units(layer)
-        for block in range(len(self._row_of_block)):
-            await self._yield_to_loop(block)
-            self._add_block(units, block, slices)
-        return units.take(is_end=True)
-
-    def _add_block(self, units: _Units, block: int, slices: dict[int, LayerSlice]) -> None:
-        verify = [slices[row] for row in self._rows_of(block) if row in slices and slices[row].expected is not None]
-        units.add(block, self._runs(block, units.layer, slices), verify)
-
-    async def arriving_units(self, layer: int) -> AsyncGenerator[Part, None]:
-        """As `units` of one layer, each once its own slices are at hand. Close it before this object."""
-        units = _Units(layer)
-        model_layer = layer + self._shard.layer_begin
+    async def _arriving(self, cutter: _Cutter) -> AsyncGenerator[Part, None]:
+        model_layer = cutter.layer + self._shard.layer_begin
         for start in range(0, len(self._row_of_block), _ROWS_A_TURN):
             blocks = range(start, min(start + _ROWS_A_TURN, len(self._row_of_block)))
             await self._shared.loop_budget.slot()
@@ -438,13 +404,15 @@ class LeasedBytes:
                     for row in self._rows_of(block):
                         if row in coming:
                             slices[row] = await coming[row]
-                    self._add_block(units, block, slices)
-                    for unit in units.take(is_end=block + 1 == len(self._row_of_block)):
-                        yield unit
+                    of_block = [slices[row] for row in self._rows_of(block) if row in slices]
+                    unverified = [found for found in of_block if found.expected is not None]
+                    cutter.add(block, self._runs(block, cutter.layer, slices), unverified)
+                    for part in cutter.take(is_end=block + 1 == len(self._row_of_block)):
+                        yield part
             finally:
                 await cancel(coming.values())
 
-    def _layer_bytes(self, layer: int) -> int:
+    def layer_bytes(self, layer: int) -> int:
         """Of all blocks together."""
         return self._token_count * self._layout.shard_slice_bytes(self._shard, layer + self._shard.layer_begin, 1)
 
@@ -495,6 +463,12 @@ class LeasedBytes:
         key = self._blocks_table.key_of(source.row).hex()
         await self._shared.lifecycle.quarantine(source.row, source.generation, tier, what)
         return ChecksumMismatch(f"{what} of block {key} is damaged in {tier}; the block was dropped", key=key)
+
+
+async def listed(items: AsyncGenerator[T, None]) -> list[T]:
+    """All of them. They are closed on return."""
+    async with aclosing(items):
+        return [each async for each in items]
 
 
 async def _gather(work: Callable[[_Source], Awaitable[T]], sources: Sequence[_Source]) -> list[T]:

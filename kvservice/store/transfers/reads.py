@@ -18,7 +18,14 @@ from kvservice.store.caller import Caller
 from kvservice.store.leases import Lease
 from kvservice.store.mover.promoter import Promoter
 from kvservice.store.tasks import LoopBudget
-from kvservice.store.transfers.leased_bytes import LayerSlice, LeasedBytes, Part, ReadsShared, ScratchBudget
+from kvservice.store.transfers.leased_bytes import (
+    LayerSlice,
+    LeasedBytes,
+    Part,
+    ReadsShared,
+    ScratchBudget,
+    listed,
+)
 from kvservice.store.transfers.load_times import LoadTimes
 from kvservice.store.transfers.precedence import LoadTurn, Precedence
 from kvservice.tiers.dram import DramTier
@@ -118,17 +125,18 @@ class Reads:
             for layer in layers:
                 if following is None:
                     times.layer_begins(layer)
-                    following = asyncio.ensure_future(read.parts(layer, self._frame_bytes))
-                parts, following = await following, None
-                times.layers_ready(layer + 1)
-                for part in parts:
-                    frame = await self._frame(read, turn, part, encode)
-                    if part is parts[-1]:
-                        times.first_layer()
-                        if layer + 1 < layers.stop:
-                            times.layer_begins(layer + 1)
-                            following = asyncio.ensure_future(read.parts(layer + 1, self._frame_bytes))
-                    yield frame
+                left_bytes = read.layer_bytes(layer)
+                async with aclosing(self._parts(read, layer, following)) as parts:
+                    async for part in parts:
+                        frame = await self._frame(read, turn, part, encode)
+                        left_bytes -= _size_bytes([part])
+                        if not left_bytes:
+                            times.layers_ready(layer + 1)
+                            times.first_layer()
+                            if layer + 1 < layers.stop:
+                                times.layer_begins(layer + 1)
+                                following = asyncio.ensure_future(listed(read.parts(layer + 1, self._frame_bytes)))
+                        yield frame
             self.shared.counters.load_blocks += len(blocks)
             self.shared.counters.load_tokens += self._tokens(lease, blocks)
             times.ended()
@@ -145,6 +153,18 @@ class Reads:
                         following.exception()  # Another error was raised before it.
             finally:
                 await self._end(read)
+
+    async def _parts(
+        self, read: LeasedBytes, layer: int, read_before: asyncio.Future[list[Part]] | None
+    ) -> AsyncGenerator[Part, None]:
+        """A layer's parts: the first layer's as they come, because it is waited for."""
+        if read_before is not None:
+            for part in await read_before:
+                yield part
+            return
+        async with aclosing(read.parts(layer, self._frame_bytes)) as parts:
+            async for part in parts:
+                yield part
 
     async def _frame(self, read: LeasedBytes, turn: LoadTurn, part: Part, encode: Callable[[Part], T]) -> T:
         """Verify the slices that begin in this part, then encode it.

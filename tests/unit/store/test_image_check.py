@@ -51,12 +51,23 @@ def test_pieces_and_the_trailers_pages_are_all_of_an_image_that_holds_data(geome
     assert covered.all()
 
 
-@pytest.mark.parametrize(("first", "sizes"), [(1, [1, 4, 8, 8, 8, 3]), (3, [3, 8, 8, 8, 5]), (0, [8, 8, 8, 8])])
-def test_each_piece_is_four_times_the_one_before_also_where_a_layer_is_larger_than_was_asked_for(
-    first: int, sizes: list[int]
+@pytest.mark.parametrize(
+    ("heads", "first", "sizes"),
+    [
+        (8, 1, [1, 4, 8, 8, 8, 3]),
+        (8, 3, [3, 8, 8, 8, 5]),
+        (8, 0, [8, 8, 8, 8]),
+        (256, 1, [1, 4, 8, 8, 8, 3]),
+        (512, 1, [1, 2, 4, 8, 8, 8, 1]),
+    ],
+)
+def test_each_piece_is_four_times_the_one_before_or_twice_if_that_is_large(
+    heads: int, first: int, sizes: list[int]
 ) -> None:
-    geometry = geometry_of(32, 8, 16, 16)
+    """Also where a layer is larger than was asked for."""
+    geometry = geometry_of(32, heads, 16, 16)
     layer = geometry.slice_range(0)[1]
+    assert layer == heads * 2048
     cut = image_check.cut(geometry, 8 * layer, max(0, first * layer - 100))
     assert [piece.layer_end - piece.layer_begin for piece in cut] == sizes
 

@@ -20,6 +20,7 @@ from kvservice.tiers import arena as arena_module
 from kvservice.tiers.arena import Arena
 from kvservice.tiers.base import StoreMismatch
 from kvservice.tiers.dram import DramTier
+from kvservice_api.mapping import HUGE_PAGE_BYTES, Mapping
 from tests.contracts.tier import KIB, MIB, PAGE, TierContract, columns, noise, stored
 from tests.file_faults import FaultyCalls
 
@@ -339,6 +340,19 @@ async def test_the_tier_grows_while_the_arena_is_prepared(open_arena: Callable[.
     assert tier.capacity_bytes == CAPACITY - PAGE
     assert tier.short_because == tier.refusing_because == ""
     assert tier.view(extent)[: len(data)] == data
+
+
+@pytest.mark.parametrize("step_bytes", [MIB, 3 * MIB, 8 * MIB])
+async def test_each_huge_page_of_an_arena_is_collapsed_once(
+    open_arena: Callable[..., Arena], monkeypatch: pytest.MonkeyPatch, step_bytes: int
+) -> None:
+    """Also one that begins in the bytes of one step of the preparation and ends in those of the next."""
+    monkeypatch.setattr(arena_module, "_STEP_BYTES", step_bytes)
+    collapsed: list[int] = []
+    monkeypatch.setattr(Mapping, "collapse", lambda _, offset: collapsed.append(offset) is None)
+    arena = open_arena()
+    await prepared(DramTier(arena), arena)
+    assert collapsed == list(range(0, CAPACITY, HUGE_PAGE_BYTES))
 
 
 def test_the_file_stays_within_the_capacity(open_arena: Callable[..., Arena]) -> None:
