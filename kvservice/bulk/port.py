@@ -439,15 +439,15 @@ class BulkPort:
 
     def _has_room(self, now_s: float) -> bool:
         """Whether one more may be open. If none is left, the oldest one that has not said HELLO for `_FRESH_S` makes
-        room; if all have said it, the pooled one that is idle for the longest time.
+        room; if there is none, the pooled one that is idle for the longest time. But those that have not said HELLO
+        take no more than a quarter of the port from pooled ones: they may be a stranger's.
         """
         if len(self._connections) < self.connections_max:
             return True
         connections = list(self._connections.values())
         strangers = [each for each in connections if not each.has_joined]
-        if strangers:
-            closed_first = [each for each in strangers if each.since_s + _FRESH_S <= now_s]
-        else:
+        closed_first = [each for each in strangers if each.since_s + _FRESH_S <= now_s]
+        if not closed_first and (not strangers or len(strangers) < self.connections_max // 4):
             closed_first = [each for each in connections if each.is_pooled]
         closed_first.sort(key=lambda each: each.deadline_s)
 

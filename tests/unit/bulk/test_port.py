@@ -143,6 +143,21 @@ async def test_no_connection_that_has_carried_a_transfer_makes_room_while_others
         each.close()
 
 
+async def test_several_may_connect_at_a_time_to_a_port_that_is_full_of_idle_connections(
+    port: BulkPort, clock: HandClock
+) -> None:
+    port.connections_max = 8
+    opened = [await connected(port) for _ in range(8)]
+    for each in port._connections.values():
+        each.has_joined = each.is_pooled = True
+    late = [await connected(port) for _ in range(2)]
+    with await connected(port) as third:
+        assert await is_closed(third), "those that say nothing take no more than a quarter"
+    assert [each.is_pooled for each in port._connections.values()] == [True] * 6 + [False] * 2
+    for each_client in (*opened, *late):
+        each_client.close()
+
+
 async def test_the_longest_idle_connection_makes_room_but_none_that_gets_its_end(port: BulkPort) -> None:
     opened = [await connected(port) for _ in range(3)]
     ending, newer, older = port._connections.values()

@@ -349,7 +349,12 @@ async def test_each_huge_page_of_an_arena_is_collapsed_once(
     """Also one that begins in the bytes of one step of the preparation and ends in those of the next."""
     monkeypatch.setattr(arena_module, "_STEP_BYTES", step_bytes)
     collapsed: list[int] = []
-    monkeypatch.setattr(Mapping, "collapse", lambda _, offset: collapsed.append(offset) is None)
+
+    def collapse(_: Mapping, offset: int) -> bool:
+        collapsed.append(offset)
+        return True
+
+    monkeypatch.setattr(Mapping, "collapse", collapse)
     arena = open_arena()
     await prepared(DramTier(arena), arena)
     assert collapsed == list(range(0, CAPACITY, HUGE_PAGE_BYTES))
