@@ -410,7 +410,8 @@ class LeasedBytes:
                     for part in cutter.take(is_end=block + 1 == len(self._row_of_block)):
                         yield part
             finally:
-                await cancel(coming.values())
+                if coming:
+                    await cancel(coming.values())
 
     def layer_bytes(self, layer: int) -> int:
         """Of all blocks together."""
