@@ -58,7 +58,7 @@ def files_of() -> dict[str, set[str]]:
     # own since their files had more than 600 lines. A save ends unused bulk saves of its client; reads from SSD have an
     # order; the threads of a drive have a file. The bytes of a load and its turn beside other loads have a file each.
     # So have an upload's begin, its state, its frames and its commit; the parts of a save; a promotion, its reads,
-    # their order, and their system calls. A load asks the layout how large a layer is, because its end is not known before.
+    # their order, and their system calls. A load asks the layout for the size of a layer.
     [("save", 55, 11), ("load from DRAM", 32, 9), ("load from SSD", 49, 9)],
 )
 def test_a_save_and_a_load_over_grpc_run_few_files(
