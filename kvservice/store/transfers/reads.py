@@ -137,6 +137,7 @@ class Reads:
                                 times.layer_begins(layer + 1)
                                 following = asyncio.ensure_future(listed(read.parts(layer + 1, self._frame_bytes)))
                         yield frame
+                assert not left_bytes, "a layer has another size than its layout says"
             self.shared.counters.load_blocks += len(blocks)
             self.shared.counters.load_tokens += self._tokens(lease, blocks)
             times.ended()
