@@ -31,9 +31,10 @@ from kvservice_api.errors import TierFull
 from kvservice_api.image import PAGE_BYTES, block_geometry
 from kvservice_api.keys import BlockChain, block_chain
 from kvservice_api.layout import Layout, Shard
-from kvservice_client import Client
+from kvservice_client import Client, Lease
 
 _BYTES = 512 << 20
+_EVICTED_S = 10.0
 
 
 class Cold:
@@ -78,11 +79,7 @@ class Cold:
 
     def _load(self) -> tuple[float, float]:
         """Seconds to the first layer and to the last."""
-        while self._client.evict(self._chain, tier="dram").held:  # By the end of the load before.
-            time.sleep(0.001)
-        with self._cache.lookup(self._chain, lease_ttl_s=120) as lease:
-            if lease.hit_blocks != len(self._chain) or any(run.dram for run in lease.residency):
-                raise TierFull("the blocks are not only on SSD: its tier is too small, or write-behind too slow")
+        with self._cold_lease() as lease:
             started = time.perf_counter()
             layers = lease.load(into=self._into, timeout_s=120)
             next(layers)
@@ -90,6 +87,19 @@ class Cold:
             for _ in layers:
                 pass
             return first_s, time.perf_counter() - started
+
+    def _cold_lease(self) -> Lease:
+        """Of all blocks, none of which is in DRAM. Until the load before has ended in the daemon, some cannot leave."""
+        end_s = time.monotonic() + _EVICTED_S
+        while True:
+            self._client.evict(self._chain, tier="dram")
+            lease = self._cache.lookup(self._chain, lease_ttl_s=120)
+            if lease.hit_blocks == len(self._chain) and not any(run.dram for run in lease.residency):
+                return lease
+            lease.release()
+            if time.monotonic() > end_s:
+                raise TierFull("the blocks are not only on SSD: its tier is too small, or write-behind too slow")
+            time.sleep(0.005)
 
 
 class _LayerAlone:
