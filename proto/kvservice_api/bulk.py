@@ -48,7 +48,8 @@ CONNECTIONS_MAX: Final = 16  # Of one transfer.
 UNIT_BYTES: Final = 4 << 20
 UNIT_FEW_BYTES: Final = 8 << 20  # On one or two connections.
 ERROR_BYTES_MAX: Final = 64 << 10
-# A CALL has the method's position here in its `layer`. Each may run twice: its answer may be lost.
+# A CALL has the method's position here in its `layer`. Each may run twice: its answer may be lost, and
+# with it a lease or an export, which then ends by its time.
 CALLS: Final = ("LookupPrefix", "OpenTransfer", "ReleaseLease", "ExportLease")
 CALL_BYTES_MAX: Final = 64 << 10
 ANSWER_BYTES_MAX: Final = 1 << 20

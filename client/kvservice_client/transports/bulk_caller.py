@@ -39,11 +39,12 @@ class BulkCaller:
         connection = self._idle(deadline)
         if connection is None:
             return None
-        if not carries_call(connection, request):
+        allowed_s = deadline.remaining_s / 2
+        if allowed_s <= 0 or not carries_call(connection, request):
             self._pool.keep(connection)
             return None
         try:
-            header, data = call(connection, method, request, Deadline(deadline.remaining_s / 2, deadline.clock))
+            header, data = call(connection, method, request, Deadline(allowed_s, deadline.clock))
         except (OSError, InvalidFrame):
             connection.close()
             return None

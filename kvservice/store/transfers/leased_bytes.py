@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -189,11 +189,23 @@ class LeasedBytes:
         self._rows_since_slot = 0
         self._token_count = int(self._blocks_table.token_count[lease.rows[blocks.start : blocks.stop]].sum())
         self.scratch_bytes = 0
+        self.is_in_dram = False  # All of it, from the time of `open` on.
         self._held = AsyncExitStack()  # Keeps the promotions in place while they are read.
 
     def _rows_of(self, block: int) -> tuple[int, ...]:
         """The rows that make up a block: usually one."""
         return self._parts.get(block) or (self._row_of_block[block],)
+
+    def _turns(self) -> Iterator[range]:
+        """All blocks, in runs of `_ROWS_A_TURN` rows or little more: a block of eight shards has eight."""
+        start = rows = 0
+        for block in range(len(self._row_of_block)):
+            rows += len(self._rows_of(block))
+            if rows >= _ROWS_A_TURN:
+                yield range(start, block + 1)
+                start, rows = block + 1, 0
+        if rows:
+            yield range(start, len(self._row_of_block))
 
     def _plan(self, rows: Sequence[int]) -> list[list[HeadRun]] | None:
         """How several shards give one; None if one row is exactly the requested shard."""
@@ -217,10 +229,11 @@ class LeasedBytes:
         for start in range(0, len(self.rows), _SOURCES_A_TURN):
             await shared.loop_budget.slot()
             self._add_sources(self.rows[start : start + _SOURCES_A_TURN], promotions)
-        for block in range(len(self._row_of_block)):
-            await self._yield_to_loop(block)
-            self._plans.append(self._plan(self._rows_of(block)))
-        resident = [source for source in self._sources.values() if source.image is not None and not source.pending]
+        for blocks in self._turns():
+            await shared.loop_budget.slot()
+            self._plans += [self._plan(self._rows_of(block)) for block in blocks]
+        resident = [source for source in self._sources.values() if source.is_at_hand]
+        self.is_in_dram = len(resident) == len(self._sources)
         if len(resident) <= _TRAILERS_ON_LOOP:
             self._read_trailers(resident)
         else:
@@ -356,7 +369,7 @@ class LeasedBytes:
 
     async def are_at_hand(self) -> bool:
         """Whether all blocks are in DRAM, each as the one shard that is wanted."""
-        if self._all_at_hand is None and not any(self._plans):
+        if self._all_at_hand is None and self.is_in_dram and not any(self._plans):
             self._all_at_hand = await self._with_checksums()
         return self._all_at_hand is not None
 
@@ -385,21 +398,20 @@ class LeasedBytes:
 
     async def _arriving(self, cutter: _Cutter) -> AsyncGenerator[Part, None]:
         model_layer = cutter.layer + self._shard.layer_begin
-        for start in range(0, len(self._row_of_block), _ROWS_A_TURN):
-            blocks = range(start, min(start + _ROWS_A_TURN, len(self._row_of_block)))
+        for blocks in self._turns():
             await self._shared.loop_budget.slot()
             slices: dict[int, LayerSlice] = {}
             coming: dict[int, asyncio.Future[LayerSlice]] = {}
             rows = dict.fromkeys(row for block in blocks for row in self._rows_of(block))  # A lease may have one twice.
-            for source in (self._sources[row] for row in rows):
-                if not source.shard.layer_begin <= model_layer < source.shard.layer_end:
-                    continue
-                if source.is_at_hand:
-                    slices[source.row] = self._slice(source, model_layer - source.shard.layer_begin)
-                else:
-                    work = self._fetch_slice(source, model_layer - source.shard.layer_begin)
-                    coming[source.row] = asyncio.ensure_future(work)
             try:
+                for source in (self._sources[row] for row in rows):
+                    if not source.shard.layer_begin <= model_layer < source.shard.layer_end:
+                        continue
+                    if source.is_at_hand:
+                        slices[source.row] = self._slice(source, model_layer - source.shard.layer_begin)
+                    else:
+                        work = self._fetch_slice(source, model_layer - source.shard.layer_begin)
+                        coming[source.row] = asyncio.ensure_future(work)
                 for block in blocks:
                     for row in self._rows_of(block):
                         if row in coming:

@@ -126,12 +126,13 @@ class Reads:
                 if following is None:
                     times.layer_begins(layer)
                 left_bytes = read.layer_bytes(layer)
-                async with aclosing(self._parts(read, layer, following)) as parts:
+                async with aclosing(self._parts(read, layer, following, times)) as parts:
                     async for part in parts:
-                        frame = await self._frame(read, turn, part, encode)
                         left_bytes -= _size_bytes([part])
                         if not left_bytes:
                             times.layers_ready(layer + 1)
+                        frame = await self._frame(read, turn, part, encode)
+                        if not left_bytes:
                             times.first_layer()
                             if layer + 1 < layers.stop:
                                 times.layer_begins(layer + 1)
@@ -156,16 +157,18 @@ class Reads:
                 await self._end(read)
 
     async def _parts(
-        self, read: LeasedBytes, layer: int, read_before: asyncio.Future[list[Part]] | None
+        self, read: LeasedBytes, layer: int, read_before: asyncio.Future[list[Part]] | None, times: LoadTimes
     ) -> AsyncGenerator[Part, None]:
-        """A layer's parts: the first layer's as they come, because it is waited for."""
-        if read_before is not None:
-            for part in await read_before:
-                yield part
+        """A layer's parts: those of a first layer from a slower tier as they come, because it is waited for."""
+        if read_before is None and not read.is_in_dram:
+            async with aclosing(read.parts(layer, self._frame_bytes)) as parts:
+                async for part in parts:
+                    yield part
             return
-        async with aclosing(read.parts(layer, self._frame_bytes)) as parts:
-            async for part in parts:
-                yield part
+        found = await (read_before or listed(read.parts(layer, self._frame_bytes)))
+        times.layers_ready(layer + 1)  # What follows waits for the client.
+        for part in found:
+            yield part
 
     async def _frame(self, read: LeasedBytes, turn: LoadTurn, part: Part, encode: Callable[[Part], T]) -> T:
         """Verify the slices that begin in this part, then encode it.

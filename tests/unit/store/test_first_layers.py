@@ -147,6 +147,47 @@ async def test_a_load_that_is_left_while_a_block_of_the_first_layer_is_read_hold
     await until(lambda: not cold.opened.blocks.holds.any())
 
 
+@pytest.fixture
+async def three(open_store: Callable[..., Any], calls: HeldReads) -> Cold:
+    """Three blocks that are on SSD only. Reads of the second and the third one's slices wait for the gate."""
+    size = block_geometry(WIDE, WHOLE, 16).image_bytes
+    limits = replace(LIMITS, frame_bytes=FRAME)
+    opened: OpenStore = await open_store(calls=calls, dram_bytes=8 * size, ssd_bytes=8 * size, limits=limits)
+    opened.reads.shared.promoter = None
+    await opened.store.layouts.open(CALLER, WIDE)
+    client, chain = opened.store.leases.attach(CALLER, "test"), some_chain(3, layout=WIDE)
+    images = await on_ssd(opened, client, chain, layout=WIDE)
+    lease = opened.lookup(client, chain.keys, shard=WHOLE, layout=WIDE)
+    assert lease is not None
+    calls.held_from = PAGE_BYTES + opened.extents(TierName.SSD)[int(lease.rows[1])].offset_bytes
+    return Cold(opened, calls, client, chain, layers_of(images, shard=WHOLE), lease)
+
+
+@pytest.mark.parametrize("how", ["closed between frames", "cancelled in frames", "cancelled in parts"])
+async def test_a_load_that_is_left_while_several_blocks_are_read_holds_its_blocks_until_all_were(
+    three: Cold, how: str
+) -> None:
+    opened, lease = three.opened, three.lease
+    frames = opened.frames(lease, range(3), range(2))
+    if how == "cancelled in parts":
+        sent = Sent()
+        send = await opened.store.loads.to_send(caller_of(three.client), lease.lease_id, None, Span(), Span())
+        leaving: asyncio.Future[Any] = asyncio.ensure_future(send(sent))
+        await until(lambda: bool(sent.parts))
+        leaving.cancel()
+    else:
+        await anext(frames)
+        leaving = asyncio.ensure_future(frames.aclose() if how == "closed between frames" else anext(frames))
+        await asyncio.sleep(0)
+        if how == "cancelled in frames":
+            leaving.cancel()
+    await asyncio.sleep(0.05)
+    assert not leaving.done() and opened.blocks.holds[lease.rows].all()
+    three.calls.gate.set()
+    await asyncio.wait([leaving])
+    assert reads_of_slices() == 0 and not opened.blocks.holds.any()
+
+
 async def test_a_load_that_ends_while_a_block_comes_that_it_has_twice_leaves_no_read_behind(cold: Cold) -> None:
     keys = [cold.chain.keys[1], cold.chain.keys[1]]
     lease = cold.opened.lookup(cold.client, keys, shard=WHOLE, layout=WIDE)
