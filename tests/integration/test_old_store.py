@@ -100,7 +100,8 @@ def test_every_block_on_ssd_is_found_without_the_arena(old: OldStore) -> None:
     shutil.rmtree(old.daemon.arena_folder)
     old.daemon.start()
     with old.daemon.client() as client:
-        assert found(client) == {(key, shard, False, True) for key, shard, _, on_ssd in stored(old) if on_ssd}
+        here = {(key, shard, on_ssd) for key, shard, _, on_ssd in found(client)}  # The policy may read some ahead.
+    assert here == {(key, shard, True) for key, shard, _, on_ssd in stored(old) if on_ssd}
 
 
 @pytest.mark.parametrize("transport", ["grpc", "shm"])
